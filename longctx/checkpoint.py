@@ -1,0 +1,269 @@
+"""Checkpoints in and out: hub ids, folders, GGUF files and the embedded model; patches kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .core import extend, patch_of
+from .errors import ModelError
+from .folders import new_folder
+from .methods import make_method
+from .model import build_rotary, decoder_of, rope_entry, text_config
+
+__all__ = ["Saved", "convert_gguf", "load", "local_folder", "save"]
+
+DEMO = "demo"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What `save` wrote and who can read it."""
+
+    path: Path
+    plain: bool
+    """Whether plain transformers loads it to the same logits."""
+    message: str
+    """The same in a sentence."""
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    attn: Attention = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer, with the patch that it was saved with in place.
+
+    Args:
+        source: a checkpoint folder, a hub id, a GGUF file (or a folder with one), or "demo" for
+            the embedded model.
+        device: "auto" spreads over the GPUs there are, else CPU; or a torch device.
+        dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+        attn: "auto" is flash-attn on a GPU where it is installed, else SDPA.
+        trust_remote_code: run Python that the checkpoint brings along. Off unless you say so.
+
+    Returns:
+        The model in eval mode, and its tokenizer. `longctx.patch_of(model)` is the restored patch.
+
+    Raises:
+        ModelError: nothing there, a corrupt file, pickled weights only, or code in the checkpoint.
+    """
+    path = _locate(source)
+    if isinstance(path, Path) and path.suffix == ".gguf":
+        path = convert_gguf(path)
+    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+    placed = {"device_map": "auto" if device == "auto" else device} if on_gpu else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=_attention(attn, on_gpu),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **placed,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"cannot load {str(source)!r}: {error}") from error
+    except Exception as error:  # safetensors and tokenizers raise bare Exception subclasses
+        raise ModelError(
+            f"cannot load {str(source)!r}, a file of it is corrupt or incomplete "
+            f"({type(error).__name__}: {error}); fetch or convert it again."
+        ) from error
+    if not on_gpu and device not in ("auto", "cpu"):
+        model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    model.eval()
+    _restore(model)
+    return model, tokenizer
+
+
+def _attention(attn: Attention, on_gpu: bool) -> str:
+    if attn != "auto":
+        return attn
+    try:
+        metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return "sdpa"
+    return "flash_attention_2" if on_gpu else "sdpa"
+
+
+def demo_folder() -> Path:
+    """The embedded model's folder."""
+    return Path(__file__).parent / "demo"
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a local checkpoint.
+
+    Raises:
+        ModelError: it does not exist, or it is a hub id or a GGUF file.
+    """
+    path = _locate(source)
+    if isinstance(path, Path) and path.is_dir():
+        return path
+    raise ModelError(f"{source!r} is no local checkpoint folder: `longctx convert` makes one.")
+
+
+def _locate(source: str | os.PathLike[str]) -> str | Path:
+    """A path that exists, or the hub id as it was given."""
+    if source == DEMO:
+        return demo_folder()
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            files = sorted(path.glob("*.gguf"))
+            if len(files) == 1:
+                return files[0]
+            raise ModelError(
+                f"{path} holds no config.json and {len(files)} GGUF files: expected a checkpoint "
+                "folder or exactly one GGUF; name the file."
+            )
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is no GGUF file: pass the checkpoint's folder.")
+        return path
+    looks_local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
+    if looks_local or path.suffix == ".gguf":
+        raise ModelError(f"{source} does not exist: expected a folder, a GGUF file or a hub id.")
+    return str(source)
+
+
+def convert_gguf(path: Path) -> Path:
+    """Dequantise a GGUF file to a plain float32 checkpoint, once; later calls find it in a cache.
+
+    The cache is `$LONGCTX_CACHE` (default `~/.cache/longctx`), keyed by the file's content.
+
+    Raises:
+        ModelError: not a GGUF file, cut off, of an unsupported architecture, or no `gguf` package.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{path} does not begin with 'GGUF': it is corrupt or something else.")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    root = Path(os.environ.get("LONGCTX_CACHE", Path.home() / ".cache" / "longctx"))
+    out = root / "gguf" / digest[:32]
+    if out.exists():
+        return out
+    try:
+        metadata.version("gguf")
+    except metadata.PackageNotFoundError as error:
+        raise ModelError(
+            "reading GGUF needs the gguf package: pip install 'longctx-toolkit[gguf]'"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
+    except Exception as error:  # the reader fails in as many ways as a file can be broken
+        raise ModelError(
+            f"cannot read {path}: {type(error).__name__}: {error}. The file is cut off, corrupt, "
+            "or of an architecture that transformers does not dequantise."
+        ) from error
+    # A model read from GGUF refuses casts and saving; a plain one takes its weights over.
+    config = type(quantised.config).from_dict(quantised.config.to_dict())
+    for key in ("quantization_config", "_pre_quantization_dtype"):
+        config.__dict__.pop(key, None)
+    model = type(quantised)(config)
+    model.load_state_dict(quantised.state_dict())
+    model.generation_config = quantised.generation_config
+    with new_folder(out) as folder:
+        _write(model, tokenizer, folder)
+    return out
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Saved:
+    """Write a self-describing checkpoint, in transformers' own terms where it has them.
+
+    Args:
+        model: extended or not.
+        tokenizer: saved beside it, with `model_max_length` raised to the window.
+        out: a folder that does not exist yet, or is empty.
+        overwrite: replace what is there, once the new checkpoint is complete.
+
+    Returns:
+        Where it is and whether plain transformers loads it to identical logits. Where it cannot, a
+        UserWarning says so too.
+
+    Raises:
+        RunError: the folder is taken, or cannot be written.
+    """
+    patch = patch_of(model)
+    beyond: list[str] = []
+    while patch is not None:
+        if patch.method.native_rope(patch.rope) is None:
+            beyond.append(patch.method.name)
+        patch = patch.below
+    with new_folder(Path(out), overwrite=overwrite) as folder:
+        _write(model, tokenizer, folder)
+    if not beyond:
+        return Saved(Path(out), True, f"{out} loads in plain transformers to the same logits.")
+    message = (
+        f"{out}: {' and '.join(beyond)} cannot be said in a transformers config. longctx.load "
+        "restores it; plain transformers and vLLM would load the unextended model."
+    )
+    warnings.warn(message, stacklevel=2)
+    return Saved(Path(out), False, message)
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    config = text_config(model)
+    length = int(getattr(config, "max_position_embeddings", 0))
+    declared = tokenizer.model_max_length
+    record: dict[str, Any] | None = getattr(model.config, "longctx", None)
+    if record and declared == record["original"]["max_position_embeddings"]:
+        tokenizer.model_max_length = length  # else the tokenizer would truncate at the old window
+    try:
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    finally:
+        tokenizer.model_max_length = declared
+
+
+def _restore(model: PreTrainedModel) -> None:
+    """Put the recorded methods in place over the recorded original, so that they can be undone."""
+    record: dict[str, Any] | None = getattr(model.config, "longctx", None)
+    if record is None:
+        return
+    if record.get("version") != 1:
+        raise ModelError(
+            f"the checkpoint's longctx record has version {record.get('version')!r}; this release "
+            "reads version 1: upgrade longctx."
+        )
+    config = text_config(model)
+    for key, value in record["original"].items():
+        setattr(config, key, value)
+    _, layer_type = rope_entry(config)
+    decoder_of(model).rotary_emb = build_rotary(model, layer_type)
+    delattr(model.config, "longctx")
+    for entry in record["methods"]:
+        fields = {key: value for key, value in entry.items() if key != "name"}
+        extend(model, make_method(entry["name"], fields), replace=True)

@@ -1,0 +1,249 @@
+"""Find, in a checkpoint's files, the settings that fail silently once a context is long."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .errors import ModelError
+
+__all__ = ["Finding", "examine"]
+
+_KNOWN = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "axial")
+_SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
+_NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing seen in a checkpoint."""
+
+    level: Literal["problem", "note"]
+    where: str
+    """File and key."""
+    what: str
+    """What is there and what it does."""
+    mend: str
+    """What to write or run instead."""
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Read a checkpoint's JSON files (no weights, no code) and return what is worth knowing.
+
+    Args:
+        folder: a checkpoint folder.
+
+    Returns:
+        Problems, which change numbers silently, and notes, which only matter in some use.
+
+    Raises:
+        ModelError: no config.json, or one that is not JSON.
+    """
+    config = _read(folder / "config.json")
+    if config is None:
+        raise ModelError(f"{folder} holds no config.json: expected a checkpoint folder.")
+    text = config.get("text_config", config)
+    found = [*_rope(text), *_positions(text), *_record(config), *_weights(folder)]
+    found += _tokenizer(folder, text)
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not valid JSON ({error}): fetch the file again.") from error
+
+
+def _entries(text: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The RoPE settings by the key they stand under; one per layer type where they are nested."""
+    for key in ("rope_parameters", "rope_scaling"):
+        parameters = text.get(key)
+        if isinstance(parameters, dict) and parameters:
+            values: list[Any] = list(parameters.values())
+            if all(isinstance(value, dict) for value in values):
+                return {f"{key}.{kind}": dict(value) for kind, value in parameters.items()}
+            return {key: dict(parameters)}
+    return {}
+
+
+def _rope(text: dict[str, Any]) -> Iterator[Finding]:
+    for key, entry in _entries(text).items():
+        where = f"config.json: {key}"
+        kind = entry.get("rope_type", entry.get("type", "default"))
+        yield from _rope_type(where, kind)
+        if "rope_theta" not in entry and "rope_theta" not in text:
+            yield Finding(
+                "problem",
+                where,
+                "no rope_theta: the base falls back to the class default "
+                "(usually 10000), whatever the model was trained with",
+                'add "rope_theta" beside rope_type',
+            )
+        original = entry.get("original_max_position_embeddings")
+        if original is None:
+            original = text.get("original_max_position_embeddings")
+        if kind in _NEEDS_ORIGINAL and original is None:
+            yield Finding(
+                "problem",
+                where,
+                f"{kind} without original_max_position_embeddings: it is taken "
+                "to be max_position_embeddings, which makes most frequencies wrong",
+                'add "original_max_position_embeddings": the window before extending',
+            )
+        yield from _window(where, kind, entry, text.get("max_position_embeddings"), original)
+        if kind == "longrope":
+            yield from _longrope(where, entry)
+        if "truncate" in entry and "." in key:
+            yield Finding(
+                "problem",
+                where,
+                "truncate inside a per-layer-type entry is ignored by "
+                "transformers (it reads the top level)",
+                "leave it out, or compute with truncate on",
+            )
+
+
+def _rope_type(where: str, kind: str) -> Iterator[Finding]:
+    if kind in _KNOWN:
+        return
+    also = "; any name with 'dynamic' in it rescales by length" if "dynamic" in kind else ""
+    yield Finding(
+        "problem",
+        where,
+        f"rope_type {kind!r} is not one that transformers knows{also}",
+        f"one of {', '.join(_KNOWN[:6])}",
+    )
+
+
+def _window(
+    where: str, kind: str, entry: dict[str, Any], length: Any, original: Any
+) -> Iterator[Finding]:
+    factor = entry.get("factor")
+    if kind in _SCALED_BY_FACTOR and not isinstance(factor, int | float):
+        yield Finding("problem", where, f"{kind} with factor {factor!r}", "a number ≥ 1")
+        return
+    if not isinstance(length, int | float) or original is None or factor is None:
+        return
+    if kind == "dynamic" and length > original:
+        yield Finding(
+            "problem",
+            where,
+            f"dynamic with max_position_embeddings {length} above the original "
+            f"{original}: it scales only past the former, so it never does",
+            f'"max_position_embeddings": {original}',
+        )
+    elif kind in ("yarn", "longrope") and round(length / original, 6) != round(factor, 6):
+        yield Finding(
+            "problem" if kind == "yarn" else "note",
+            where,
+            f"factor {factor} but max_position_embeddings / original is {length / original:g}: "
+            "transformers scales by the factor, other servers by the ratio",
+            f'"factor": {length / original:g}, or "max_position_embeddings": '
+            f"{int(original * factor)}",
+        )
+
+
+def _longrope(where: str, entry: dict[str, Any]) -> Iterator[Finding]:
+    short, long = entry.get("short_factor"), entry.get("long_factor")
+    if short != long:
+        yield Finding(
+            "note",
+            where,
+            "short_factor and long_factor differ: keys cached before the original "
+            "window is crossed do not fit the queries after it (transformers and longctx alike)",
+            "begin long requests long (one prefill), or extend with longctx's static longrope",
+        )
+    if entry.get("attention_factor") is not None and entry.get("long_mscale") is None:
+        yield Finding(
+            "note",
+            where,
+            "attention_factor without short_mscale and long_mscale, which is what vLLM reads",
+            "write all three; longctx.save does",
+        )
+
+
+def _positions(text: dict[str, Any]) -> Iterator[Finding]:
+    where = "config.json: max_position_embeddings"
+    length = text.get("max_position_embeddings")
+    if isinstance(length, float):
+        yield Finding("problem", where, f"{length} is not a whole number", f"{int(length)}")
+    window = text.get("sliding_window")
+    if window and text.get("use_sliding_window", True) and length and window < length:
+        yield Finding(
+            "note",
+            "config.json: sliding_window",
+            f"sliding layers see {window} tokens back, whatever the window of {length}",
+            "expected in Mistral and Gemma; measure before use",
+        )
+
+
+def _record(config: dict[str, Any]) -> Iterator[Finding]:
+    record = config.get("longctx")
+    if not record:
+        return
+    names = [method["name"] for method in record.get("methods", [])]
+    if "alibi" in names:
+        yield Finding(
+            "note",
+            "config.json: longctx",
+            f"extended by {' and '.join(names)}, which no "
+            "transformers config can say: a plain load gives the unextended model",
+            "load with longctx.load",
+        )
+
+
+def _weights(folder: Path) -> Iterator[Finding]:
+    safe, pickled = list(folder.glob("*.safetensors")), list(folder.glob("*.bin"))
+    if list(folder.glob("*.gguf")):
+        yield Finding(
+            "note",
+            "*.gguf",
+            "a model loaded from GGUF refuses casts and saving",
+            "`longctx convert FILE.gguf OUT` writes a plain checkpoint",
+        )
+    elif not safe and pickled:
+        yield Finding(
+            "problem",
+            pickled[0].name,
+            "weights only as pickles, which execute code when read; longctx refuses them",
+            "ask the author for safetensors, or convert where it is safe",
+        )
+    elif not safe:
+        yield Finding("problem", str(folder), "no weights", "fetch *.safetensors")
+    if list(folder.glob("*.py")):
+        yield Finding(
+            "note",
+            "*.py",
+            "the checkpoint brings Python along",
+            "it runs only with --trust-remote-code; read it first",
+        )
+
+
+def _tokenizer(folder: Path, text: dict[str, Any]) -> Iterator[Finding]:
+    where = "tokenizer_config.json"
+    settings = _read(folder / where)
+    if settings is None:
+        yield Finding("problem", where, "no tokenizer", "save the tokenizer beside the model")
+        return
+    limit, length = settings.get("model_max_length"), text.get("max_position_embeddings")
+    if isinstance(limit, int | float) and isinstance(length, int | float) and limit < length:
+        yield Finding(
+            "problem",
+            f"{where}: model_max_length",
+            f"{int(limit)} is below the window of "
+            f"{int(length)}: truncation=True and servers cut inputs there",
+            f'"model_max_length": {int(length)}',
+        )
+    if settings.get("eos_token") is None:
+        yield Finding(
+            "note",
+            f"{where}: eos_token",
+            "none: generation never ends by itself and chat fine-tuning has no end token to teach",
+            "set eos_token",
+        )

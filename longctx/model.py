@@ -1,0 +1,201 @@
+"""Where a transformers model keeps its rotary, its attention modules and its positions."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .errors import ModelError
+from .rope import Rope, ScaledRotary, frequencies_of
+
+__all__ = [
+    "attention_modules",
+    "build_rotary",
+    "decoder_of",
+    "learned_positions",
+    "refusal",
+    "rope_entry",
+    "rope_of",
+    "rotary_of",
+    "scaled_rope",
+    "text_config",
+    "window",
+    "with_rope_entry",
+]
+
+_FULL = "full_attention"
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of the text decoder, also inside a multimodal model."""
+    return model.config.get_text_config(decoder=True)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module that holds `rotary_emb` and the layers.
+
+    Raises:
+        ModelError: the model keeps no rotary at model level (learned positions, ALiBi, or a
+            rotary inside each attention module).
+    """
+    decoder: nn.Module = model.get_decoder()
+    if isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
+        return decoder
+    raise ModelError(
+        f"model type {model.config.model_type!r} has no reachable rotary: expected a decoder with "
+        f"`rotary_emb` at model level (Llama, Mistral, Qwen2, Qwen3, Gemma-3, Phi-3, OLMo-2, …), "
+        f"found {type(decoder).__name__}. It cannot be extended; it can still be measured."
+    )
+
+
+def rotary_of(model: PreTrainedModel) -> nn.Module:
+    """The rotary in place on the model."""
+    return decoder_of(model).get_submodule("rotary_emb")
+
+
+def _nested(parameters: dict[str, Any]) -> bool:
+    return "rope_type" not in parameters and _FULL in parameters
+
+
+def rope_entry(config: PreTrainedConfig) -> tuple[dict[str, Any], str | None]:
+    """The `rope_parameters` to extend and the layer type they belong to (None where flat).
+
+    Models with parameters per layer type (Gemma-3) are extended in their full-attention layers:
+    the sliding ones never see further than their window.
+    """
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if _nested(parameters):
+        return parameters[_FULL], _FULL
+    if "rope_theta" not in parameters or parameters["rope_theta"] is None:
+        raise ModelError(
+            f"config.rope_parameters of {config.model_type!r} is {parameters!r}: expected at least "
+            "a 'rope_theta'. `longctx doctor` says how to mend a checkpoint."
+        )
+    return parameters, None
+
+
+def with_rope_entry(config: PreTrainedConfig, entry: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `config.rope_parameters` in which the extended entry is replaced."""
+    parameters: dict[str, Any] = config.rope_parameters
+    return {**parameters, _FULL: entry} if _nested(parameters) else entry
+
+
+def refusal(config: PreTrainedConfig, entry: dict[str, Any]) -> str | None:
+    """Why this model's config class refuses such `rope_parameters`, None if it takes them.
+
+    Phi-3's, for one, takes nothing but longrope.
+    """
+    trial: Any = copy.copy(config)
+    trial.rope_parameters = with_rope_entry(config, entry)
+    try:
+        trial.validate_rope()
+    except (ValueError, KeyError) as error:
+        return str(error)
+    return None
+
+
+def scaled_rope(config: PreTrainedConfig) -> str | None:
+    """The scaling that a config already carries ("yarn", "llama3", …), None for plain RoPE."""
+    entry, _ = rope_entry(config)
+    rope_type = entry.get("rope_type", "default")
+    return None if rope_type == "default" else rope_type
+
+
+def rope_of(model: PreTrainedModel) -> Rope:
+    """The geometry that the model was trained with, whatever scaling its config adds to it.
+
+    L is `original_max_position_embeddings` where the scaling records it, the window divided by the
+    factor for linear scaling, else `max_position_embeddings`.
+
+    Raises:
+        ModelError: no reachable rotary, or one whose frequencies are not b^(−2i/d).
+    """
+    rotary = rotary_of(model)
+    config = text_config(model)
+    entry, layer_type = rope_entry(config)
+    try:
+        inv_freq, _ = frequencies_of(rotary, layer_type)
+    except AttributeError as error:
+        raise ModelError(
+            f"{type(rotary).__name__} of model type {config.model_type!r} keeps no `inv_freq`: "
+            "longctx cannot extend it."
+        ) from error
+    length = int(config.max_position_embeddings)
+    if "original_max_position_embeddings" in entry:
+        length = int(entry["original_max_position_embeddings"])
+    elif entry.get("rope_type") == "linear":
+        length = int(length / entry["factor"])
+    rope = Rope(
+        dim=2 * inv_freq.numel(),
+        theta=float(entry["rope_theta"]),
+        length=length,
+        partial_rotary_factor=entry.get("partial_rotary_factor"),
+        layer_type=layer_type,
+    )
+    if entry.get("rope_type", "default") == "default":
+        # Loose, since a model that was cast has rounded frequencies; another formula is far off.
+        wanted = rope.inv_freq()
+        if not torch.allclose(inv_freq.double().cpu(), wanted, rtol=2e-2, atol=1e-5):
+            raise ModelError(
+                f"the rotary of model type {config.model_type!r} does not follow "
+                f"rope_theta^(-2i/d) with rope_theta={rope.theta:g} and d={rope.dim}: its "
+                "frequencies are another design, which longctx does not extend."
+            )
+    return rope
+
+
+def build_rotary(model: PreTrainedModel, layer_type: str | None) -> nn.Module:
+    """A new rotary of the model's own class, from the model's present config, on its device."""
+    config = text_config(model)
+    current = rotary_of(model)
+    native_class: Any = type(current.native if isinstance(current, ScaledRotary) else current)
+    inv_freq, _ = frequencies_of(current, layer_type)
+    try:
+        return native_class(config=config).to(inv_freq.device)
+    except (TypeError, KeyError) as error:
+        raise ModelError(
+            f"{native_class.__name__} cannot be built from rope_parameters "
+            f"{config.rope_parameters!r}: {error}. This model type supports no such scaling."
+        ) from error
+
+
+def attention_modules(model: PreTrainedModel) -> list[tuple[int, nn.Module, str | None]]:
+    """(layer index, self-attention module, layer type or None) of every decoder layer.
+
+    Raises:
+        ModelError: a layer has no `self_attn` that goes through transformers' attention interface.
+    """
+    config = text_config(model)
+    layers: Any = getattr(decoder_of(model), "layers", None)
+    types: list[str] | None = getattr(config, "layer_types", None)
+    found = [
+        (index, getattr(layer, "self_attn", None), types[index] if types else None)
+        for index, layer in enumerate(layers or [])
+    ]
+    supported = bool(getattr(model, "_supports_attention_backend", False))
+    if not supported or not found or any(module is None for _, module, _ in found):
+        raise ModelError(
+            f"model type {config.model_type!r} does not route its attention through transformers' "
+            "attention interface: methods that change attention cannot reach it; those that change "
+            "frequencies may (`longctx methods`)."
+        )
+    return [(index, module, kind) for index, module, kind in found if module is not None]
+
+
+def window(model: PreTrainedModel) -> int | None:
+    """Tokens the config promises (`max_position_embeddings`), None if it names none."""
+    length: Any = getattr(text_config(model), "max_position_embeddings", None)
+    return None if length is None else int(length)
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Size of a learned position table in tokens (GPT-2, OPT), a hard limit; else None."""
+    names = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in names:
+            return module.num_embeddings - int(getattr(module, "offset", 0))
+    return None

@@ -1,0 +1,1 @@
+"""The methods: one public file each, its name the method's, its dataclass `METHOD`."""

@@ -1,0 +1,58 @@
+"""YaRN: NTK-by-parts and a temperature on the attention logits.
+
+    θ' as in ntk_by_parts;  cos and sin × (0.1 ln s + 1)
+
+The usual first choice: little or no loss without fine-tuning up to s = 2 to 4, and few tokens of it
+beyond. The temperature acts at every length, also inside the old window.
+
+Source: Peng et al. 2023, YaRN (arXiv:2309.00071), eq. 21 to 23.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from longctx.rope import Frequencies, Rope
+
+from ._scale import check_number
+from .ntk_by_parts import NtkByParts
+
+__all__ = ["METHOD", "Yarn"]
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn(NtkByParts):
+    """NTK-by-parts with YaRN's attention scaling."""
+
+    attention_factor: float | None = None
+    """Factor on cos and sin; None for the paper's 0.1 ln s + 1."""
+
+    name: ClassVar[str] = "yarn"
+
+    def __post_init__(self) -> None:
+        super(Yarn, self).__post_init__()
+        if self.attention_factor is not None:
+            check_number(self.name, "attention_factor", self.attention_factor)
+
+    def attention_scaling(self, rope: Rope) -> float:
+        """√(1/t) of the paper."""
+        if self.attention_factor is not None:
+            return float(self.attention_factor)
+        return 0.1 * math.log(self.scale(rope)) + 1.0
+
+    def frequencies(self, rope: Rope) -> Frequencies:
+        """NTK-by-parts' with the attention scaling."""
+        by_parts = super(Yarn, self).frequencies(rope)
+        return Frequencies(by_parts.inv_freq, self.attention_scaling(rope))
+
+    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
+        """`rope_type: yarn`; the default temperature is left to the reader, which vLLM requires."""
+        parameters = self._yarn(rope, self.attention_scaling(rope))
+        if self.attention_factor is None:
+            del parameters["attention_factor"]
+        return parameters
+
+
+METHOD = Yarn

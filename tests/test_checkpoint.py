@@ -1,0 +1,147 @@
+"""Loading and saving: what is broken is named, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import longctx
+from longctx.checkpoint import load, save
+from longctx.errors import ModelError, RunError
+from longctx.folders import new_folder
+
+from .families import build, tokens
+from .test_matrix import demo_tokenizer
+
+
+def saved(folder: Path, method: str | None = None) -> Path:
+    model = build("llama")
+    if method:
+        longctx.extend(model, method)
+    save(model, demo_tokenizer(), folder)
+    return folder
+
+
+def test_a_plain_checkpoint_comes_back_unpatched_and_in_eval_mode(tmp_path: Path) -> None:
+    model, tokenizer = load(saved(tmp_path / "x"), device="cpu")
+    assert longctx.patch_of(model) is None
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert tokenizer.pad_token_id == 0
+    half, _ = load(tmp_path / "x", device="cpu", dtype="bfloat16", attn="eager")
+    assert half.dtype == torch.bfloat16
+    assert half.config._attn_implementation == "eager"
+
+
+def test_the_embedded_model_is_called_demo() -> None:
+    model, tokenizer = load("demo", device="cpu")
+    assert model.config.max_position_embeddings == 256
+    assert tokenizer.eos_token_id is not None
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere.gguf"])
+def test_a_missing_source_is_named(source: str) -> None:
+    with pytest.raises(ModelError, match="does not exist"):
+        load(source)
+
+
+def test_a_folder_or_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json and 0 GGUF files"):
+        load(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ModelError, match="no GGUF file"):
+        load(tmp_path / "notes.txt")
+    (tmp_path / "bad.gguf").write_bytes(b"hello")
+    with pytest.raises(ModelError, match="does not begin with 'GGUF'"):
+        load(tmp_path / "bad.gguf")
+
+
+def test_a_cut_off_gguf_is_named_and_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x00" * 16)
+    with pytest.raises(ModelError, match=r"cannot read .*cut\.gguf"):
+        load(tmp_path / "cut.gguf")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_corrupt_weights_and_configs_are_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot load"):
+        load(folder)
+    weights.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(folder)
+
+
+def test_a_record_from_a_later_release_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x", "yarn:4")
+    config = json.loads((folder / "config.json").read_text())
+    config["longctx"]["version"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="version 2"):
+        load(folder)
+
+
+def test_a_taken_folder_is_refused_and_kept(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x")
+    (folder / "mine.txt").write_text("precious")
+    with pytest.raises(RunError, match="exists and is not empty"):
+        saved(folder, "yarn:4")
+    assert (folder / "mine.txt").read_text() == "precious"
+    save(build("llama"), demo_tokenizer(), folder, overwrite=True)
+    assert not (folder / "mine.txt").exists()
+    load(folder, device="cpu")
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x")
+    before = sorted(path.name for path in folder.iterdir())
+    with (
+        pytest.raises(RunError, match="No space left on device"),
+        new_folder(folder, overwrite=True) as staging,
+    ):
+        (staging / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(RunError, match="cannot write"):
+        saved(tmp_path / "x")
+
+
+def test_a_place_below_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write"):
+        saved(tmp_path / "file" / "x")
+
+
+def test_replaced_scaling_survives_the_round_trip(tmp_path: Path) -> None:
+    shipped = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+    model, ids = build("llama", rope_parameters=shipped), tokens(100)
+    original = model(ids).logits
+    longctx.extend(model, "yarn", factor=8, replace=True)
+    wanted = model(ids).logits
+    save(model, demo_tokenizer(), tmp_path / "x")
+    again, _ = load(tmp_path / "x", device="cpu")
+    assert torch.equal(again(ids).logits, wanted)
+    patch = longctx.patch_of(again)
+    assert patch is not None
+    patch.remove()
+    assert torch.equal(again(ids).logits, original)

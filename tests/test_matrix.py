@@ -1,0 +1,283 @@
+"""One matrix: every method on every family has the same properties."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from longctx.patches.dynamic import reserve
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+
+import longctx
+from longctx.checkpoint import load
+from longctx.core import patch_of
+from longctx.methods import Method, make_method, method_class
+from longctx.model import rope_of, rotary_of, text_config
+from longctx.rope import frequencies_of
+
+from .families import WINDOW, build, tokens
+
+FAMILIES = ("llama", "mistral", "qwen3", "gemma3")
+MORE = ("qwen2", "phi3", "olmo2")
+LONG = WINDOW + 40
+DIVISORS = (1.0, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+
+
+def settings(name: str) -> Method:
+    """The method as the matrix uses it: four-fold."""
+    extra: dict[str, Any] = {"divisors": DIVISORS} if name == "longrope" else {}
+    return make_method(name, {"factor": 4, **extra})
+
+
+everywhere = pytest.mark.parametrize("family", FAMILIES)
+every_method = pytest.mark.parametrize("name", longctx.available())
+
+
+def logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
+    """All logits of one pass, [batch, seq, vocab]."""
+    with torch.no_grad():
+        return model(input_ids=ids, **inputs).logits
+
+
+def assert_same(actual: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
+    """Equal up to a share of the logits' own size."""
+    scale = wanted.abs().max().item()
+    assert (actual - wanted).abs().max().item() <= tolerance * scale
+
+
+@every_method
+@everywhere
+def test_it_changes_the_long_input_and_undo_is_bit_exact(family: str, name: str) -> None:
+    model = build(family)
+    ids = tokens(LONG)
+    before, config = logits(model, ids), model.config.to_dict()
+    with longctx.extend(model, settings(name)) as patch:
+        assert (logits(model, ids) - before).abs().max() > 1e-3
+        assert patch.report().ok, str(patch.report())
+    assert torch.equal(logits(model, ids), before)
+    assert model.config.to_dict() == config
+    assert patch_of(model) is None
+
+
+@every_method
+@everywhere
+def test_the_neutral_setting_is_the_identity(family: str, name: str) -> None:
+    model = build(family)
+    neutral = settings(name).neutral(rope_of(model))
+    if neutral is None:
+        assert name in {"alibi", "dynamic", "resonance"}
+        return
+    ids = tokens(LONG)
+    before = logits(model, ids)
+    with longctx.extend(model, neutral):
+        after = logits(model, ids)
+    # These rewrite θ as (1 − γ)θ + γθ or θ/λ, which rounds; the others leave its bits alone.
+    if name in {"ntk_by_parts", "yarn", "llama3", "longrope"}:
+        assert_same(after, before, 1e-4)
+    else:
+        assert torch.equal(after, before)
+
+
+@every_method
+@everywhere
+def test_cached_equals_uncached_across_the_original_window(family: str, name: str) -> None:
+    model = build(family)
+    ids = tokens(LONG)
+    with longctx.extend(model, settings(name)), request(model, LONG):
+        whole = logits(model, ids)
+        cache = DynamicCache(config=model.config)
+        chunks = [logits(model, ids[:, :30], past_key_values=cache)]
+        chunks.append(logits(model, ids[:, 30:60], past_key_values=cache))
+        chunks += [logits(model, ids[:, i : i + 1], past_key_values=cache) for i in range(60, LONG)]
+    assert_same(torch.cat(chunks, dim=1), whole)
+
+
+@every_method
+@everywhere
+def test_a_static_cache_agrees(family: str, name: str) -> None:
+    model = build(family)
+    ids = tokens(LONG)
+    with longctx.extend(model, settings(name)), request(model, LONG):
+        whole = logits(model, ids)
+        cache = StaticCache(config=model.config, max_cache_len=LONG + 8)
+        first = logits(model, ids[:, :80], past_key_values=cache)
+        rest = [logits(model, ids[:, i : i + 1], past_key_values=cache) for i in range(80, LONG)]
+    assert_same(torch.cat([first, *rest], dim=1), whole)
+
+
+@every_method
+@everywhere
+def test_left_padding_changes_nothing(family: str, name: str) -> None:
+    model = build(family)
+    short, long = tokens(70, seed=1), tokens(LONG, seed=2)
+    padded = torch.cat([torch.zeros(1, LONG - 70, dtype=torch.long), short], dim=1)
+    mask = torch.ones(2, LONG, dtype=torch.long)
+    mask[0, : LONG - 70] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with longctx.extend(model, settings(name)), request(model, LONG):
+        batch = logits(
+            model, torch.cat([padded, long]), attention_mask=mask, position_ids=positions
+        )
+        assert_same(batch[0, LONG - 70 :], logits(model, short)[0])
+        assert_same(batch[1], logits(model, long)[0])
+
+
+@every_method
+@everywhere
+def test_generation_is_that_of_repeated_whole_passes(family: str, name: str) -> None:
+    model = build(family)
+    ids = tokens(WINDOW - 2)
+    with longctx.extend(model, settings(name)):
+        generated = model.generate(
+            ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=True
+        )[0]
+        with request(model, WINDOW + 6):
+            picks = logits(model, generated[None, :-1])[0, WINDOW - 3 :]
+    picks[:, 2] = -torch.inf  # min_new_tokens bars EOS
+    assert generated[WINDOW - 2 :].tolist() == picks.argmax(-1).tolist()
+
+
+@every_method
+@everywhere
+def test_save_and_load_agree(family: str, name: str, tmp_path: Path) -> None:
+    model, tokenizer = build(family), demo_tokenizer()
+    ids = tokens(LONG)
+    original = logits(model, ids)
+    method = settings(name)
+    patch = longctx.extend(model, method)
+    wanted = logits(model, ids)
+    plain = method.native_rope(patch.rope) is not None
+    assert plain == (name != "alibi")
+    model.save_pretrained(tmp_path / "plain")
+    with contextlib.nullcontext() if plain else pytest.warns(UserWarning, match="longctx.load"):
+        saved = longctx.save(model, tokenizer, tmp_path / "ours")
+    assert saved.plain == plain
+    for folder in ("plain", "ours"):
+        if folder == "plain":
+            tokenizer.save_pretrained(tmp_path / folder)
+        reread = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        assert torch.equal(logits(reread, ids), wanted) == plain
+        restored, _ = load(tmp_path / folder, device="cpu")
+        assert torch.equal(logits(restored, ids), wanted)
+        back = longctx.patch_of(restored)
+        assert back is not None
+        assert back.method == method
+        back.remove()
+        assert torch.equal(logits(restored, ids), original)
+
+
+@every_method
+@everywhere
+def test_casting_keeps_float32_frequencies(family: str, name: str) -> None:
+    model = build(family).to(torch.bfloat16)
+    patch = longctx.extend(model, settings(name))
+    layer_type = patch.rope.layer_type
+    if name == "alibi":  # no frequencies; the slopes are looked at in its own test
+        assert patch.report().ok
+        return
+    exact = frequencies_of(rotary_of(model), layer_type)[0].clone()
+    assert exact.dtype == torch.float32
+    model.to(torch.float16).to(torch.bfloat16)
+    installed, _ = frequencies_of(rotary_of(model), layer_type)
+    assert torch.equal(installed, exact)
+    assert patch.report().ok, str(patch.report())
+
+
+@every_method
+@everywhere
+def test_gradient_checkpointing_gives_the_same_gradients(family: str, name: str) -> None:
+    model = build(family).train()
+    ids = tokens(LONG)
+    with longctx.extend(model, settings(name)):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        model.activation_checkpointing_enable()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        again = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(plain) == len(again) > 0
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@every_method
+@pytest.mark.parametrize("family", MORE)
+def test_more_families_are_reached(family: str, name: str, tmp_path: Path) -> None:
+    model = build(family)
+    ids = tokens(LONG)
+    before = logits(model, ids)
+    if (family, name) == ("phi3", "dynamic"):
+        with pytest.raises(longctx.ModelError, match="rope_type 'dynamic'"):
+            longctx.extend(model, settings(name))
+        assert torch.equal(logits(model, ids), before)
+        return
+    with longctx.extend(model, settings(name)) as patch:
+        wanted = logits(model, ids)
+        assert (wanted - before).abs().max() > 1e-3
+        assert patch.report().ok
+        model.save_pretrained(tmp_path)
+        if patch.report().plain_loadable:
+            reread = AutoModelForCausalLM.from_pretrained(tmp_path)
+            assert torch.equal(logits(reread, ids), wanted)
+    assert torch.equal(logits(model, ids), before)
+
+
+@every_method
+def test_a_copied_model_has_its_own_patch(name: str) -> None:
+    model = build("llama")
+    ids = tokens(LONG)
+    before = logits(model, ids)
+    longctx.extend(model, settings(name))
+    twin = copy.deepcopy(model)
+    patch = longctx.patch_of(twin)
+    assert patch is not None
+    assert patch.model is twin
+    patch.remove()
+    assert torch.equal(logits(twin, ids), before)
+    assert longctx.patch_of(model) is not None
+    assert (logits(model, ids) - before).abs().max() > 1e-3
+
+
+@every_method
+def test_every_method_documents_its_fields_and_source(name: str) -> None:
+    module = __import__(f"longctx.patches.{name}", fromlist=["METHOD"])
+    assert "Source" in module.__doc__
+    assert method_class(name) is module.METHOD
+    assert module.METHOD.name == name
+    assert module.METHOD.__doc__
+
+
+def request(model: PreTrainedModel, length: int) -> contextlib.AbstractContextManager[None]:
+    """Begin requests for `length` tokens under dynamic; nothing to do under the others."""
+    patch = longctx.patch_of(model)
+    assert patch is not None
+    return reserve(model, length) if patch.method.name == "dynamic" else contextlib.nullcontext()
+
+
+def demo_tokenizer() -> Any:
+    """A tokenizer made on the spot: saving needs one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {str(index): index for index in range(96)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")),
+        pad_token="0",
+        bos_token="1",
+        eos_token="2",
+        model_max_length=WINDOW,
+    )
+
+
+def test_the_tokenizer_does_not_truncate_at_the_old_window(tmp_path: Path) -> None:
+    model, tokenizer = build("llama"), demo_tokenizer()
+    longctx.extend(model, "linear", factor=4)
+    longctx.save(model, tokenizer, tmp_path / "out")
+    _, again = load(tmp_path / "out", device="cpu")
+    assert again.model_max_length == text_config(model).max_position_embeddings == 4 * WINDOW
+    assert tokenizer.model_max_length == WINDOW

@@ -1,0 +1,1 @@
+"""Fine-tuning of patched models on long inputs."""
