@@ -1,0 +1,1 @@
+"""Speed and memory, each against a baseline that is interleaved in the same run."""

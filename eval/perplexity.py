@@ -1,0 +1,224 @@
+"""Perplexity at each length, read off one pass wherever that is exact.
+
+A window of the longest length is scored once per document. Where a token's logits do not depend on
+what follows (`length_invariant`), its first L tokens are scored exactly as they would be alone, so
+that the figures of all shorter lengths can be read off. The figure at L is taken over the `last`
+tokens before L; the mean over all tokens before L stands beside it, and dilutes a collapse.
+
+With `stride` the same target tokens are scored at every length, in windows that slide over them
+(Press et al. 2021, arXiv:2108.12409, section B), at the price of a pass per length and window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longctx.errors import DataError
+
+from .batches import score_batches
+from .stats import mean_interval
+from .task import Observation, Plan, Summary, Unit
+from .texts import digest, texts_of
+
+__all__ = ["Perplexity"]
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """Perplexity of real text; the value of a cell is exp(mean NLL), every token counting alike."""
+
+    last: int = 128
+    """Target tokens per window: the last ones before each length."""
+    windows: int = 10
+    """Windows at most, spread over the documents. None reaches into a second document, and no two
+    share a token."""
+    stride: int | None = None
+    """None: the targets are those before each length, other tokens at each. A number of tokens
+    that divides `last`: the same targets at every length, each with at least length − stride
+    tokens before it."""
+    text: tuple[str, ...] = ()
+    """Files or folders, a document per file; none means the embedded held-out documents."""
+
+    name: ClassVar[str] = "perplexity"
+    higher_is_better: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.last < 1 or self.windows < 1:
+            raise DataError(f"last={self.last}, windows={self.windows}: expected at least 1 each.")
+        if self.stride is not None and (self.stride < 1 or self.last % self.stride):
+            raise DataError(
+                f"stride={self.stride} does not divide last={self.last}: pass a number of tokens "
+                "that does."
+            )
+
+    @property
+    def estimand(self) -> str:
+        """What the table shows."""
+        if self.stride is None:
+            targets = (
+                f"the last {self.last} tokens before each length: at one length all methods are "
+                "scored on the same tokens, different lengths on different tokens of the same "
+                "documents"
+            )
+        else:
+            targets = (
+                f"the same {self.last} tokens per window at every length, each after at least "
+                f"length − {self.stride} tokens (stride {self.stride})"
+            )
+        return f"exp(mean NLL) over {targets}; interval: t over documents, 95%"
+
+    def spec(self) -> dict[str, Any]:
+        """Settings that a unit's figures depend on; its text is in the unit's own spec."""
+        settings = dataclasses.asdict(self)
+        return {key: settings[key] for key in ("last", "stride")}
+
+    def plan(
+        self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
+    ) -> Plan:
+        """One unit per window (all lengths) or, where it must be, per window and length."""
+        if min(lengths) <= self.last:
+            raise DataError(
+                f"a length of {min(lengths)} tokens is too short for last={self.last} targets: "
+                f"ask for more than {self.last}, or pass a smaller `last`."
+            )
+        longest = max(lengths)
+        documents = _documents(tokenizer, self.text)
+        size = longest - len(_bos(tokenizer)) + (self.last - self.stride if self.stride else 0)
+        places = _spread({name: len(ids) for name, ids in documents.items()}, size, self.windows)
+        short = sum(len(ids) < size for ids in documents.values())
+        if not places:
+            raise DataError(
+                f"no document is long enough for a window of {size} tokens: the longest of "
+                f"{len(documents)} has {max(map(len, documents.values()))}. Ask for shorter "
+                "lengths or pass longer texts (one document per file)."
+            )
+        notes = (
+            f"perplexity: {short} of {len(documents)} documents are shorter than {size} tokens and "
+            "left out",
+        )
+        units: list[Unit] = []
+        for name, start in places:
+            spec: dict[str, Any] = {"document": name}
+            if self.stride is not None:
+                spec["end"] = start + longest - len(_bos(tokenizer))  # of the first window
+                count = self.last // self.stride
+                units += [Unit((length,), length * count, spec) for length in lengths]
+            else:
+                whole = Unit(tuple(lengths), longest, {**spec, "start": start})
+                units += [whole] if length_invariant else whole.alone()
+        return Plan(tuple(units), notes if short else ())
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        *,
+        batch_tokens: int,
+    ) -> list[Observation]:
+        """Score one window at all its lengths."""
+        name: str = unit.spec["document"]
+        ids, bos = _documents(tokenizer, self.text)[name], _bos(tokenizer)
+        if self.stride is not None:
+            return self._slide(model, unit, ids, bos, batch_tokens)
+        start: int = unit.spec["start"]
+        window = (*bos, *ids[start : start + max(unit.lengths) - len(bos)])
+        scores = score_batches(model, torch.tensor([window]), start=1, batch_tokens=batch_tokens)
+        nll = scores.nll[0].double()  # nll[i] belongs to position i + 1
+        return [
+            Observation(
+                length,
+                cluster=name,
+                nll=float(nll[length - 1 - self.last : length - 1].sum()),
+                targets=self.last,
+                detail={
+                    "start": start,
+                    "prefix_nll": float(nll[: length - 1].sum()),
+                    "prefix_targets": length - 1,
+                },
+            )
+            for length in unit.lengths
+        ]
+
+    def _slide(
+        self,
+        model: PreTrainedModel,
+        unit: Unit,
+        ids: tuple[int, ...],
+        bos: tuple[int, ...],
+        batch_tokens: int,
+    ) -> list[Observation]:
+        assert self.stride is not None
+        (length,) = unit.lengths
+        first: int = unit.spec["end"]
+        ends = range(first, first + self.last - self.stride + 1, self.stride)
+        windows = [(*bos, *ids[end - length + len(bos) : end]) for end in ends]
+        scores = score_batches(
+            model, torch.tensor(windows), start=length - self.stride, batch_tokens=batch_tokens
+        )
+        nll = float(scores.nll.double().sum())
+        return [Observation(length, unit.spec["document"], nll, self.last, detail={"end": first})]
+
+    def summarise(self, observations: Sequence[Observation]) -> Summary:
+        """Exponential of the token-weighted mean NLL, and of its interval's ends."""
+        mean, low, high = mean_interval(
+            [o.nll for o in observations],
+            [o.targets for o in observations],
+            [o.cluster for o in observations],
+        )
+        documents = len({o.cluster for o in observations})
+        prefix = None
+        if self.stride is None and observations:
+            nll = math.fsum(o.detail["prefix_nll"] for o in observations)
+            prefix = _exp(nll / sum(o.detail["prefix_targets"] for o in observations))
+        name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
+        return Summary(_exp(mean), _exp(low), _exp(high), name, prefix)
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 or math.isnan(nll) else math.inf
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The BOS if the tokenizer puts one before a text; having none is legal."""
+    ids: list[int] = tokenizer("")["input_ids"]  # pyright: ignore[reportAssignmentType]
+    return tuple(token for token in ids[:1] if token == tokenizer.bos_token_id)
+
+
+@lru_cache(maxsize=4)
+def _documents(
+    tokenizer: PreTrainedTokenizerBase, paths: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Token ids of each document by the digest of its text; a repeated one counts once."""
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts_of(paths).documents:
+        encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)
+        found[digest(text)] = tuple(encoded["input_ids"])
+    return found
+
+
+def _spread(sizes: dict[str, int], size: int, windows: int) -> list[tuple[str, int]]:
+    """(document, first token) of at most `windows` windows that do not overlap.
+
+    Every document gets its first window before any gets a second; those of one document lie
+    evenly over it.
+    """
+    room = {name: length // size for name, length in sizes.items()}
+    counts = dict.fromkeys(sizes, 0)
+    left = min(windows, sum(room.values()))
+    while left:
+        for name in sizes:
+            if left and counts[name] < room[name]:
+                counts[name] += 1
+                left -= 1
+    return [
+        (name, j * (sizes[name] // count)) for name, count in counts.items() for j in range(count)
+    ]

@@ -1,0 +1,129 @@
+"""Sweep results as a picture: a panel per task, length on a doubling axis."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+    StrMethodFormatter,
+)
+
+from .task import Task
+from .variants import Variant
+
+if TYPE_CHECKING:
+    from .results import SweepResult
+
+__all__ = ["draw"]
+
+# Okabe & Ito 2008: told apart with every kind of colour vision. Black is the model as it came.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+_DASHES = ("solid", "dashed", "dotted", "dashdot")
+_MARKERS = "osD^vP*X"
+_BANDS = 6  # with more lines than this their bands only hide each other
+
+
+def draw(result: SweepResult) -> Figure:
+    """Draw every task of a sweep: value by length with its 95% interval, a line per method.
+
+    Settings of one method share a colour and differ in dashes. The vertical line is the window
+    that the model was trained with. What failed is left out.
+    """
+    tasks = len(result.tasks)
+    figure = Figure(figsize=(1.8 + 4.6 * tasks, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(1, tasks, squeeze=False)
+    styles = _styles([variant.label for variant in result.variants])
+    for axes, task in zip(grid[0], result.tasks, strict=True):
+        for variant in result.variants:
+            _line(axes, result, task, variant, styles[variant.label])
+        _frame(axes, result, task)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle(result.model, fontsize=11)
+    return figure
+
+
+def _styles(labels: list[str]) -> dict[str, tuple[str, str, str]]:
+    """(colour, dashes, marker) of each method."""
+    names = list(dict.fromkeys(label.partition(":")[0] for label in labels if label != "none"))
+    seen: dict[str, int] = {}
+    styles: dict[str, tuple[str, str, str]] = {}
+    for label in labels:
+        name = label.partition(":")[0]
+        turn = seen[name] = seen.get(name, -1) + 1
+        place = names.index(name) if name in names else 0
+        colour = "black" if label == "none" else _COLOURS[place % len(_COLOURS)]
+        marker = "o" if label == "none" else _MARKERS[(1 + place) % len(_MARKERS)]
+        styles[label] = (colour, _DASHES[turn % len(_DASHES)], marker)
+    return styles
+
+
+def _line(
+    axes: Axes, result: SweepResult, task: Task, variant: Variant, style: tuple[str, str, str]
+) -> None:
+    rows = [result.row(variant.label, task.name, length) for length in result.lengths]
+    rows = [row for row in rows if math.isfinite(row.value)]
+    colour, dashes, marker = style
+    lengths = [row.length for row in rows]
+    axes.plot(
+        lengths,
+        [row.value for row in rows],
+        color=colour,
+        linestyle=dashes,
+        marker=marker,
+        markersize=5,
+        linewidth=1.6,
+        label=variant.label,
+    )
+    if len(result.variants) <= _BANDS:
+        low, high = [row.low for row in rows], [row.high for row in rows]
+        axes.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _frame(axes: Axes, result: SweepResult, task: Task) -> None:
+    axes.set_title(task.name, fontsize=11, loc="left")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(list(result.lengths)))
+    axes.xaxis.set_major_formatter(FixedFormatter([_tokens(n) for n in result.lengths]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("length in tokens")
+    if task.higher_is_better:
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylabel("found")
+    else:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        wide = high > 10 * low
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylabel("perplexity")
+    if result.original_window is not None:
+        axes.axvline(result.original_window, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            " original window",
+            (result.original_window, 1),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            rotation=90,
+            fontsize=8,
+            color="0.35",
+        )
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _tokens(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)

@@ -1,0 +1,117 @@
+"""The files of a sweep: CSV, JSON, parquet and the plot, each complete or not there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longctx.errors import RunError
+
+if TYPE_CHECKING:
+    from .results import SweepResult
+
+__all__ = ["refuse_lost_cells", "write_report"]
+
+_REPORT = "sweep.json"
+
+
+def refuse_lost_cells(folder: Path, identity: dict[str, str], cells: Iterable[str]) -> None:
+    """Refuse a folder whose report holds what one of `cells` would not: before work is done.
+
+    A report over more cells of the same model and tokenizer may take its place.
+
+    Raises:
+        RunError: another model's report, or one with further cells, or a file that is none.
+    """
+    path = folder / _REPORT
+    if not path.exists():
+        return
+    way_out = "name another folder, or pass overwrite to replace the report"
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found, kept = dict(report["identity"]), set(map(str, report["cells"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is no report of a sweep ({error!r}): {way_out}.") from error
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise RunError(f"{folder} holds the report of another {key}: {way_out}.")
+    lost = sorted(kept - set(cells))
+    if lost:
+        raise RunError(
+            f"{folder} holds a report with {len(lost)} cells that this sweep lacks, such as "
+            f"{lost[0]!r}: {way_out}, or sweep those too (known results are not computed again)."
+        )
+
+
+def write_report(result: SweepResult, folder: Path, *, overwrite: bool) -> list[Path]:
+    """Write all files of a report; see `SweepResult.write`."""
+    from .plot import draw
+    from .results import cell_key
+
+    cells = [
+        cell_key(v.label, task, length)
+        for v in result.variants
+        for task in result.tasks
+        for length in result.lengths
+    ]
+    if not overwrite:
+        refuse_lost_cells(folder, result.identity, cells)
+    frame, figure = result.frame(), draw(result)
+    text = json.dumps(_report(result, cells), indent=1, allow_nan=False)
+    # The JSON last: it is what marks a folder as taken.
+    writers: dict[str, Callable[[Path], Any]] = {
+        "sweep.csv": lambda path: frame.to_csv(path, index=False),
+        "sweep.parquet": lambda path: frame.to_parquet(path, index=False),
+        "sweep.png": lambda path: figure.savefig(path, format="png", dpi=150),
+        "sweep.svg": lambda path: figure.savefig(path, format="svg"),
+        _REPORT: lambda path: path.write_text(text, encoding="utf-8"),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [_write(folder / name, writer) for name, writer in writers.items()]
+    except OSError as error:
+        where = f"the results are in {result.results}" if result.results else "nothing is lost"
+        raise RunError(
+            f"cannot write the report to {folder}: {error}. In memory {where}; make room or name "
+            "another folder."
+            if not result.results
+            else f"cannot write the report to {folder}: {error}. Make room or name another folder; "
+            f"{where} and are not computed again."
+        ) from error
+
+
+def _write(path: Path, writer: Callable[[Path], Any]) -> Path:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        writer(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = result.frame().to_dict(orient="records")
+    return {
+        "model": result.model,
+        "identity": result.identity,
+        "original_window": result.original_window,
+        "lengths": result.lengths,
+        "methods": [{"label": v.label, "method": v.record()} for v in result.variants],
+        "tasks": [
+            {"name": task.name, "estimand": task.estimand, "spec": task.spec()}
+            for task in result.tasks
+        ],
+        "notes": result.notes,
+        "rows": [{key: _plain(value) for key, value in row.items()} for row in rows],
+        "cells": cells,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

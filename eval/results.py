@@ -1,0 +1,190 @@
+"""What a sweep gives back: one row per method, task and length, and the observations behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from longctx.errors import RunError
+
+from .fingerprint import json_digest
+from .store import Record
+from .task import Observation, Task
+from .variants import Variant
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Row", "SweepResult", "cell_key", "rows_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A cell of the table. What could not be measured is NaN, and `failed` says why."""
+
+    method: str
+    """As the command line writes it; "none" is the model as it came."""
+    factor: float | None
+    """Window over original window, None where the method has no factor."""
+    task: str
+    length: int
+    """Tokens."""
+    value: float
+    """Accuracy (0 to 1) or perplexity."""
+    low: float
+    """Lower end of the 95% interval, NaN where there is none."""
+    high: float
+    interval: str
+    """Which interval, over what."""
+    n: int
+    """Prompts, or windows of text."""
+    targets: int
+    """Tokens that were scored."""
+    nll: float
+    """Mean over the targets, in nats."""
+    prefix: float | None
+    """Perplexity over all tokens before `length`, where the task has one."""
+    window: int | None
+    """Tokens the model claims to read with this method."""
+    beyond_window: bool
+    """Whether `length` is more than that."""
+    tokens: int
+    """Forwarded for this cell; of a pass shared by several lengths each pays for what it adds."""
+    seconds: float
+    """Measured, shared out like `tokens`."""
+    estimand: str
+    """What exactly `value` estimates."""
+    failed: str | None = None
+    """Why there is no value."""
+
+
+def cell_key(method: str, task: Task, length: int) -> str:
+    """Name a cell: two reports that share it measured the same thing, if on the same model."""
+    return f"{method} {task.name} {json_digest(task.spec())} {length}"
+
+
+def rows_of(
+    variant: Variant, task: Task, lengths: Sequence[int], records: Sequence[Record]
+) -> list[Row]:
+    """Summarise the records of one method and task into a row per length."""
+    return [
+        _row(variant, task, length, [r for r in records if length in r.lengths])
+        for length in lengths
+    ]
+
+
+def _row(variant: Variant, task: Task, length: int, records: list[Record]) -> Row:
+    observations = [o for record in records for o in record.observations if o.length == length]
+    targets = sum(o.targets for o in observations)
+    summary = task.summarise(observations)
+    failed = next((record.failed for record in records if record.failed), None)
+    value, low, high = summary.value, summary.low, summary.high
+    if failed:
+        value = low = high = math.nan  # a figure over what happened to fit would be another one
+    elif broken := sum(math.isnan(o.nll) for o in observations):
+        failed = f"the logits hold NaN or infinity in {broken} of {len(observations)}"
+    cost = [(share, record) for record in records if (share := _share(record, length))]
+    return Row(
+        method=variant.label,
+        factor=variant.factor,
+        task=task.name,
+        length=length,
+        value=value,
+        low=low,
+        high=high,
+        interval=summary.interval,
+        n=len(observations),
+        targets=targets,
+        nll=_mean_nll(observations),
+        prefix=summary.prefix,
+        window=variant.window,
+        beyond_window=variant.window is not None and length > variant.window,
+        tokens=round(sum(share * record.tokens for share, record in cost)),
+        seconds=round(sum(share * record.seconds for share, record in cost), 3),
+        estimand=task.estimand,
+        failed=failed,
+    )
+
+
+def _mean_nll(observations: Sequence[Observation]) -> float:
+    targets = sum(o.targets for o in observations)
+    return math.fsum(o.nll for o in observations) / targets if targets else math.nan
+
+
+def _share(record: Record, length: int) -> float:
+    """The part of a pass over several lengths that this one adds to the next shorter."""
+    below = [other for other in record.lengths if other < length]
+    return (length - max(below, default=0)) / max(record.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """All cells of a sweep, how they came about, and ways to show them."""
+
+    model: str
+    """Its path or id."""
+    identity: dict[str, str]
+    """Digests of model and tokenizer."""
+    original_window: int | None
+    """Tokens the model was trained to read."""
+    lengths: tuple[int, ...]
+    tasks: tuple[Task, ...]
+    variants: tuple[Variant, ...]
+    rows: tuple[Row, ...]
+    records: tuple[Record, ...]
+    """The observations behind the rows."""
+    notes: tuple[str, ...]
+    """What a reader must know besides, such as documents left out."""
+    results: Path | None
+    """The JSON lines that the records are in."""
+
+    def row(self, method: str, task: str, length: int) -> Row:
+        """The row of one cell.
+
+        Raises:
+            RunError: it was not measured.
+        """
+        for row in self.rows:
+            if (row.method, row.task, row.length) == (method, task, length):
+                return row
+        raise RunError(
+            f"no cell {method!r}, {task!r}, {length}: measured are the methods "
+            f"{', '.join(v.label for v in self.variants)}, the tasks "
+            f"{', '.join(t.name for t in self.tasks)}, the lengths {self.lengths}."
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """The rows as a pandas DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame([dataclasses.asdict(row) for row in self.rows])
+
+    def print(self, console: Console | None = None) -> None:
+        """Print a table per task, with what it estimates under it."""
+        from .table import tables
+
+        console = console or Console()
+        for item in tables(self):
+            console.print(item)
+
+    def write(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+        """Write sweep.csv, .json, .parquet, .png and .svg; returns their paths.
+
+        Args:
+            folder: is made if need be.
+            overwrite: replace a report that holds cells which this one lacks.
+
+        Raises:
+            RunError: such a report is there, or the folder cannot be written. Measured results
+                are not lost by that.
+        """
+        from .report import write_report
+
+        return write_report(self, Path(folder), overwrite=overwrite)

@@ -1,0 +1,209 @@
+"""One model, several methods, tasks and lengths: every cell measured once, on the same prompts.
+
+result = sweep(model, tokenizer, ["passkey", Perplexity(last=256)], "1k:16k",
+               methods=["none", "yarn:2"], results="runs/yarn/results.jsonl")
+result.print(); result.write("runs/yarn")
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longctx.errors import ModelError, RunError, nearest
+from longctx.methods import Method
+from longctx.model import learned_positions
+
+from .batches import is_out_of_memory
+from .fingerprint import json_digest, model_digest, tokenizer_digest
+from .lengths import parse_lengths
+from .passkey import Passkey
+from .perplexity import Perplexity
+from .progress import Progress
+from .report import refuse_lost_cells
+from .results import SweepResult, cell_key, rows_of
+from .store import Record, Store
+from .task import Plan, Task, Unit
+from .variants import Variant, original_window, variants_of
+
+__all__ = ["TASKS", "sweep"]
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Passkey, Perplexity)}
+"""The tasks that go by name, at their defaults."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    variant: Variant
+    task: Task
+    plan: Plan
+
+
+def sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task | str],
+    lengths: str | Iterable[int | str],
+    *,
+    methods: Sequence[Method | str | None] | None = None,
+    results: str | os.PathLike[str] | None = None,
+    batch_tokens: int = 16_384,
+    replace: bool = False,
+    progress: bool = True,
+) -> SweepResult:
+    """Measure a model under several methods over lengths.
+
+    Each method is put on the same model object and taken off again. Prompts do not depend on the
+    method. Where a method is `length_invariant`, one pass may serve all lengths. What runs out of
+    memory is tried with half the batch down to a single prompt, then recorded as failed.
+
+    Args:
+        model: from `longctx.load` or transformers, patched or not.
+        tokenizer: its tokenizer.
+        tasks: instances, or names of those in `TASKS`.
+        lengths: tokens, in any form that `parse_lengths` reads. A length beyond the window is
+            measured and flagged.
+        methods: instances, or as the command line writes them ("yarn:8"; "none" or None is the
+            model as it came); None alone by default.
+        results: JSON lines to append each result to, and to take those from that are there.
+        batch_tokens: tokens that are forwarded at a time at most, if that is one prompt or more.
+        replace: let methods replace the RoPE scaling that the checkpoint ships with.
+        progress: show a bar with the remaining time on stderr, if that is a terminal.
+
+    Raises:
+        RunError: lengths, tasks or a results file that do not fit, or no room on the disk.
+        DataError: a length too short or too long for a task.
+        MethodError: a method that cannot be put on this model.
+        ModelError: a length beyond a table of learned positions.
+    """
+    sizes = parse_lengths(lengths)
+    chosen = _tasks(tasks)
+    if batch_tokens < 1:
+        raise RunError(f"batch_tokens={batch_tokens}: expected at least 1.")
+    _refuse_beyond_table(model, sizes)
+    identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+    variants = variants_of(model, methods, replace=replace)
+    plans = {
+        (task.name, invariant): task.plan(tokenizer, sizes, length_invariant=invariant)
+        for task in chosen
+        for invariant in {variant.length_invariant for variant in variants}
+    }
+    jobs = [
+        _Job(variant, task, plans[task.name, variant.length_invariant])
+        for variant in variants
+        for task in chosen
+    ]
+    path = None if results is None else Path(results)
+    if path is not None:
+        cells = [cell_key(v.label, task, n) for v in variants for task in chosen for n in sizes]
+        refuse_lost_cells(path.parent, identity, cells)
+    store = Store(path, identity)
+    records: dict[tuple[str, str], list[Record]] = {}
+    total = sum(_cost(unit) for job in jobs for unit in job.plan.units)
+    with Progress(total, shown=progress) as bar:
+        for job in jobs:
+            with job.variant.applied(model, replace=replace):
+                found = records.setdefault((job.variant.label, job.task.name), [])
+                for unit in job.plan.units:
+                    bar.at(f"{job.variant.label} {job.task.name} {max(unit.lengths)}")
+                    found += _measure(model, tokenizer, job, unit, store, batch_tokens)
+                    bar.advance(_cost(unit))
+    notes = [*store.notes, *(note for plan in plans.values() for note in plan.notes)]
+    return SweepResult(
+        model=model.name_or_path or model.config.model_type,
+        identity=identity,
+        original_window=original_window(model),
+        lengths=sizes,
+        tasks=tuple(chosen),
+        variants=tuple(variants),
+        rows=tuple(
+            row
+            for job in jobs
+            for row in rows_of(
+                job.variant, job.task, sizes, records[job.variant.label, job.task.name]
+            )
+        ),
+        records=tuple(record for found in records.values() for record in found),
+        notes=tuple(dict.fromkeys(notes)),
+        results=path,
+    )
+
+
+def _tasks(tasks: Sequence[Task | str]) -> list[Task]:
+    chosen: list[Task] = []
+    for task in [tasks] if isinstance(tasks, str) else tasks:
+        if isinstance(task, str):
+            if task not in TASKS:
+                raise RunError(
+                    f"unknown task {task!r}{nearest(task, TASKS)} (tasks: {', '.join(TASKS)})"
+                )
+            task = TASKS[task]()
+        if task.name in [other.name for other in chosen]:
+            raise RunError(f"task {task.name!r} is asked for twice: one sweep for each setting.")
+        chosen.append(task)
+    if not chosen:
+        raise RunError(f"no task to sweep: pass some of {', '.join(TASKS)}.")
+    return chosen
+
+
+def _refuse_beyond_table(model: PreTrainedModel, lengths: Sequence[int]) -> None:
+    limit = learned_positions(model)
+    if limit is not None and max(lengths) > limit:
+        raise ModelError(
+            f"a length of {max(lengths)} tokens is beyond the {limit} learned positions of model "
+            f"type {model.config.model_type!r}: ask for at most {limit}."
+        )
+
+
+def _cost(unit: Unit) -> float:
+    """Time to expect, up to a factor: attention grows with the length, the rest does not."""
+    return unit.tokens * (1 + max(unit.lengths) / 8192)
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    job: _Job,
+    unit: Unit,
+    store: Store,
+    batch_tokens: int,
+) -> list[Record]:
+    """Take a unit from the store, or run it and put it there."""
+    task = [job.task.name, job.task.spec()]
+    key = json_digest([store.identity, job.variant.record(), task, unit.lengths, unit.spec])
+    known = store.get(key)
+    if known is not None:
+        return [known]
+    begin = time.perf_counter()
+    try:
+        found = tuple(job.task.measure(model, tokenizer, unit, batch_tokens=batch_tokens))
+        failed = None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        found, failed = (), f"out of memory at {max(unit.lengths)} tokens, one prompt at a time"
+    if failed and len(unit.lengths) > 1:
+        return [
+            record
+            for single in unit.alone()
+            for record in _measure(model, tokenizer, job, single, store, batch_tokens)
+        ]
+    return [
+        store.put(
+            Record(
+                key=key,
+                method=job.variant.label,
+                task=job.task.name,
+                lengths=unit.lengths,
+                tokens=unit.tokens,
+                seconds=round(time.perf_counter() - begin, 3),
+                observations=found,
+                failed=failed,
+            )
+        )
+    ]

@@ -1,0 +1,116 @@
+"""What the sweep asks of a task: one file in this folder each, all by this protocol.
+
+A task plans units of work, each recorded and resumed as a whole, and measures one at a time. What
+it measures are observations: a prompt, or a document read to one length. A cell of the table is
+the summary of the observations of one method, task and length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Observation", "Plan", "Summary", "Task", "Unit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of work."""
+
+    lengths: tuple[int, ...]
+    """The cells it contributes to; several where one pass serves them all."""
+    tokens: int
+    """Tokens to forward, for the time that remains and the cost that is reported."""
+    spec: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What sets its inputs apart from those of other units of the task, as JSON."""
+
+    def alone(self) -> list[Unit]:
+        """The same work one length at a time: the way out when one pass over all does not fit."""
+        return [Unit((length,), length, self.spec) for length in self.lengths]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All units of a task for one method, and what a reader of the table must know of them."""
+
+    units: tuple[Unit, ...]
+    notes: tuple[str, ...] = ()
+    """Sentences, such as which documents were left out and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One prompt, or one document read to one length."""
+
+    length: int
+    """Tokens."""
+    cluster: str
+    """The haystack or document: observations of one cluster are not independent."""
+    nll: float
+    """Summed over the targets, in nats; NaN where the model's logits held a NaN."""
+    targets: int
+    """Tokens that were scored."""
+    correct: bool | None = None
+    """Whether greedy decoding gives the answer; None where nothing is answered, or at NaN."""
+    detail: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What else there is to know, as JSON: key, depth, document, …"""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A cell's figure with its 95% interval (NaN where there is none) and how they come about."""
+
+    value: float
+    low: float
+    high: float
+    interval: str
+    """The name of the interval and what it is taken over."""
+    prefix: float | None = None
+    """A second figure over the whole prefix, where the task has one."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A frozen dataclass of its own settings; every field is part of the recorded key."""
+
+    name: ClassVar[str]
+    """The name of its file."""
+    higher_is_better: ClassVar[bool]
+    """True for an accuracy (0 to 1), False for a perplexity (above 1)."""
+
+    @property
+    def estimand(self) -> str:
+        """What exactly is estimated, in a sentence that goes under the table."""
+        ...
+
+    def spec(self) -> dict[str, Any]:
+        """All that its inputs depend on beside tokenizer and unit, as JSON, texts by digest."""
+        ...
+
+    def plan(
+        self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
+    ) -> Plan:
+        """The units for these lengths (ascending), after checking that every one can be built.
+
+        `length_invariant`: a token's logits are the same in a longer input, so that one pass over
+        the longest may serve all lengths.
+        """
+        ...
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        *,
+        batch_tokens: int,
+    ) -> list[Observation]:
+        """Run one unit, at most `batch_tokens` tokens (but at least one prompt) at a time."""
+        ...
+
+    def summarise(self, observations: Sequence[Observation]) -> Summary:
+        """The figure of one cell."""
+        ...

@@ -1,0 +1,55 @@
+"""The texts that tasks read: the embedded held-out ones, or files of the user."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from longctx.errors import DataError
+from longctx.prompts import Texts, held_out
+
+__all__ = ["digest", "texts_of"]
+
+
+@lru_cache(maxsize=8)
+def texts_of(paths: tuple[str, ...]) -> Texts:
+    """One document per file, folders taken with all their files; the embedded texts for none.
+
+    Raises:
+        DataError: a path that is not there, or a file that is empty or no UTF-8 text.
+    """
+    if not paths:
+        return held_out()
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"{path} does not exist: expected a text file or a folder of them.")
+    if not files:
+        raise DataError(f"{', '.join(paths)}: no files in there; expected text files.")
+    return Texts(tuple(map(_read, files)), name=Path(paths[0]).name or "texts")
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is no UTF-8 text (byte {error.start}): pass plain text files only."
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}.") from error
+    if "\0" in text:
+        raise DataError(f"{path} holds NUL bytes: it is binary. Pass plain text files only.")
+    if not text.strip():
+        raise DataError(f"{path} is empty: pass files with text, or leave it out.")
+    return text
+
+
+def digest(text: str) -> str:
+    """A short name for a text by its content."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,52 @@
+"""The slow, plain forms that fast paths are compared with: float64, nothing shared with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention_with_linear_bias"]
+
+
+def attention_with_linear_bias(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: tuple[float, ...],
+    *,
+    scaling: float | None = None,
+    visible: Tensor | None = None,
+    positions: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """softmax(scaling·q·k − slope·(p_i − p_j)) v as it is written, in float64.
+
+    Args:
+        q: [B, H, S, D]; the last query stands on the last key.
+        k: [B, K, N, D].
+        v: [B, K, N, D].
+        slopes: H of them.
+        scaling: None for D^(−1/2).
+        visible: bool, broadcast to [B, H, S, N], and-ed with causality; None for all.
+        positions: of the keys, [B or 1, N]; None for 0 … N−1.
+        rows: which queries to compute, int [R]; None for all.
+
+    Returns:
+        float64 [B, H, R, D]; 0 where nothing is visible.
+    """
+    groups, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    rows = torch.arange(queries, device=q.device) if rows is None else rows
+    scaling = float(q.shape[-1] ** -0.5 if scaling is None else scaling)
+    key, value = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
+    index = torch.arange(keys, device=q.device)
+    where = index[None] if positions is None else positions
+    own = rows + keys - queries
+    distance = (where[:, own, None] - where[:, None, :]).double()[:, None]
+    slope = torch.tensor(slopes, dtype=torch.float64, device=q.device)[:, None, None]
+    logits = scaling * (q[:, :, rows].double() @ key.transpose(-1, -2)) - slope * distance
+    seen = index <= own[:, None]
+    if visible is not None:
+        full = visible.expand(*visible.shape[:-2], queries, keys)
+        seen = seen & full[..., rows, :]
+    logits = logits.masked_fill(~seen, -torch.inf)
+    return logits.softmax(-1).nan_to_num(0.0) @ value

@@ -1,0 +1,46 @@
+"""On a real LLaMA, SmolLM2-135M from GGUF. Run with `pytest -m real`; see README, "Real models"."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import longctx
+from longctx.checkpoint import load
+
+ROOT = Path(os.environ.get("LONGCTX_REAL", Path.home() / ".cache/longctx-real"))
+GGUF = ROOT / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not GGUF.exists(), reason=f"{GGUF} is not there"),
+]
+
+
+def test_extended_saved_and_reloaded_by_plain_transformers(tmp_path: Path) -> None:
+    model, tokenizer = load(GGUF, device="cpu")
+    ids = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt").input_ids
+    before = model(ids).logits
+    patch = longctx.extend(model, "yarn", target=16_384)
+    wanted = model(ids).logits
+    assert longctx.save(model, tokenizer, tmp_path / "out").plain
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.config.max_position_embeddings == 16_384
+    assert torch.equal(plain(ids).logits, wanted)
+    patch.remove()
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_it_still_speaks() -> None:
+    model, tokenizer = load(GGUF, device="cpu")
+    longctx.extend(model, "yarn", factor=2)
+    chat = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
