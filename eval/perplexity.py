@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import DataError
+from longctx.haystacks import encode
 
 from .batches import score_batches
 from .stats import mean_interval
@@ -200,8 +201,7 @@ def _documents(
     """Token ids of each document by the digest of its text; a repeated one counts once."""
     found: dict[str, tuple[int, ...]] = {}
     for text in texts_of(paths).documents:
-        encoded: Any = tokenizer(text, add_special_tokens=False, verbose=False)
-        found[digest(text)] = tuple(encoded["input_ids"])
+        found[digest(text)] = encode(tokenizer, text)
     return found
 
 

@@ -74,13 +74,10 @@ def write_report(result: SweepResult, folder: Path, *, overwrite: bool) -> list[
         folder.mkdir(parents=True, exist_ok=True)
         return [_write(folder / name, writer) for name, writer in writers.items()]
     except OSError as error:
-        where = f"the results are in {result.results}" if result.results else "nothing is lost"
+        kept = f"; the results are in {result.results}, not lost" if result.results else ""
         raise RunError(
-            f"cannot write the report to {folder}: {error}. In memory {where}; make room or name "
-            "another folder."
-            if not result.results
-            else f"cannot write the report to {folder}: {error}. Make room or name another folder; "
-            f"{where} and are not computed again."
+            f"cannot write the report to {folder}: {error}{kept}. Make room, or write to another "
+            "folder."
         ) from error
 
 

@@ -5,32 +5,20 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from .cli_eval import Demo, Sweep
 from .errors import LongctxError
+from .hardware import Hardware
 
 __all__ = ["main"]
 
 FINE, PROBLEM, USAGE = 0, 1, 2
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """Where and how the model runs."""
-
-    device: str = "auto"
-    """"auto": the GPUs there are (large models spread over them), else CPU; or cuda:0, cpu, mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """"auto": bfloat16 on a GPU, float32 on a CPU."""
-    attn: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
-    """"auto": flash-attn on a GPU where it is installed, else SDPA."""
-    trust_remote_code: bool = False
-    """Run Python that the checkpoint brings along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +64,7 @@ class Convert:
     """Folder to write; it must not exist yet, unless --overwrite."""
     overwrite: bool = False
     """Replace what is there, once the new checkpoint is complete."""
-    hardware: Annotated[Hardware, arg(name="")] = Hardware()
+    hardware: Annotated[Hardware, arg(name="")] = field(default_factory=Hardware)
 
     def run(self) -> int:
         """Load and save."""
@@ -84,7 +72,7 @@ class Convert:
         from .folders import refuse_taken
 
         refuse_taken(self.out, self.overwrite)
-        model, tokenizer = _load(self.source, self.hardware)
+        model, tokenizer = self.hardware.load(self.source)
         print(save(model, tokenizer, self.out, overwrite=self.overwrite).message)
         return FINE
 
@@ -109,7 +97,7 @@ class Extend:
     """Replace the RoPE scaling that the checkpoint ships with."""
     overwrite: bool = False
     """Replace the folder, once the new checkpoint is complete."""
-    hardware: Annotated[Hardware, arg(name="")] = Hardware()
+    hardware: Annotated[Hardware, arg(name="")] = field(default_factory=Hardware)
 
     def run(self) -> int:
         """Load, extend, report, save."""
@@ -123,7 +111,7 @@ class Extend:
         if method is None:
             raise MethodError("'none' extends nothing; `longctx convert` copies a checkpoint.")
         refuse_taken(self.out, self.overwrite)
-        model, tokenizer = _load(self.model, self.hardware)
+        model, tokenizer = self.hardware.load(self.model)
         print(extend(model, method, replace=self.replace).report())
         print(save(model, tokenizer, self.out, overwrite=self.overwrite).message)
         return FINE
@@ -161,18 +149,6 @@ class Doctor:
         return PROBLEM if problems else FINE
 
 
-def _load(source: str, hardware: Hardware):
-    from .checkpoint import load
-
-    return load(
-        source,
-        device=hardware.device,
-        dtype=hardware.dtype,
-        attn=hardware.attn,
-        trust_remote_code=hardware.trust_remote_code,
-    )
-
-
 def _text(command: type) -> str:
     """The whole docstring: tyro would drop its examples."""
     return inspect.cleandoc(command.__doc__ or "")
@@ -182,7 +158,9 @@ Command = (
     Annotated[Methods, subcommand("methods", description=_text(Methods))]
     | Annotated[Convert, subcommand("convert", description=_text(Convert))]
     | Annotated[Extend, subcommand("extend", description=_text(Extend))]
+    | Annotated[Sweep, subcommand("sweep", description=_text(Sweep))]
     | Annotated[Doctor, subcommand("doctor", description=_text(Doctor))]
+    | Annotated[Demo, subcommand("demo", description=_text(Demo))]
 )
 
 

@@ -95,10 +95,12 @@ class Straw:
         free = [0, *(b - start for b in self._breaks(start, start + size))]
         if size:
             free.append(size)
+        if len(free) < len(depths):  # a line longer than the haystack: any token will do
+            free = list(range(size + 1))
         if len(free) < len(depths):
             raise DataError(
-                f"a haystack of {size} tokens has {len(free)} places for {len(depths)} needles: "
-                "ask for a longer prompt or fewer pairs."
+                f"a haystack of {size} tokens has no places for {len(depths)} needles: ask for a "
+                "longer prompt or fewer pairs."
             )
         chosen: list[int] = []
         for depth in depths:

@@ -66,11 +66,16 @@ class KeyBias:
             return bias
         return bias.masked_fill(~self.mask[:, None, None, :stop], -torch.inf)
 
+    def of_first(self, stop: int) -> KeyBias:
+        """The same for keys 0 … stop−1 alone."""
+        positions, mask = (None if x is None else x[:, :stop] for x in (self.positions, self.mask))
+        return KeyBias(self.slopes, positions, mask)
+
     def cuts(self, queries: int, keys: int, dtype: torch.dtype) -> list[int]:
         """Borders of the query chunks, 0 … `queries`, so that the bias spans little in each."""
-        steepest = max((abs(slope) for slope in self.slopes), default=0.0)
+        steepest = max(2.0**-40, *(abs(slope) for slope in self.slopes))
         limit = _SPAN.get(dtype, _SHORT_SPAN)
-        span = keys if steepest == 0 else max(_MIN_CHUNK, int(limit / steepest))
+        span = max(_MIN_CHUNK, int(limit / steepest))
         if self.positions is None:
             inner = range(span, queries, span)
         else:

@@ -34,7 +34,7 @@ def test_a_plain_checkpoint_comes_back_unpatched_and_in_eval_mode(tmp_path: Path
     assert tokenizer.pad_token_id == 0
     half, _ = load(tmp_path / "x", device="cpu", dtype="bfloat16", attn="eager")
     assert half.dtype == torch.bfloat16
-    assert half.config._attn_implementation == "eager"
+    assert vars(half.config)["_attn_implementation_internal"] == "eager"
 
 
 def test_the_embedded_model_is_called_demo() -> None:

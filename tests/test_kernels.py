@@ -1,5 +1,7 @@
 """The CPU kernel: chunks, their merge, and the backward pass written for it."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import warnings
@@ -39,10 +41,10 @@ def qkv(
 
 
 def masked(keys: int) -> Tensor:
-    """Left padding in one row of the batch, wider than a chunk, and a hole in the other."""
+    """Left padding in one row of the batch, wider than a chunk; holes where chunks begin."""
     mask = torch.ones(2, keys, dtype=torch.bool)
     mask[0, : keys // 2] = False
-    mask[1, 3] = False
+    mask[1, 20:27] = False
     return mask
 
 
@@ -56,20 +58,18 @@ def test_output_and_gradients_are_the_naive_ones(queries: int, keys: int, padded
     visible = None if mask is None else mask[:, None, None]
     wanted = attention_with_linear_bias(q, k, v, STEEP, scaling=0.3, visible=visible)
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=2e-6)
-    rows = torch.ones_like(out) if mask is None else mask.cumsum(1)[:, None, keys - queries :, None]
-    upstream = torch.linspace(-1, 1, out.numel()).reshape(out.shape) * (rows > 0)
+    upstream = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
+    if mask is not None and visible is not None:
+        # The naive form has no gradient where a row sees nothing: show it all and weigh it 0.
+        seeing = mask.cumsum(1).gt(0)[:, None, keys - queries :, None]
+        upstream, visible = upstream * seeing, visible | ~seeing
     found = torch.autograd.grad(out, (q, k, v), upstream)
-    # The naive form has no gradient where a row sees nothing: those rows are shown a key.
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    shown = (
-        None
-        if visible is None
-        else visible | (mask.cumsum(1) == 0)[:, None, :, None][:, :, keys - queries :]
+    exact_q, exact_k, exact_v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    plain = attention_with_linear_bias(
+        exact_q, exact_k, exact_v, STEEP, scaling=0.3, visible=visible
     )
-    plain = attention_with_linear_bias(*exact, STEEP, scaling=0.3, visible=shown)
-    for mine, theirs in zip(
-        found, torch.autograd.grad(plain, exact, upstream.double()), strict=True
-    ):
+    exact = torch.autograd.grad(plain, (exact_q, exact_k, exact_v), upstream.double())
+    for mine, theirs in zip(found, exact, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=2e-6)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def test_extended_saved_and_reloaded_by_plain_transformers(tmp_path: Path) -> No
 
 
 def test_it_still_speaks() -> None:
-    model, tokenizer = load(GGUF, device="cpu")
+    loaded: Any = load(GGUF, device="cpu")
+    model, tokenizer = loaded
     longctx.extend(model, "yarn", factor=2)
     chat = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
     inputs = tokenizer.apply_chat_template(

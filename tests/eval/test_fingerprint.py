@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from longctx.eval.fingerprint import json_digest, model_digest, tokenizer_digest
 
@@ -11,7 +13,7 @@ from .conftest import byte_model, byte_tokenizer
 
 
 def test_a_model_is_known_by_config_and_weights() -> None:
-    model = byte_model()
+    model: Any = byte_model()
     digest = model_digest(model)
     assert digest == model_digest(byte_model())
     assert digest != model_digest(byte_model(seed=1))
@@ -21,7 +23,7 @@ def test_a_model_is_known_by_config_and_weights() -> None:
         assert digest != model_digest(model)
     assert digest == model_digest(model)
     assert digest != model_digest(model.to(torch.bfloat16))
-    trained = byte_model()
+    trained: Any = byte_model()
     with torch.no_grad():
         trained.model.layers[0].mlp.up_proj.weight.mul_(1.001)
     assert digest != model_digest(trained)

@@ -225,10 +225,9 @@ def test_a_table_of_learned_positions_is_a_limit(tokenizer: Any) -> None:
 
 
 def test_scaled_rope_is_replaced_only_when_told(tokenizer: Any) -> None:
-    model = byte_model()
+    model: Any = byte_model()
     longctx.extend(model, "linear", factor=2.0)
-    config = model.config
-    plain = type(model)(config)  # as plain transformers reads such a checkpoint
+    plain = type(model)(model.config)  # as plain transformers reads such a checkpoint
     del plain.config.longctx
     with pytest.raises(MethodError, match="replace=True"):
         sweep(plain, tokenizer, [Count()], [300], methods=["yarn:2"], progress=False)

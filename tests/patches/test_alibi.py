@@ -77,7 +77,7 @@ def test_a_whole_model_is_the_one_written_by_hand() -> None:
 def test_packed_documents_equal_each_alone(family: str) -> None:
     model = build(family)
     documents = [tokens(n, seed=n)[0] for n in (40, 1, 30)]
-    packed = DataCollatorWithFlattening(return_tensors="pt")(
+    packed: Any = DataCollatorWithFlattening(return_tensors="pt")(
         [{"input_ids": document.tolist()} for document in documents]
     )
     with longctx.extend(model, Alibi()):
@@ -121,14 +121,15 @@ def test_only_full_attention_layers_of_gemma3() -> None:
 
 def test_the_attention_in_use_is_put_back_and_another_is_noticed() -> None:
     model = build("llama")
-    before = model.config._attn_implementation
+    config: Any = model.config
+    before = config._attn_implementation
     patch = longctx.extend(model, Alibi(factor=4))
     assert model.config.max_position_embeddings == 4 * WINDOW
     model.set_attn_implementation("sdpa")
     failed = [check.name for check in patch.report().checks if not check.ok]
     assert failed == ["attention in use"]
     patch.remove()
-    assert model.config._attn_implementation == before
+    assert config._attn_implementation == before
     assert model.config.max_position_embeddings == WINDOW
 
 
@@ -147,7 +148,7 @@ def test_soft_capped_attention_is_refused() -> None:
     model = Gemma2ForCausalLM(config)
     with pytest.raises(ModelError, match="frequencies work"):
         longctx.extend(model, Alibi())
-    assert model.config._attn_implementation != "longctx"
+    assert not any(hasattr(module, ATTRIBUTE) for module in model.modules())
 
 
 def test_training_with_attention_dropout_is_refused() -> None:

@@ -1,0 +1,167 @@
+"""The commands that measure: `longctx sweep` and `longctx demo`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from .hardware import Hardware
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from longctx.eval import SweepResult, Task
+
+__all__ = ["Demo", "Sweep"]
+
+_DEMO_METHODS = ("linear", "ntk", "yarn", "dynamic")
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """Measure passkey retrieval and perplexity over lengths, under several methods.
+
+    Results are appended to OUT/results.jsonl as they come: the same command goes on where an
+    interrupted one was. OUT gets the table as CSV, JSON and parquet, the plot as PNG and SVG.
+
+    Examples:
+        longctx sweep demo --methods none linear:8 yarn:8 --lengths 256:2048
+        longctx sweep smollm2 --methods none yarn:2 --lengths 4k,8k,12k,16k --samples 4
+        longctx sweep smollm2-16k --tasks perplexity --text manual/ --lengths 1k:16k
+    """
+
+    model: Positional[str]
+    """Checkpoint folder (its saved patch in place), hub id, GGUF file, or "demo"."""
+    methods: tuple[str, ...] = ("none",)
+    """NAME:FACTOR or NAME:field=value,…, and "none" for the model as it comes."""
+    lengths: str = ""
+    """Tokens: FROM:TO doubles, or a list 4k,8k. Default: a quarter of the window to 4 times it."""
+    tasks: tuple[Literal["passkey", "perplexity"], ...] = ("passkey", "perplexity")
+    """What to measure."""
+    samples: int = 20
+    """Passkey prompts per method and length."""
+    windows: int = 10
+    """Perplexity windows at most, each within one document."""
+    haystack: Literal["grass", "text", "both"] = "both"
+    """What the keys are hidden in: the classical sentences, real text, or in turn."""
+    text: tuple[str, ...] = ()
+    """Text files or folders, a document per file; default: the embedded held-out documents."""
+    stride: int | None = None
+    """Score the same perplexity targets at every length, in windows this many tokens apart."""
+    seed: int = 0
+    """Chooses keys and haystacks."""
+    out: Path = Path("sweep")
+    """Folder for the results."""
+    overwrite: bool = False
+    """Replace a report there that holds more than this one."""
+    replace: bool = False
+    """Let methods replace the RoPE scaling that the checkpoint ships with."""
+    batch_tokens: int = 16_384
+    """Tokens forwarded at a time; halved on out-of-memory."""
+    hardware: Annotated[Hardware, arg(name="")] = field(default_factory=Hardware)
+
+    def run(self) -> int:
+        """Load, sweep, print and write."""
+        from longctx.eval import parse_lengths
+
+        from .methods import parse_method
+
+        for method in self.methods:
+            parse_method(method)
+        if self.lengths:
+            parse_lengths(self.lengths)
+        model, tokenizer = self.hardware.load(self.model)
+        result = self.sweep(model, tokenizer)
+        result.print()
+        return _write(result, self.out, overwrite=self.overwrite)
+
+    def sweep(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SweepResult:
+        """Measure a model that is loaded."""
+        from longctx.eval import Passkey, Perplexity, sweep
+
+        from .model import window
+
+        settings: dict[str, Task] = {
+            "passkey": Passkey(
+                samples=self.samples, haystack=self.haystack, text=self.text, seed=self.seed
+            ),
+            "perplexity": Perplexity(windows=self.windows, stride=self.stride, text=self.text),
+        }
+        known = window(model) or 4096
+        return sweep(
+            model,
+            tokenizer,
+            [settings[name] for name in self.tasks],
+            self.lengths or f"{max(known // 4, 256)}:{known * 4}",
+            methods=self.methods,
+            results=self.out / "results.jsonl",
+            batch_tokens=self.batch_tokens,
+            replace=self.replace,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """Extend and measure the embedded model (0.9 M parameters, window 256) in about two minutes.
+
+    Methods none, linear, ntk, yarn and dynamic at factors 2, 4 and 8, and alibi (which has no
+    factor), at 256 to 2,048 tokens: passkey and perplexity, table and plot.
+
+    Example:
+        longctx demo
+    """
+
+    samples: int = 20
+    """Passkey prompts per method and length."""
+    out: Path = Path("longctx-demo")
+    """Folder for the results."""
+
+    def run(self) -> int:
+        """Sweep the embedded model and say what the figures say."""
+        methods = [f"{name}:{factor}" for name in _DEMO_METHODS for factor in (2, 4, 8)]
+        command = Sweep(
+            model="demo",
+            methods=("none", *methods, "alibi"),
+            lengths="256:2048",
+            samples=self.samples,
+            out=self.out,
+            hardware=Hardware(device="cpu"),
+        )
+        model, tokenizer = command.hardware.load("demo")
+        result = command.sweep(model, tokenizer)
+        result.print()
+        print(_verdict(result))
+        return _write(result, self.out, overwrite=True)
+
+
+def _write(result: SweepResult, out: Path, *, overwrite: bool) -> int:
+    paths = result.write(out, overwrite=overwrite)
+    print(f"{', '.join(path.name for path in paths)} and results.jsonl are in {out}")
+    return 1 if any(row.failed for row in result.rows) else 0
+
+
+def _verdict(result: SweepResult) -> str:
+    """Say in two sentences what the demo's figures say."""
+    first, last = result.lengths[0], result.lengths[-1]
+    extended = [variant.label for variant in result.variants if variant.method is not None]
+
+    def value(method: str, task: str, length: int) -> float:
+        found = result.row(method, task, length).value
+        return math.inf if math.isnan(found) else found
+
+    calm = min(extended, key=lambda method: value(method, "perplexity", last))
+    found = max(extended, key=lambda method: value(method, "passkey", last))
+    return (
+        f"Read to {last:,} tokens, {last // first} times its window, the unpatched model goes from "
+        f"perplexity {value('none', 'perplexity', first):.1f} to "
+        f"{value('none', 'perplexity', last):.1f} and from "
+        f"{value('none', 'passkey', first):.0%} of the keys to "
+        f"{value('none', 'passkey', last):.0%}. Without any training {calm} holds the perplexity "
+        f"best ({value(calm, 'perplexity', last):.1f} there), yet no method finds more than "
+        f"{value(found, 'passkey', last):.0%} of the keys at that length: perplexity does not tell "
+        "of retrieval, and reading further takes fine-tuning on the patched positions."
+    )
