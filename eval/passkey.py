@@ -120,7 +120,7 @@ class Passkey:
                 correct = None
             else:
                 correct = argmax == list(prompt.answer_ids)
-                detail["predicted"] = tokenizer.decode(argmax)
+                detail["argmax"] = tokenizer.decode(argmax)  # given the right tokens before each
             found.append(Observation(length, prompt.haystack, nll, len(argmax), correct, detail))
         return found
 

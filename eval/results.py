@@ -129,7 +129,7 @@ class SweepResult:
     """All cells of a sweep, how they came about, and ways to show them."""
 
     model: str
-    """Its path or id."""
+    """Its hub id, the name of its folder, or its type."""
     identity: dict[str, str]
     """Digests of model and tokenizer."""
     original_window: int | None

@@ -54,6 +54,7 @@ def sweep(
     results: str | os.PathLike[str] | None = None,
     batch_tokens: int = 16_384,
     replace: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> SweepResult:
     """Measure a model under several methods over lengths.
@@ -73,6 +74,8 @@ def sweep(
         results: JSON lines to append each result to, and to take those from that are there.
         batch_tokens: tokens that are forwarded at a time at most, if that is one prompt or more.
         replace: let methods replace the RoPE scaling that the checkpoint ships with.
+        overwrite: go on although the folder of `results` holds a report with cells that this
+            sweep lacks, so that `write` to it needs `overwrite` too.
         progress: show a bar with the remaining time on stderr, if that is a terminal.
 
     Raises:
@@ -99,7 +102,7 @@ def sweep(
         for task in chosen
     ]
     path = None if results is None else Path(results)
-    if path is not None:
+    if path is not None and not overwrite:
         cells = [cell_key(v.label, task, n) for v in variants for task in chosen for n in sizes]
         refuse_lost_cells(path.parent, identity, cells)
     store = Store(path, identity)
@@ -115,7 +118,7 @@ def sweep(
                     bar.advance(_cost(unit))
     notes = [*store.notes, *(note for plan in plans.values() for note in plan.notes)]
     return SweepResult(
-        model=model.name_or_path or model.config.model_type,
+        model=_name(model),
         identity=identity,
         original_window=original_window(model),
         lengths=sizes,
@@ -132,6 +135,12 @@ def sweep(
         notes=tuple(dict.fromkeys(notes)),
         results=path,
     )
+
+
+def _name(model: PreTrainedModel) -> str:
+    """Its hub id, the name of its folder, or its type."""
+    name: str = model.name_or_path or model.config.model_type
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def _tasks(tasks: Sequence[Task | str]) -> list[Task]:

@@ -101,6 +101,7 @@ class Sweep:
             results=self.out / "results.jsonl",
             batch_tokens=self.batch_tokens,
             replace=self.replace,
+            overwrite=self.overwrite,
         )
 
 
@@ -129,6 +130,7 @@ class Demo:
             lengths="256:2048",
             samples=self.samples,
             out=self.out,
+            overwrite=True,
             hardware=Hardware(device="cpu"),
         )
         model, tokenizer = command.hardware.load("demo")

@@ -37,11 +37,15 @@ def _package() -> Any | None:
 
 
 def flash_applies(q: Tensor, bias: KeyBias) -> bool:
+    """Whether flash-attn is installed and takes this: half precision, nothing padded or skipped."""
+    if _package() is None:
+        return False
     plain = bias.positions is None and (bias.mask is None or bool(bias.mask.all()))
     return plain and q.dtype in _HALF and q.shape[-1] <= 256
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:
+    """`flash_attn_func` with `alibi_slopes`; shapes as in `kernels.biased_attention`."""
     package: Any = _package()
     out: Tensor = package.flash_attn_func(
         *(rearrange(x, "b h s d -> b s h d") for x in (q, k, v)),
@@ -53,7 +57,10 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: flo
 
 
 def extended_attention(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:
-    """Fused attention with the bias in extra dimensions, by chunks in which it stays small."""
+    """Fused attention with the bias in extra dimensions, by chunks in which it stays small.
+
+    Shapes as in `kernels.biased_attention`, on any device.
+    """
     before = k.shape[2] - q.shape[2]
     pieces: list[Tensor] = []
     for first, last in pairwise(bias.cuts(q.shape[2], k.shape[2], q.dtype)):

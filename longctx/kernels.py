@@ -35,9 +35,9 @@ _SPAN = {torch.float64: 2.0**40, torch.float32: 2.0**10}
 """Largest bias inside a chunk: float32 logits then carry an error of about 2¹⁰·2⁻²⁵ = 3e-5."""
 _SHORT_SPAN = 2.0**15
 """The same for half precision, whose own rounding hides an error of 2¹⁵·2⁻²⁵ = 1e-3."""
-_MIN_CHUNK = 512
-"""Rows of the shortest chunk: below that the operator's tiles are small and it slows down."""
-_TILE = 2048
+_CHUNK = (512, 1024)
+"""Rows of a chunk: fewer would be slower, more would need more memory for what is merged."""
+_TILE = 1024
 """Keys per call of the backward pass, whose temporary gradients are as long as that."""
 
 
@@ -75,7 +75,12 @@ class KeyBias:
         """Borders of the query chunks, 0 … `queries`, so that the bias spans little in each."""
         steepest = max(2.0**-40, *(abs(slope) for slope in self.slopes))
         limit = _SPAN.get(dtype, _SHORT_SPAN)
-        span = max(_MIN_CHUNK, int(limit / steepest))
+        span = int(limit / steepest)
+        extent = (
+            keys if self.positions is None else int(self.positions.max() - self.positions.min())
+        )
+        if extent > span:
+            span = min(max(span, _CHUNK[0]), _CHUNK[1])
         if self.positions is None:
             inner = range(span, queries, span)
         else:
@@ -134,12 +139,19 @@ class _BiasedAttention(torch.autograd.Function):
     ) -> Tensor:
         chunks = _chunks(q, k, bias)
         with _denormals_flushed():
-            done = [_chunk_forward(q, k, v, bias, scaling, chunk) for chunk in chunks]
-        out, lse = done[0]
-        if len(done) > 1:
-            # Both are stored rows first, so that the caller's [B, S, H·D] is a view.
-            out = torch.cat([o.transpose(1, 2) for o, _ in done], 1).transpose(1, 2)
-            lse = torch.cat([x.transpose(1, 2) for _, x in done], 1).transpose(1, 2)
+            if len(chunks) == 1:
+                out, lse = _chunk_forward(q, k, v, bias, scaling, chunks[0])
+            else:
+                batch, heads, queries, _ = q.shape
+                # Rows first as the operator stores them: the caller's [B, S, H·D] is a view.
+                out = q.new_empty(batch, queries, heads, q.shape[3]).transpose(1, 2)
+                precise = torch.promote_types(q.dtype, torch.float32)
+                lse = q.new_empty(batch, queries, heads, dtype=precise).transpose(1, 2)
+                for chunk in chunks:
+                    rows = slice(chunk.first, chunk.last)
+                    part, lse[:, :, rows] = _chunk_forward(q, k, v, bias, scaling, chunk)
+                    out[:, :, rows] = part
+                    del part
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.bias, ctx.scaling, ctx.chunks = bias, scaling, chunks
         return out
@@ -151,24 +163,31 @@ class _BiasedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        # Sums over chunks are kept in float32 where the gradients are shorter.
-        total = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
+
+        def gradients(chunk: _Chunk, keys: slice, causal: bool) -> tuple[Tensor, ...]:
+            rows = slice(chunk.first, chunk.last)
+            return _flash_backward(
+                *(grad[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys]),
+                *(out[:, :, rows], lse[:, :, rows], 0.0, causal),
+                attn_mask=ctx.bias.on_keys(chunk.stop, chunk.centre, q)[..., keys],
+                scale=ctx.scaling,
+            )
+
+        calls = [(chunk, *part) for chunk in ctx.chunks for part in chunk.parts(_TILE)]
         with _denormals_flushed():
-            for chunk in ctx.chunks:
-                rows = slice(chunk.first, chunk.last)
-                key_bias = ctx.bias.on_keys(chunk.stop, chunk.centre, q)
-                for keys, causal in chunk.parts(_TILE):
-                    gradients = _flash_backward(
-                        *(grad[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys]),
-                        *(out[:, :, rows], lse[:, :, rows], 0.0, causal),
-                        attn_mask=key_bias[..., keys],
-                        scale=ctx.scaling,
-                    )
-                    for whole, part, where in zip(
-                        total, gradients, (rows, keys, keys), strict=True
-                    ):
-                        whole[:, :, where] += part
+            if len(calls) == 1:
+                grad_q, grad_k, grad_v = gradients(*calls[0])
+                return grad_q, grad_k, grad_v, None, None
+            # Sums over chunks are kept in float32 where the gradients are shorter.
+            total = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
+            for chunk, keys, causal in calls:
+                _add(total, gradients(chunk, keys, causal), slice(chunk.first, chunk.last), keys)
         return total[0].to(q.dtype), total[1].to(k.dtype), total[2].to(v.dtype), None, None
+
+
+def _add(total: list[Tensor], parts: tuple[Tensor, ...], rows: slice, keys: slice) -> None:
+    for whole, part, where in zip(total, parts, (rows, keys, keys), strict=True):
+        whole[:, :, where] += part
 
 
 def _chunks(q: Tensor, k: Tensor, bias: KeyBias) -> list[_Chunk]:
@@ -200,7 +219,7 @@ def _chunk_forward(
         lse_before = lse_before.masked_fill(~seen_before, -torch.inf)
         lse_own = lse_own.masked_fill(~seen_own & seen_before, -torch.inf)
     weight = torch.sigmoid(lse_before - lse_own)[..., None]
-    merged = torch.lerp(own.to(weight.dtype), before.to(weight.dtype), weight)
+    merged = own.to(weight.dtype).lerp_(before.to(weight.dtype), weight)
     return merged.to(q.dtype), torch.logaddexp(lse_before, lse_own)
 
 

@@ -92,7 +92,7 @@ class Prompt:
     answer_start: int
     """Index of the answer's first token; the model is given `input_ids[:answer_start]`."""
     answer: str
-    """Text of the answer's tokens, usually the key after a space."""
+    """Text of the answer's tokens: the key, after a space where that is no token of its own."""
     key: str
     """The digits to be found."""
     depth: float
@@ -149,7 +149,11 @@ def _frame(
 def _answer(
     tokenizer: PreTrainedTokenizerBase, tail: str, key: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids of `tail` and those that a tokenisation of tail and key adds to them."""
+    """Return the ids of `tail` and those that a tokenisation of tail and key adds to them.
+
+    Where the space before the key is a token of its own it belongs to what the model is given:
+    whether it would have said something else first is not what is asked.
+    """
     ids, full = encode(tokenizer, tail), encode(tokenizer, f"{tail} {key}")
     added = full[len(ids) :]
     if full[: len(ids)] != ids or decode(tokenizer, added).strip() != key:
@@ -158,7 +162,8 @@ def _answer(
             f"{decode(tokenizer, added)!r}. Retrieval cannot be scored with it; use the "
             "tokenizer that the model was trained with."
         )
-    return ids, added
+    spaces = next(i for i in range(len(added)) if decode(tokenizer, added[i : i + 1]).strip())
+    return ids + added[:spaces], added[spaces:]
 
 
 @dataclass(frozen=True, slots=True)

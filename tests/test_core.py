@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from longctx.patches.linear import Linear
-from longctx.patches.yarn import Yarn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import longctx
@@ -15,6 +13,8 @@ from longctx.core import Patch
 from longctx.errors import MethodError, ModelError
 from longctx.methods import parse_method
 from longctx.model import learned_positions, text_config
+from longctx.patches.linear import Linear
+from longctx.patches.yarn import Yarn
 
 from .families import WINDOW, build, tokens
 

@@ -23,7 +23,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of about ten queries, so that small inputs go through the merge."""
     for dtype in (torch.float32, torch.float64):
         monkeypatch.setitem(kernels._SPAN, dtype, 9.0)
-    monkeypatch.setattr(kernels, "_MIN_CHUNK", 1)
+    monkeypatch.setattr(kernels, "_CHUNK", (1, 1024))
     monkeypatch.setattr(kernels, "_TILE", 7)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from longctx.patches.dynamic import reserve
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
@@ -18,6 +17,7 @@ from longctx.checkpoint import load
 from longctx.core import patch_of
 from longctx.methods import Method, make_method, method_class
 from longctx.model import rope_of, rotary_of, text_config
+from longctx.patches.dynamic import reserve
 from longctx.rope import frequencies_of
 
 from .families import WINDOW, build, tokens

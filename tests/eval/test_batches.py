@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from longctx.eval.batches import is_out_of_memory, score_batches, shrinking
 
+from longctx.eval.batches import is_out_of_memory, score_batches, shrinking
 from longctx.scoring import score
 
 from .conftest import byte_model

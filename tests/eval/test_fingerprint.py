@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from longctx.eval.fingerprint import json_digest, model_digest, tokenizer_digest
 
 import longctx
+from longctx.eval.fingerprint import json_digest, model_digest, tokenizer_digest
 
 from .conftest import byte_model, byte_tokenizer
 

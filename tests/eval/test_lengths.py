@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from longctx.eval import parse_lengths
 
 from longctx.errors import RunError
+from longctx.eval import parse_lengths
 
 
 @pytest.mark.parametrize(

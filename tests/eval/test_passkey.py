@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from longctx.eval import Observation, Passkey, Unit
 
 from longctx.errors import DataError
+from longctx.eval import Observation, Passkey, Unit
 from longctx.prompts import SHORT, Grass, passkey, split_of
 
 from .conftest import byte_model, byte_tokenizer
@@ -54,7 +54,7 @@ def test_found_is_what_generate_returns(knowing: Any) -> None:
         answer = str(tokenizer.decode(out[0, prompt.answer_start :]))
         assert observation.correct == (answer.strip() == prompt.key)
         if observation.correct:
-            assert observation.detail["predicted"] == answer
+            assert observation.detail["argmax"] == answer
         with torch.no_grad():
             log_p = knowing(torch.tensor([prompt.input_ids])).logits[0].double().log_softmax(-1)
         places = torch.arange(prompt.answer_start, LENGTH)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from longctx.eval import Observation, Perplexity, Unit
-from longctx.eval.perplexity import _spread  # pyright: ignore[reportPrivateUsage]
 
 import longctx
 from longctx.errors import DataError
+from longctx.eval import Observation, Perplexity, Unit
+from longctx.eval.perplexity import _spread  # pyright: ignore[reportPrivateUsage]
 
 from .conftest import byte_model, byte_tokenizer
 

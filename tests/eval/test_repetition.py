@@ -8,6 +8,8 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from longctx.errors import DataError
 from longctx.eval.repetition import (
     distinct_n,
     diversity,
@@ -18,8 +20,6 @@ from longctx.eval.repetition import (
     uniq_seq,
     wrep_l,
 )
-
-from longctx.errors import DataError
 
 sequences = st.lists(st.integers(0, 5), max_size=60)
 

@@ -11,11 +11,11 @@ from typing import Any
 import matplotlib.image
 import pandas as pd
 import pytest
-from longctx.eval import Perplexity, SweepResult, sweep
-from longctx.eval.plot import draw
 from rich.console import Console
 
 from longctx.errors import RunError
+from longctx.eval import Perplexity, SweepResult, sweep
+from longctx.eval.plot import draw
 
 from .conftest import byte_model, byte_tokenizer
 from .test_sweep import Count
@@ -109,6 +109,9 @@ def test_a_larger_report_takes_the_place_of_a_smaller_one(
     with pytest.raises(RunError, match=r"holds a report with 18 cells that this sweep lacks"):
         small.write(tmp_path)
     assert len(pd.read_csv(tmp_path / "sweep.csv")) == 24
+    with pytest.raises(RunError, match="18 cells that this sweep lacks"):  # before any work
+        swept(texts, methods=["none"], results=tmp_path / "results.jsonl")
+    swept(texts, methods=["none"], results=tmp_path / "results.jsonl", overwrite=True)
     small.write(tmp_path, overwrite=True)
     assert len(pd.read_csv(tmp_path / "sweep.csv")) == 6
 

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 import pytest
-from longctx.eval.stats import mean_interval, wilson
 from scipy import stats
+
+from longctx.eval.stats import mean_interval, wilson
 
 
 @pytest.mark.parametrize(

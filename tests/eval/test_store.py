@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 
 import pytest
-from longctx.eval import Observation
-from longctx.eval.store import Record, Store
 
 from longctx.errors import RunError
+from longctx.eval import Observation
+from longctx.eval.store import Record, Store
 
 IDENTITY = {"model": "m1", "tokenizer": "t1"}
 

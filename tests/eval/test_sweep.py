@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from longctx.eval import Observation, Perplexity, Plan, Summary, Task, Unit, sweep
-from longctx.eval.fingerprint import model_digest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import longctx
 from longctx.errors import DataError, MethodError, ModelError, RunError
+from longctx.eval import Observation, Perplexity, Plan, Summary, Task, Unit, sweep
+from longctx.eval.fingerprint import model_digest
 
 from .conftest import WINDOW, byte_model
 

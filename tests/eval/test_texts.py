@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from longctx.eval.texts import digest, texts_of
 
 from longctx.errors import DataError
+from longctx.eval.texts import digest, texts_of
 from longctx.prompts import held_out
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from longctx.eval.fingerprint import model_digest
-from longctx.eval.variants import label, original_window, variants_of
-from longctx.patches.abf import Abf
-from longctx.patches.yarn import Yarn
 from transformers import MambaConfig, MambaForCausalLM
 
 import longctx
 from longctx.errors import MethodError, RunError
+from longctx.eval.fingerprint import model_digest
+from longctx.eval.variants import label, original_window, variants_of
+from longctx.patches.abf import Abf
+from longctx.patches.yarn import Yarn
 
 from .conftest import WINDOW
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from longctx.patches.alibi import Alibi, slopes
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -18,6 +17,7 @@ from longctx.attention import LinearBias
 from longctx.errors import MethodError, ModelError
 from longctx.interface import ATTRIBUTE
 from longctx.model import attention_modules
+from longctx.patches.alibi import Alibi, slopes
 
 from ..families import WINDOW, build, tokens
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from longctx.patches.dynamic import Dynamic, reserve
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import longctx
 from longctx.errors import MethodError
+from longctx.patches.dynamic import Dynamic, reserve
 
 from ..families import WINDOW, build, tokens
 
