@@ -60,7 +60,7 @@ class Recipe:
     """Folder for the checkpoint (float16) and its tokenizer."""
     seed: int = 0
     """Chooses the initial weights and every batch."""
-    rope_theta: float = 150.0
+    rope_theta: float = 100.0
     """Base of the rotary. With LLaMA's 10,000 retrieval carries far beyond so short a window; with
     this one even the slowest plane has turned by then, and it breaks as it does in large models."""
     stages: tyro.conf.Suppress[tuple[Stage, ...]] = (
