@@ -8,7 +8,7 @@ demo: $(VENV)/ready
 	$(BIN)/longctx demo
 
 test: $(VENV)/ready
-	$(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 lint: $(VENV)/ready types
 	$(BIN)/ruff check .

@@ -35,8 +35,8 @@ _SPAN = {torch.float64: 2.0**40, torch.float32: 2.0**10}
 """Largest bias inside a chunk: float32 logits then carry an error of about 2¹⁰·2⁻²⁵ = 3e-5."""
 _SHORT_SPAN = 2.0**15
 """The same for half precision, whose own rounding hides an error of 2¹⁵·2⁻²⁵ = 1e-3."""
-_CHUNK = (512, 1024)
-"""Rows of a chunk: fewer would be slower, more would need more memory for what is merged."""
+_CHUNK = (512, 768)
+"""Fewest and most rows of a chunk: fewer are slower, more need more memory to be merged."""
 _TILE = 1024
 """Keys per call of the backward pass, whose temporary gradients are as long as that."""
 
