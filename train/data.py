@@ -112,7 +112,7 @@ def prepare(
         )
     except DataError as error:
         raise DataError(f"{records.name}, {error}") from error
-    arrays = encoded.with_format("numpy")
+    arrays: Any = encoded.with_format("numpy")
     totals = sum(
         (np.sum(part["counts"], axis=0) for part in arrays.select_columns("counts").iter(10_000)),
         np.zeros(len(COUNTS), dtype=np.int64),

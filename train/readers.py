@@ -201,6 +201,7 @@ class Records:
 
     def _dataset(self, path: Path) -> Iterator[Any]:
         import datasets
+        from datasets.exceptions import DatasetsError
 
         try:
             if any((path / f"{part}.json").exists() for part in ("dataset_dict", "dataset_info")):
@@ -210,7 +211,7 @@ class Records:
                 return
             name = str(path) if path.exists() else str(self.source)
             yield from datasets.load_dataset(name, split=self.split, streaming=self.streaming)
-        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        except (ValueError, OSError, DatasetsError) as error:
             raise DataError(
                 f"cannot load the data set {str(self.source)!r}, split {self.split!r}: {error}"
             ) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import groupby, islice
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.rule import Rule
@@ -63,7 +63,7 @@ def _sample(
     for supervised, group in groupby(pairs, key=lambda pair: pair[1]):
         tokens = tuple(token for token, _ in group)
         written = _shortened(decode(tokenizer, tokens), stretch)
-        if cast(bool, supervised):
+        if supervised:
             text.append("⟦", style="green")
             text.append(written, style="bold green")
             text.append("⟧", style="green")

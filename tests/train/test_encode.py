@@ -39,7 +39,8 @@ def encode(
         if len(ids)
     ]
     assert [len(ids) for ids, _ in rows] == [n for n in columns["length"] if n]
-    counts = dict(zip(COUNTS, map(int, sum(columns["counts"])), strict=True))
+    totals: Any = sum(columns["counts"])
+    counts = dict(zip(COUNTS, map(int, totals), strict=True))
     return rows, counts
 
 
@@ -104,7 +105,7 @@ def test_a_sentencepiece_like_tokenizer() -> None:
     ((ids, labels),), _ = encode(said, Settings(template="vicuna"), tokenizer)
     learnt = [token for token, label in zip(ids, labels, strict=True) if label != -100]
     assert tokenizer.convert_ids_to_tokens(learnt).count("</s>") == 2
-    assert tokenizer.decode(learnt).replace(" ", "") == "itisfine</s>isit</s>"
+    assert str(tokenizer.decode(learnt)).replace(" ", "") == "itisfine</s>isit</s>"
 
 
 def long_talk(rng: Random, exchanges: int, system: str) -> tuple[Turn, ...]:

@@ -61,7 +61,7 @@ def test_json(tmp_path: Path, name: str, content: bytes) -> None:
 def test_parquet_text_folders_and_saved_sets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     parquet.write_table(pyarrow.Table.from_pylist(CHATS), tmp_path / "a.parquet")
     assert list(Records(tmp_path / "a.parquet")) == CHATS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from longctx.train.conversations import REASONS
 from longctx.train.report import COUNTS, DataReport
 
@@ -23,7 +25,8 @@ def test_the_account_names_what_was_kept_and_what_was_not() -> None:
 
 
 def test_silence_about_what_did_not_happen() -> None:
-    counts = dict.fromkeys(COUNTS, 0) | {"conversations": 1, "samples": 1, "tokens": 5, "kept": 5}
+    counts: Any = dict.fromkeys(COUNTS, 0)
+    counts |= {"conversations": 1, "samples": 1, "tokens": 5, "kept": 5}
     assert len(str(DataReport("a", 8, **counts)).splitlines()) == 2
 
 
