@@ -13,7 +13,7 @@ test: $(VENV)/ready
 lint: $(VENV)/ready types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
