@@ -36,6 +36,7 @@ SAMPLE = "sample"
 
 Record: TypeAlias = dict[str, Any]
 
+_JSON = (".json", ".jsonl", ".ndjson")
 _CHUNK = 1 << 22  # bytes
 _NEAR_THE_END = 16  # characters; an escape or a literal that is cut off is shorter
 _OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
@@ -79,18 +80,19 @@ class Records:
             raise DataError(f"{self.name} holds no records: pass a file with conversations.")
 
     def refuse_broken(self) -> None:
-        """Look at the end of an array in a JSON file, and at all of it if it is not closed.
+        """Look at the end of a JSON file, and read all of it if it does not end as it should.
 
         Raises:
             DataError: it breaks off, and is not to be salvaged.
         """
         path = Path(self.source).expanduser()
-        if self.salvage or path.suffix.lower() != ".json" or not path.is_file():
+        if self.salvage or path.suffix.lower() not in _JSON or not path.is_file():
             return
         with path.open("rb") as stream:
+            array = stream.read(_CHUNK).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
             stream.seek(max(0, path.stat().st_size - _CHUNK))
-            tail = stream.read().rstrip()
-        if not tail.endswith((b"]", b"}")):
+            ends = stream.read().rstrip()[-1:]
+        if ends != (b"]" if array else b"}"):
             for _ in self:
                 pass
 
@@ -104,10 +106,7 @@ class Records:
             return
         if not path.is_file():
             raise DataError(f"{path} does not exist: expected a file, a folder or a hub id.")
-        readers = {
-            ".json": self._json,
-            ".jsonl": self._json,
-            ".ndjson": self._json,
+        readers = dict.fromkeys(_JSON, self._json) | {
             ".parquet": self._parquet,
             ".txt": self._document,
             ".md": self._document,
@@ -172,9 +171,11 @@ class Records:
                 f"midst of what begins at byte {byte}. Fetch it again, or pass salvage=True "
                 "(--salvage) to go on with the whole ones."
             )
-        self.notes.append(
+        note = (
             f"salvaged {count:,} whole records; the file breaks off in what begins at byte {byte}"
         )
+        if note not in self.notes:  # a stream is read more than once
+            self.notes.append(note)
 
     def _parquet(self, path: Path) -> Iterator[Any]:
         import pyarrow

@@ -128,6 +128,9 @@ def test_a_stream_is_refused_before_it_begins(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="breaks off: after 3 whole records"):
         Records(cut).refuse_broken()
     Records(cut, salvage=True).refuse_broken()
+    with pytest.raises(DataError, match="breaks off: after 3 whole records"):
+        Records(write(tmp_path / "a.jsonl", LINES[:-10])).refuse_broken()
+    Records(write(tmp_path / "b.jsonl", LINES)).refuse_broken()
     Records(write(tmp_path / "b.json", ARRAY)).refuse_broken()
 
 
@@ -147,6 +150,8 @@ def test_a_stream_is_refused_before_it_begins(tmp_path: Path) -> None:
         ),
         ("a.json", b'[{"a": "line\nbreak, and more text"}]', "no JSON at byte 12, in record 1"),
         ("a.jsonl", b'{"a": "\xc3\xa9"}\n{"a": "\xff"}', "no UTF-8 text at byte 19:"),
+        ("a.jsonl", b'{"a": "ab\xe6\xff"}', "no UTF-8 text at byte 9:"),
+        ("a.jsonl", b'{"a": 1}\n\xe6', "breaks off: after 1 whole records"),
         ("a.txt", b"abc\xfe", "no UTF-8 text at byte 3:"),
         ("a.parquet", b"PAR1 and no more", "no whole parquet file.*nothing can be salvaged"),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:60], "does not decompress"),
