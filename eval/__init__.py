@@ -5,15 +5,18 @@
 ...                methods=["none", "yarn:2"])                                # doctest: +SKIP
 """
 
+from .adaptive import Adaptive
 from .lengths import parse_lengths
 from .passkey import Passkey
 from .perplexity import Perplexity
 from .results import Row, SweepResult
 from .sweep import TASKS, sweep
-from .task import Observation, Plan, Summary, Task, Unit
+from .task import Measured, Observation, Plan, Summary, Task, Unit
 
 __all__ = [
     "TASKS",
+    "Adaptive",
+    "Measured",
     "Observation",
     "Passkey",
     "Perplexity",

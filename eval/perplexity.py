@@ -16,18 +16,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longctx.batches import score_batches
 from longctx.errors import DataError
 from longctx.haystacks import encode
+from longctx.scoring import TokenScores
 
-from .batches import score_batches
 from .stats import mean_interval
-from .task import Observation, Plan, Summary, Unit
+from .task import Measured, Observation, Plan, Summary, Unit
 from .texts import digest, texts_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["Perplexity"]
 
@@ -124,19 +129,21 @@ class Perplexity:
         unit: Unit,
         *,
         batch_tokens: int,
-    ) -> list[Observation]:
+        length_invariant: bool,
+    ) -> Measured:
         """Score one window at all its lengths."""
-        name: str = unit.spec["document"]
-        ids, bos = _documents(tokenizer, self.text)[name], _bos(tokenizer)
+        del length_invariant  # the plan has seen to it
+        ids, bos = _documents(tokenizer, self.text)[unit.spec["document"]], _bos(tokenizer)
         if self.stride is not None:
             return self._slide(model, unit, ids, bos, batch_tokens)
-        start: int = unit.spec["start"]
-        window = (*bos, *ids[start : start + max(unit.lengths) - len(bos)])
+        name, start, longest = unit.spec["document"], unit.spec["start"], max(unit.lengths)
+        window = (*bos, *ids[start : start + longest - len(bos)])
         scores = score_batches(model, torch.tensor([window]), start=1, batch_tokens=batch_tokens)
         nll = scores.nll[0].double()  # nll[i] belongs to position i + 1
-        return [
+        found = [
             Observation(
                 length,
+                item=f"{name}@{start}",
                 cluster=name,
                 nll=float(nll[length - 1 - self.last : length - 1].sum()),
                 targets=self.last,
@@ -148,6 +155,9 @@ class Perplexity:
             )
             for length in unit.lengths
         ]
+        context = torch.arange(1, longest)
+        table = _per_token(name, longest, context + start - len(bos), context, scores)
+        return Measured(tuple(found), longest, "one pass", table)
 
     def _slide(
         self,
@@ -156,17 +166,22 @@ class Perplexity:
         ids: tuple[int, ...],
         bos: tuple[int, ...],
         batch_tokens: int,
-    ) -> list[Observation]:
+    ) -> Measured:
         assert self.stride is not None
         (length,) = unit.lengths
-        first: int = unit.spec["end"]
+        name, first = unit.spec["document"], unit.spec["end"]
         ends = range(first, first + self.last - self.stride + 1, self.stride)
         windows = [(*bos, *ids[end - length + len(bos) : end]) for end in ends]
         scores = score_batches(
             model, torch.tensor(windows), start=length - self.stride, batch_tokens=batch_tokens
         )
         nll = float(scores.nll.double().sum())
-        return [Observation(length, unit.spec["document"], nll, self.last, detail={"end": first})]
+        item = f"{name}@{first}"
+        found = Observation(length, item, name, nll, self.last, detail={"end": first})
+        context = torch.arange(length - self.stride, length).repeat(len(windows))
+        index = torch.arange(first - self.stride, first - self.stride + self.last)
+        table = _per_token(name, length, index, context, scores)
+        return Measured((found,), length * len(windows), "sliding windows", table)
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:
         """Exponential of the token-weighted mean NLL, and of its interval's ends."""
@@ -182,6 +197,26 @@ class Perplexity:
             prefix = _exp(nll / sum(o.detail["prefix_targets"] for o in observations))
         name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
         return Summary(_exp(mean), _exp(low), _exp(high), name, prefix)
+
+
+def _per_token(
+    document: str, length: int, index: Tensor, context: Tensor, scores: TokenScores
+) -> pa.Table:
+    """A row per target: where it stands, how much was before it, what it is, its NLL."""
+    import pyarrow as pa
+
+    columns = {
+        "index": index.to(torch.int32),
+        "context": context.to(torch.int32),
+        "token": scores.targets.flatten().to(torch.int32),
+        "nll": scores.nll.flatten(),
+    }
+    table = pa.table({name: column.numpy() for name, column in columns.items()})
+    constant = {"document": pa.repeat(document, len(index))}
+    constant["length"] = pa.repeat(pa.scalar(length, pa.int32()), len(index))
+    for place, (name, column) in enumerate(constant.items()):
+        table = table.add_column(place, name, column)
+    return table
 
 
 def _exp(nll: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -104,6 +105,7 @@ def _report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
             for task in result.tasks
         ],
         "notes": result.notes,
+        "verified": [dataclasses.asdict(check) for check in result.verified],
         "rows": [{key: _plain(value) for key, value in row.items()} for row in rows],
         "cells": cells,
     }

@@ -18,6 +18,7 @@ from .fingerprint import json_digest
 from .store import Record
 from .task import Observation, Task
 from .variants import Variant
+from .verify import Verification
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,6 +145,8 @@ class SweepResult:
     """What a reader must know besides, such as documents left out."""
     results: Path | None
     """The JSON lines that the records are in."""
+    verified: tuple[Verification, ...] = ()
+    """Answers that were generated too."""
 
     def row(self, method: str, task: str, length: int) -> Row:
         """The row of one cell.
@@ -165,6 +168,28 @@ class SweepResult:
         import pandas as pd
 
         return pd.DataFrame([dataclasses.asdict(row) for row in self.rows])
+
+    def per_token(self) -> pd.DataFrame:
+        """Every scored token of text: method, document, length, index, context, token, nll.
+
+        `index` is the token's place in its document, `context` the tokens before it in its window
+        (a BOS counts), `nll` in nats.
+
+        Raises:
+            RunError: the sweep was given no `results` file, beside which they are kept.
+        """
+        import pandas as pd
+
+        if self.results is None:
+            raise RunError(
+                "scores of single tokens are kept beside a results file: pass results=… to sweep."
+            )
+        folder = self.results.parent / "tokens"
+        keys = [record.key for record in self.records if record.per_token]
+        frames = [pd.read_parquet(folder / f"{key}.parquet") for key in keys]
+        if not frames:
+            raise RunError("no task of this sweep scores text: add 'perplexity'.")
+        return pd.concat(frames, ignore_index=True)
 
     def print(self, console: Console | None = None) -> None:
         """Print a table per task, with what it estimates under it."""

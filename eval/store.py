@@ -2,6 +2,10 @@
 
 The first line names model and tokenizer. Each further one is a unit of work under the digest of
 all that it depends on; of several under one key the last counts. Failed units are tried again.
+Scores of single tokens lie beside it, a parquet file per unit in the folder `tokens`.
+
+One process writes to a file. Several that share a sweep (`torchrun`) have a file each, named after
+the common one, and read all of them.
 """
 
 from __future__ import annotations
@@ -12,15 +16,20 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from longctx.errors import RunError
 
 from .task import Observation
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 __all__ = ["Record", "Store"]
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,92 +44,166 @@ class Record:
     tokens: int
     """Forwarded."""
     seconds: float
+    how: str
+    """How prompts or windows were run."""
     observations: tuple[Observation, ...]
     failed: str | None = None
     """Why there are no observations."""
+    per_token: bool = False
+    """Whether the scores of single tokens lie in `tokens/KEY.parquet`."""
 
 
 class Store:
     """Records by key, in memory and, with a path, in a file."""
 
-    def __init__(self, path: Path | None, identity: dict[str, str]) -> None:
-        """Open or create the file.
+    def __init__(
+        self, path: Path | None, identity: dict[str, str], *, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Open or create the file, and keep other writers out until `close`.
 
         Args:
             path: of the JSON lines; None keeps the records in memory only.
             identity: what the whole file belongs to ("model", "tokenizer": digests).
+            rank: the number of this process among `ranks`.
+            ranks: processes that share the sweep.
 
         Raises:
             RunError: the file belongs to another model or tokenizer, is no results file, is
-                damaged elsewhere than at its end, or cannot be read or written.
+                damaged elsewhere than at its end, is being written, or cannot be read or written.
         """
         self.path = path
         self.identity = identity
         self.notes: list[str] = []
         self._records: dict[str, Record] = {}
+        self._own = path
         if path is None:
             return
-        header = {"longctx": "results", "version": _VERSION, **identity}
+        if rank:
+            self._own = path.with_name(f"{path.stem}.{rank}of{ranks}{path.suffix}")
+        assert self._own is not None
+        self._header = {"longctx": "results", "version": _VERSION, **identity}
+        self._lock = FileLock(self._own.with_name(f".{self._own.name}.lock"))
         try:
-            if path.exists() and path.stat().st_size:
-                self._read(path, header)
-            if not path.exists() or not path.stat().st_size:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._append(header)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            self.reload()
+            self._drop_cut_line(self._own)
+            if not self._own.exists() or not self._own.stat().st_size:
+                self._append(self._header)
             else:
-                path.open("ab").close()  # refuse a file that cannot be written before any work
+                self._own.open("ab").close()  # refuse what cannot be written before any work
+        except Timeout as error:
+            raise RunError(
+                f"another sweep is writing to {self._own}: wait for it, or name another folder."
+            ) from error
         except OSError as error:
+            self._lock.release()
             raise RunError(
                 f"cannot open the results file {path}: {error}; name another."
             ) from error
+        except RunError:
+            self._lock.release()
+            raise
+
+    def close(self) -> None:
+        """Let others write."""
+        if self.path is not None:
+            self._lock.release()
+
+    def reload(self) -> None:
+        """Read what all processes have written."""
+        if self.path is None:
+            return
+        others = self.path.parent.glob(f"{self.path.stem}.*of*{self.path.suffix}")
+        for path in (self.path, *sorted(others)):
+            if path.exists():
+                self._read(path)
+
+    def last(self, key: str) -> Record | None:
+        """The record under `key`, failed or not."""
+        return self._records.get(key)
 
     def get(self, key: str) -> Record | None:
         """The record under `key` unless it failed: what failed is worth another try."""
         record = self._records.get(key)
-        return record if record is not None and record.failed is None else None
+        if record is None or record.failed is not None:
+            return None
+        if record.per_token and not self._tokens(key).exists():
+            return None
+        return record
 
-    def put(self, record: Record) -> Record:
+    def put(self, record: Record, per_token: pa.Table | None = None) -> Record:
         """Keep a record, on the disk before this returns; returns it as it will be read back."""
+        if self.path is not None and per_token is not None:
+            record = dataclasses.replace(record, per_token=True)
         text = _dump(record)
         record = _load(json.loads(text))
         self._records[record.key] = record
         if self.path is not None:
             try:
+                if per_token is not None:
+                    self._write_tokens(record.key, per_token)
                 self._append(json.loads(text))
             except OSError as error:
                 raise RunError(
-                    f"cannot write to {self.path}: {error}. Make room; the same call then goes on "
-                    f"from the {len(self._records) - 1} results that are in there."
+                    f"cannot write to {self.path.parent}: {error}. Make room; the same call then "
+                    f"goes on from the {len(self._records) - 1} results that are in there."
                 ) from error
         return record
 
-    def _append(self, value: dict[str, Any]) -> None:
+    def _tokens(self, key: str) -> Path:
         assert self.path is not None
-        with self.path.open("ab") as file:
+        return self.path.parent / "tokens" / f"{key}.parquet"
+
+    def _write_tokens(self, key: str, table: pa.Table) -> None:
+        from pyarrow import parquet
+
+        path = self._tokens(key)
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        try:
+            parquet.write_table(table, part)  # pyright: ignore[reportUnknownMemberType]
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _append(self, value: dict[str, Any]) -> None:
+        assert self._own is not None
+        with self._own.open("ab") as file:
             file.write(json.dumps(value, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self, path: Path, header: dict[str, Any]) -> None:
-        data = path.read_bytes()
+    def _drop_cut_line(self, path: Path) -> None:
+        """Drop what was being written when a run was cut off: complete lines end in a newline."""
+        data = path.read_bytes() if path.exists() else b""
         whole, _, cut = data.rpartition(b"\n")
-        if cut:  # every complete record ends in a newline
-            os.truncate(path, len(data) - len(cut))
-            self.notes.append(
-                f"{path}: the last line was cut off ({len(cut)} bytes), dropped and computed again"
-            )
+        if not cut:
+            return
+        if not whole and not json.dumps(self._header).encode().startswith(cut):
+            _check_header(path, {"": cut[:60].decode(errors="replace")}, self._header)
+        os.truncate(path, len(data) - len(cut))
+        self.notes.append(
+            f"{path}: the last line was cut off ({len(cut)} bytes), dropped and computed again"
+        )
+
+    def _read(self, path: Path) -> None:
+        # What follows the last newline is still being written by another process.
+        whole = path.read_bytes().rpartition(b"\n")[0]
         lines = whole.split(b"\n") if whole else []
         for number, line in enumerate(lines, 1):
             try:
                 value: dict[str, Any] = json.loads(line)
                 if number == 1:
-                    _check_header(path, value, header)
+                    _check_header(path, value, self._header)
                 else:
                     record = _load(value)
                     self._records[record.key] = record
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if isinstance(error, RunError):
                     raise
+                if number == 1:
+                    _check_header(path, {"": line[:60].decode(errors="replace")}, self._header)
                 raise RunError(
                     f"{path}, line {number}, is no result of a sweep ({error}): delete that line, "
                     "or name another results file."

@@ -8,9 +8,7 @@ result.print(); result.write("runs/yarn")
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,29 +17,24 @@ from longctx.errors import ModelError, RunError, nearest
 from longctx.methods import Method
 from longctx.model import learned_positions
 
-from .batches import is_out_of_memory
-from .fingerprint import json_digest, model_digest, tokenizer_digest
+from .adaptive import Adaptive
+from .engine import Engine, Job
+from .fingerprint import model_digest, tokenizer_digest
 from .lengths import parse_lengths
 from .passkey import Passkey
 from .perplexity import Perplexity
-from .progress import Progress
+from .ranks import Ranks
 from .report import refuse_lost_cells
 from .results import SweepResult, cell_key, rows_of
-from .store import Record, Store
-from .task import Plan, Task, Unit
-from .variants import Variant, original_window, variants_of
+from .run import Run
+from .store import Store
+from .task import Task
+from .variants import original_window, variants_of
 
 __all__ = ["TASKS", "sweep"]
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Passkey, Perplexity)}
 """The tasks that go by name, at their defaults."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    variant: Variant
-    task: Task
-    plan: Plan
 
 
 def sweep(
@@ -53,6 +46,8 @@ def sweep(
     methods: Sequence[Method | str | None] | None = None,
     results: str | os.PathLike[str] | None = None,
     batch_tokens: int = 16_384,
+    verify: int = 0,
+    adaptive: Adaptive | None = None,
     replace: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -62,6 +57,9 @@ def sweep(
     Each method is put on the same model object and taken off again. Prompts do not depend on the
     method. Where a method is `length_invariant`, one pass may serve all lengths. What runs out of
     memory is tried with half the batch down to a single prompt, then recorded as failed.
+
+    Under `torchrun` or `accelerate launch` the processes share the work; each returns the whole
+    result.
 
     Args:
         model: from `longctx.load` or transformers, patched or not.
@@ -73,6 +71,10 @@ def sweep(
             model as it came); None alone by default.
         results: JSON lines to append each result to, and to take those from that are there.
         batch_tokens: tokens that are forwarded at a time at most, if that is one prompt or more.
+        verify: so many answers per method and retrieval task are generated too; what comes out
+            otherwise than it was scored is told in the notes.
+        adaptive: stop asking a retrieval cell once it is decided, and find by bisection how far
+            the model reads; None asks every prompt of every cell.
         replace: let methods replace the RoPE scaling that the checkpoint ships with.
         overwrite: go on although the folder of `results` holds a report with cells that this
             sweep lacks, so that `write` to it needs `overwrite` too.
@@ -97,7 +99,7 @@ def sweep(
         for invariant in {variant.length_invariant for variant in variants}
     }
     jobs = [
-        _Job(variant, task, plans[task.name, variant.length_invariant])
+        Job(variant, task, plans[task.name, variant.length_invariant])
         for variant in variants
         for task in chosen
     ]
@@ -105,18 +107,30 @@ def sweep(
     if path is not None and not overwrite:
         cells = [cell_key(v.label, task, n) for v in variants for task in chosen for n in sizes]
         refuse_lost_cells(path.parent, identity, cells)
-    store = Store(path, identity)
-    records: dict[tuple[str, str], list[Record]] = {}
-    total = sum(_cost(unit) for job in jobs for unit in job.plan.units)
-    with Progress(total, shown=progress) as bar:
-        for job in jobs:
-            with job.variant.applied(model, replace=replace):
-                found = records.setdefault((job.variant.label, job.task.name), [])
-                for unit in job.plan.units:
-                    bar.at(f"{job.variant.label} {job.task.name} {max(unit.lengths)}")
-                    found += _measure(model, tokenizer, job, unit, store, batch_tokens)
-                    bar.advance(_cost(unit))
-    notes = [*store.notes, *(note for plan in plans.values() for note in plan.notes)]
+    ranks = Ranks.here()
+    if ranks.ranks > 1 and path is None:
+        raise RunError(
+            f"{ranks.ranks} processes share this sweep: pass `results`, the file that they meet in."
+        )
+    store = Store(path, identity, rank=ranks.rank, ranks=ranks.ranks)
+    try:
+        engine = Engine(model, tokenizer, store, batch_tokens)
+        run = Run(engine, sizes, adaptive, ranks)
+        run.measure(jobs, replace=replace, progress=progress)
+        ranks.wait()
+        store.reload()
+        collected = {(job.variant.label, job.task.name): run.collect(job) for job in jobs}
+        checks = [run.check(job, verify, replace=replace) for job in jobs if ranks.first]
+        ranks.wait()
+    finally:
+        store.close()
+    verified = tuple(check for check in checks if check is not None)
+    notes = [
+        *store.notes,
+        *(note for plan in plans.values() for note in plan.notes),
+        *(note for _, said in collected.values() for note in said),
+        *(check.note for check in verified),
+    ]
     return SweepResult(
         model=_name(model),
         identity=identity,
@@ -128,12 +142,13 @@ def sweep(
             row
             for job in jobs
             for row in rows_of(
-                job.variant, job.task, sizes, records[job.variant.label, job.task.name]
+                job.variant, job.task, sizes, collected[job.variant.label, job.task.name][0]
             )
         ),
-        records=tuple(record for found in records.values() for record in found),
+        records=tuple(record for found, _ in collected.values() for record in found),
         notes=tuple(dict.fromkeys(notes)),
         results=path,
+        verified=verified,
     )
 
 
@@ -167,52 +182,3 @@ def _refuse_beyond_table(model: PreTrainedModel, lengths: Sequence[int]) -> None
             f"a length of {max(lengths)} tokens is beyond the {limit} learned positions of model "
             f"type {model.config.model_type!r}: ask for at most {limit}."
         )
-
-
-def _cost(unit: Unit) -> float:
-    """Time to expect, up to a factor: attention grows with the length, the rest does not."""
-    return unit.tokens * (1 + max(unit.lengths) / 8192)
-
-
-def _measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    job: _Job,
-    unit: Unit,
-    store: Store,
-    batch_tokens: int,
-) -> list[Record]:
-    """Take a unit from the store, or run it and put it there."""
-    task = [job.task.name, job.task.spec()]
-    key = json_digest([store.identity, job.variant.record(), task, unit.lengths, unit.spec])
-    known = store.get(key)
-    if known is not None:
-        return [known]
-    begin = time.perf_counter()
-    try:
-        found = tuple(job.task.measure(model, tokenizer, unit, batch_tokens=batch_tokens))
-        failed = None
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        found, failed = (), f"out of memory at {max(unit.lengths)} tokens, one prompt at a time"
-    if failed and len(unit.lengths) > 1:
-        return [
-            record
-            for single in unit.alone()
-            for record in _measure(model, tokenizer, job, single, store, batch_tokens)
-        ]
-    return [
-        store.put(
-            Record(
-                key=key,
-                method=job.variant.label,
-                task=job.task.name,
-                lengths=unit.lengths,
-                tokens=unit.tokens,
-                seconds=round(time.perf_counter() - begin, 3),
-                observations=found,
-                failed=failed,
-            )
-        )
-    ]

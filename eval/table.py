@@ -28,7 +28,7 @@ def tables(result: SweepResult) -> list[RenderableType]:
 def figure(row: Row, *, share: bool) -> str:
     """Write a cell's value: "85%" or "12.3"; an interval is written by `spread`."""
     if math.isnan(row.value):
-        return "failed"
+        return "failed" if row.failed else "–"
     return f"{row.value:.0%}" if share else _number(row.value)
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Observation", "Plan", "Summary", "Task", "Unit"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Measured", "Observation", "Plan", "Summary", "Task", "Unit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,7 @@ class Unit:
     lengths: tuple[int, ...]
     """The cells it contributes to; several where one pass serves them all."""
     tokens: int
-    """Tokens to forward, for the time that remains and the cost that is reported."""
+    """Tokens to forward at most, for the time that remains."""
     spec: dict[str, Any] = field(default_factory=dict[str, Any])
     """What sets its inputs apart from those of other units of the task, as JSON."""
 
@@ -47,6 +50,9 @@ class Observation:
 
     length: int
     """Tokens."""
+    item: str
+    """Names the prompt or window within task and length: the same for every method, so that methods
+    and models with one tokenizer are compared on the same inputs."""
     cluster: str
     """The haystack or document: observations of one cluster are not independent."""
     nll: float
@@ -57,6 +63,19 @@ class Observation:
     """Whether greedy decoding gives the answer; None where nothing is answered, or at NaN."""
     detail: dict[str, Any] = field(default_factory=dict[str, Any])
     """What else there is to know, as JSON: key, depth, document, …"""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a unit gave, and what it took."""
+
+    observations: tuple[Observation, ...]
+    tokens: int
+    """Forwarded."""
+    how: str
+    """How prompts or windows were run, such as "shared prefixes"."""
+    per_token: pa.Table | None = None
+    """A row for each scored token, where the task keeps them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +126,8 @@ class Task(Protocol):
         unit: Unit,
         *,
         batch_tokens: int,
-    ) -> list[Observation]:
+        length_invariant: bool,
+    ) -> Measured:
         """Run one unit, at most `batch_tokens` tokens (but at least one prompt) at a time."""
         ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -54,6 +55,12 @@ class Sweep:
     """Score the same perplexity targets at every length, in windows this many tokens apart."""
     seed: int = 0
     """Chooses keys and haystacks."""
+    share_lengths: bool = False
+    """Let all lengths share their haystacks: cheaper, but lengths are no longer independent."""
+    verify: int = 0
+    """Answers per method and task that are generated too, to be compared with their scores."""
+    adaptive: bool = False
+    """Stop asking a cell once it is decided (80% of the keys or not), bisecting over lengths."""
     out: Path = Path("sweep")
     """Folder for the results."""
     overwrite: bool = False
@@ -76,18 +83,24 @@ class Sweep:
             parse_lengths(self.lengths)
         model, tokenizer = self.hardware.load(self.model)
         result = self.sweep(model, tokenizer)
+        if int(os.environ.get("RANK", "0")):  # the first process reports for all
+            return 0
         result.print()
         return _write(result, self.out, overwrite=self.overwrite)
 
     def sweep(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SweepResult:
         """Measure a model that is loaded."""
-        from longctx.eval import Passkey, Perplexity, sweep
+        from longctx.eval import Adaptive, Passkey, Perplexity, sweep
 
         from .model import window
 
         settings: dict[str, Task] = {
             "passkey": Passkey(
-                samples=self.samples, haystack=self.haystack, text=self.text, seed=self.seed
+                samples=self.samples,
+                haystack=self.haystack,
+                text=self.text,
+                seed=self.seed,
+                share_lengths=self.share_lengths,
             ),
             "perplexity": Perplexity(windows=self.windows, stride=self.stride, text=self.text),
         }
@@ -100,6 +113,8 @@ class Sweep:
             methods=self.methods,
             results=self.out / "results.jsonl",
             batch_tokens=self.batch_tokens,
+            verify=self.verify,
+            adaptive=Adaptive() if self.adaptive else None,
             replace=self.replace,
             overwrite=self.overwrite,
         )

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .errors import DataError, ModelError
 from .model import learned_positions, text_config
 
-__all__ = ["TokenScores", "score"]
+__all__ = ["TokenScores", "prefill", "score"]
 
 _CHUNK_BYTES = 24 << 20  # of float32 logits: 128 rows of a vocabulary of 49k
 _BLOCK_BYTES = 16 << 20  # of weights turned to float32 at a time
@@ -61,6 +61,7 @@ def score(
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
+    past_key_values: Cache | None = None,
     start: int = 1,
     chunk: int | None = None,
 ) -> TokenScores:
@@ -70,6 +71,8 @@ def score(
         model: a causal language model of transformers, patched or not, or a PEFT model around one.
         input_ids: [B, S].
         attention_mask: [B, S], 0 at padding (left or right); None where there is none.
+        past_key_values: keys and values of tokens before `input_ids`, which grow by S; without
+            padding.
         start: first position that is scored, at least 1: nothing predicts position 0.
         chunk: rows (tokens) projected at a time; None keeps their logits within 24 MiB, at least
             64 rows.
@@ -82,11 +85,11 @@ def score(
     causal = _causal(model)
     ids = input_ids.to(causal.get_input_embeddings().weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
     mask = None if attention_mask is None else attention_mask.to(ids.device)
-    _check(causal, ids, mask, start, chunk)
+    _check(causal, ids, mask, past_key_values, start, chunk)
     rows = chunk or max(64, _CHUNK_BYTES // (4 * int(text_config(causal).vocab_size)))
     with torch.no_grad(), _evaluating(causal):
         body = _body(causal, ids[:1, :_PROBE])
-        output = _run_body(body, ids, mask)
+        output = _run_body(body, ids, mask, past_key_values)
         targets = ids[:, start:]
         flat_nd = rearrange(output[0][:, start - 1 : -1], "b t d -> (b t) d")
         with _head(causal, body, output) as project:
@@ -103,6 +106,14 @@ def score(
     if mask is not None:
         valid = (mask[:, start:] != 0) & (mask[:, start - 1 : -1] != 0)
     return TokenScores(targets.cpu(), nll, argmax, valid.cpu())
+
+
+def prefill(model: PreTrainedModel, input_ids: Tensor, past_key_values: Cache) -> None:
+    """Run `input_ids` [B, S] after what the cache holds and leave their keys and values there."""
+    causal = _causal(model)
+    ids = input_ids.to(causal.get_input_embeddings().weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with torch.no_grad(), _evaluating(causal):
+        _run_body(_body(causal, ids[:1, :_PROBE]), ids, None, past_key_values)
 
 
 def _score_rows(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -126,7 +137,12 @@ def _causal(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, start: int, chunk: int | None
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor | None,
+    cache: Cache | None,
+    start: int,
+    chunk: int | None,
 ) -> None:
     if ids.ndim != 2:
         raise DataError(f"input_ids has shape {tuple(ids.shape)}: expected [batch, tokens].")
@@ -142,10 +158,13 @@ def _check(
         )
     if chunk is not None and chunk < 1:
         raise DataError(f"chunk={chunk}: expected at least one row.")
+    if mask is not None and cache is not None:
+        raise DataError("attention_mask beside past_key_values: cached tokens have no padding.")
     limit = learned_positions(model)
-    if limit is not None and ids.shape[1] > limit:
+    length = ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+    if limit is not None and length > limit:
         raise ModelError(
-            f"{ids.shape[1]} tokens are more than the {limit} learned positions of model type "
+            f"{length} tokens are more than the {limit} learned positions of model type "
             f"{model.config.model_type!r}: score at most {limit}."
         )
 
@@ -162,14 +181,16 @@ def _evaluating(model: nn.Module) -> Generator[None]:
             module.training = True
 
 
-def _run_body(body: nn.Module, ids: Tensor, mask: Tensor | None) -> Any:
+def _run_body(body: nn.Module, ids: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Any:
     """Run the model below the head; the output's first entry is its last states [B, S, D]."""
-    extra: dict[str, Tensor] = {}
+    extra: dict[str, Any] = {}
+    if cache is not None:
+        extra["past_key_values"] = cache
     if mask is not None:
         extra["attention_mask"] = mask
         if "position_ids" in inspect.signature(body.forward).parameters:
             extra["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return body(input_ids=ids, use_cache=False, **extra)
+    return body(input_ids=ids, use_cache=cache is not None, **extra)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def test_every_length_is_exact_and_the_text_is_whole(
     assert text.endswith(f"\nWhat is the pass key? The pass key is {prompt.key}")
     assert text.count(needle) == 1
     # A token is a byte here, so the characters before the needle are the tokens before it.
-    assert text.index(needle) in (prompt.needle_start, prompt.needle_start - 1)
+    assert text.index(needle) in (prompt.needle_starts[0], prompt.needle_starts[0] - 1)
 
 
 @HAYSTACKS
@@ -99,7 +99,7 @@ def test_depth_is_the_one_realised() -> None:
             f"\nThe pass key is {prompt.key}. Remember it. {prompt.key} is the pass key.\n"
         )
         hay = 4000 - frame - needle
-        assert prompt.depth == pytest.approx((prompt.needle_start - head) / hay, abs=1e-3)
+        assert prompt.depth == pytest.approx((prompt.needle_starts[0] - head) / hay, abs=1e-3)
         assert abs(prompt.depth - wanted) < 0.01
 
 
@@ -191,14 +191,14 @@ def test_further_pairs_have_names_and_keys_of_their_own(haystack: Haystack) -> N
         assert asked
         assert asked.groups() in [one[:2] for one in stated]
         assert asked[2] == prompt.key
-        assert text[prompt.needle_start :].lstrip().startswith(f"The {asked[1]} key is")
+        assert text[prompt.needle_starts[0] :].lstrip().startswith(f"The {asked[1]} key is")
         assert {split_of(one[1]) for one in stated} == {"eval"}
 
 
 def test_one_haystack_seed_gives_one_prefix() -> None:
     shared = [make(haystack=TEXTS, seed=seed, haystack_seed=5, depth=0.6) for seed in range(6)]
     assert len({prompt.haystack for prompt in shared}) == 1
-    assert len({prompt.input_ids[: prompt.needle_start] for prompt in shared}) == 1
+    assert len({prompt.input_ids[: prompt.needle_starts[0]] for prompt in shared}) == 1
     assert len({prompt.key for prompt in shared}) == 6
     assert len({make(haystack=TEXTS, seed=seed).haystack for seed in range(6)}) > 1
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from longctx.errors import DataError
-from longctx.eval import Observation, Passkey, Unit
-from longctx.prompts import SHORT, Grass, passkey, split_of
+from longctx.eval import Observation, Passkey
+from longctx.prompts import SHORT, Grass, Prompt, passkey, split_of
 
 from .conftest import byte_model, byte_tokenizer
 
@@ -20,8 +20,15 @@ TASK = Passkey(samples=6, haystack="grass", wording=SHORT)
 
 
 def observe(task: Passkey, model: Any, length: int = LENGTH, batch: int = 900) -> Any:
-    unit = Unit((length,), 0)
-    return task.measure(model, byte_tokenizer(), unit, batch_tokens=batch)
+    unit = task.part(length, range(task.samples), length)
+    return task.measure(
+        model, byte_tokenizer(), unit, batch_tokens=batch, length_invariant=True
+    ).observations
+
+
+def prompts_of(task: Passkey, length: int = LENGTH) -> list[Prompt]:
+    unit = task.part(length, range(task.samples), length)
+    return [prompt for _, _, prompt in task.cases(byte_tokenizer(), unit)]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +52,7 @@ def knowing() -> Any:
 def test_found_is_what_generate_returns(knowing: Any) -> None:
     tokenizer = byte_tokenizer()
     found = observe(TASK, knowing)
-    for index, observation in enumerate(found):
-        prompt = TASK._prompt(tokenizer, LENGTH, index)  # pyright: ignore[reportPrivateUsage]
+    for prompt, observation in zip(prompts_of(TASK), found, strict=True):
         asked = torch.tensor([prompt.input_ids[: prompt.answer_start]])
         out = knowing.generate(
             asked, max_new_tokens=len(prompt.answer_ids), do_sample=False, eos_token_id=None
@@ -66,7 +72,7 @@ def test_found_is_what_generate_returns(knowing: Any) -> None:
 
 def test_prompts_have_the_exact_length_and_depths_of_the_grid(texts: tuple[str, ...]) -> None:
     task = Passkey(samples=12, depths=3, haystack="both", text=texts, wording=SHORT)
-    prompts = [task._prompt(byte_tokenizer(), 3000, i) for i in range(12)]  # pyright: ignore[reportPrivateUsage]
+    prompts = prompts_of(task, 3000)
     assert {len(prompt.input_ids) for prompt in prompts} == {3000}
     assert len({prompt.key for prompt in prompts}) == 12
     assert {split_of(prompt.key) for prompt in prompts} == {"eval"}
@@ -117,7 +123,7 @@ def test_nan_is_neither_right_nor_wrong(model: Any) -> None:
 
 
 def test_the_summary_is_a_share_with_wilson() -> None:
-    answers = [Observation(64, "x", 1.0, 5, correct=index < 15) for index in range(20)]
+    answers = [Observation(64, str(index), "x", 1.0, 5, index < 15) for index in range(20)]
     summary = TASK.summarise(answers)
     assert summary.value == 0.75
     assert (summary.low, summary.high) == pytest.approx((0.5313, 0.8881), abs=1e-4)

@@ -32,7 +32,9 @@ def measured(task: Perplexity, model: Any, tokenizer: Any, invariant: bool) -> l
     return [
         observation
         for unit in plan.units
-        for observation in task.measure(model, tokenizer, unit, batch_tokens=1000)
+        for observation in task.measure(
+            model, tokenizer, unit, batch_tokens=1000, length_invariant=invariant
+        ).observations
     ]
 
 
@@ -115,15 +117,15 @@ def test_the_summary_weights_by_tokens_and_exponentiates() -> None:
     task = Perplexity(last=2)
     detail = {"prefix_nll": 6.0, "prefix_targets": 4}
     summary = task.summarise([
-        Observation(9, "a", nll=2.0, targets=2, detail=detail),
-        Observation(9, "b", nll=4.0, targets=2, detail=detail),
+        Observation(9, "0", "a", nll=2.0, targets=2, detail=detail),
+        Observation(9, "1", "b", nll=4.0, targets=2, detail=detail),
     ])  # fmt: skip
     assert summary.value == pytest.approx(math.exp(1.5))
     assert summary.prefix == pytest.approx(math.exp(1.5))
     # Two documents: mean 1.5, standard error 0.5, t(1 df) = 12.706
     assert summary.low == pytest.approx(math.exp(1.5 - 12.7062 * 0.5), rel=1e-4)
     assert summary.interval == "t over 2 documents, 95%"
-    lone = task.summarise([Observation(9, "a", nll=math.nan, targets=2, detail=detail)])
+    lone = task.summarise([Observation(9, "0", "a", nll=math.nan, targets=2, detail=detail)])
     assert math.isnan(lone.value)
     assert lone.interval == "none: one document"
 

@@ -6,7 +6,9 @@ import json
 import math
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from longctx.errors import RunError
 from longctx.eval import Observation
@@ -16,9 +18,9 @@ IDENTITY = {"model": "m1", "tokenizer": "t1"}
 
 
 def record(key: str = "k", nll: float = 0.1 + 0.2, failed: str | None = None) -> Record:
-    observation = Observation(64, "doc", nll, 5, True, {"depth": 0.5, "key": "123", "x": nll})
+    observation = Observation(64, "i", "doc", nll, 5, True, {"depth": 0.5, "key": "123", "x": nll})
     found = () if failed else (observation,)
-    return Record(key, "yarn:2", "passkey", (64, 128), 128, 0.25, found, failed)
+    return Record(key, "yarn:2", "passkey", (64, 128), 128, 0.25, "whole", found, failed)
 
 
 def test_what_is_put_is_what_is_read_back(tmp_path: Path) -> None:
@@ -54,11 +56,13 @@ def test_a_cut_off_last_line_is_dropped_and_said(tmp_path: Path, cut: int) -> No
     store.put(record("a"))
     store.put(record("b"))
     path.write_bytes(path.read_bytes()[:-cut])
+    store.close()
     again = Store(path, IDENTITY)
     assert again.get("a") == record("a")
     assert again.get("b") is None
     assert "the last line was cut off" in again.notes[0]
     again.put(record("b"))
+    again.close()
     third = Store(path, IDENTITY)
     assert third.get("b") == record("b")
     assert not third.notes
@@ -70,6 +74,7 @@ def test_a_file_cut_within_its_first_line_is_begun_again(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:10])
     store = Store(path, IDENTITY)
     store.put(record())
+    store.close()
     assert Store(path, IDENTITY).get("k") == record()
 
 
@@ -78,7 +83,9 @@ def test_the_last_of_several_counts_and_failures_are_tried_again(tmp_path: Path)
     store = Store(path, IDENTITY)
     store.put(record(failed="out of memory"))
     assert store.get("k") is None
+    assert store.last("k") == record(failed="out of memory")
     store.put(record())
+    store.close()
     assert Store(path, IDENTITY).get("k") == record()
 
 
@@ -90,7 +97,9 @@ def test_results_of_another_model_are_refused(tmp_path: Path, key: str) -> None:
         Store(path, IDENTITY | {key: "else"})
 
 
-@pytest.mark.parametrize("first", ['{"a": 1}\n', '{"longctx": "results", "version": 9}\n'])
+@pytest.mark.parametrize(
+    "first", ["my notes", "a\nb", '{"a": 1}\n', '{"longctx": "results", "version": 9}\n']
+)
 def test_other_files_are_refused_and_kept(tmp_path: Path, first: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(first)
@@ -129,4 +138,45 @@ def test_a_full_disk_is_said_and_loses_nothing(
     with pytest.raises(RunError, match=r"No space left on device.*goes on from the 1 results"):
         store.put(record("b"))
     monkeypatch.undo()
+    store.close()
     assert Store(path, IDENTITY).get("a") == record("a")
+
+
+def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    first = Store(path, IDENTITY)
+    with pytest.raises(RunError, match=r"another sweep is writing to .*name another folder"):
+        Store(path, IDENTITY)
+    first.put(record())
+    first.close()
+    assert Store(path, IDENTITY).get("k") == record()
+
+
+def test_processes_of_one_sweep_write_apart_and_read_together(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    stores = [Store(path, IDENTITY, rank=rank, ranks=3) for rank in range(3)]
+    for rank, store in enumerate(stores):
+        store.put(record(f"k{rank}", nll=rank))
+    for store in stores:
+        store.reload()
+        assert [store.get(f"k{rank}") for rank in range(3)] == [
+            record(f"k{rank}", nll=rank) for rank in range(3)
+        ]
+        store.close()
+    assert Store(path, IDENTITY).get("k2") == record("k2", nll=2)
+    assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {
+        "r.jsonl", "r.1of3.jsonl", "r.2of3.jsonl"
+    }  # fmt: skip
+
+
+def test_a_record_whose_tokens_are_gone_is_measured_again(tmp_path: Path) -> None:
+    table = pa.table({"nll": [0.5, 1.5]})
+    store = Store(tmp_path / "r.jsonl", IDENTITY)
+    store.put(record(), table)
+    kept = store.get("k")
+    assert kept is not None
+    assert kept.per_token
+    path = tmp_path / "tokens" / "k.parquet"
+    assert parquet.read_table(path).equals(table)  # pyright: ignore[reportUnknownMemberType]
+    path.unlink()
+    assert store.get("k") is None

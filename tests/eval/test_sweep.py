@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import longctx
 from longctx.errors import DataError, MethodError, ModelError, RunError
-from longctx.eval import Observation, Perplexity, Plan, Summary, Task, Unit, sweep
+from longctx.eval import Measured, Observation, Perplexity, Plan, Summary, Task, Unit, sweep
 from longctx.eval.fingerprint import model_digest
 
 from .conftest import WINDOW, byte_model
@@ -47,12 +47,13 @@ class Count:
         return Plan((whole,) if length_invariant else tuple(whole.alone()), ("a note",))
 
     def measure(
-        self, model: Any, tokenizer: Any, unit: Unit, *, batch_tokens: int
-    ) -> list[Observation]:
+        self, model: Any, tokenizer: Any, unit: Unit, *, batch_tokens: int, length_invariant: bool
+    ) -> Measured:
         self.calls.append(unit.lengths)
         if max(unit.lengths) > self.memory:
             raise torch.OutOfMemoryError("out of memory")
-        return [Observation(n, "c", self.nll * n, n, correct=True) for n in unit.lengths]
+        found = (Observation(n, "0", "c", self.nll * n, n, correct=True) for n in unit.lengths)
+        return Measured(tuple(found), unit.tokens, "not at all")
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:
         return Summary(float(len(observations)), 0.0, 2.0, "made up")
@@ -91,7 +92,9 @@ def test_a_cell_is_what_the_task_alone_gives(
                 observation
                 for unit in units
                 if unit.lengths == (length,)
-                for observation in task.measure(model, tokenizer, unit, batch_tokens=1)
+                for observation in task.measure(
+                    model, tokenizer, unit, batch_tokens=1, length_invariant=False
+                ).observations
             ]
             wanted = math.exp(sum(o.nll for o in found) / sum(o.targets for o in found))
             assert result.row(method, "perplexity", length).value == pytest.approx(wanted, 1e-5)
@@ -181,7 +184,7 @@ def test_nan_is_a_failure_and_not_a_wrong_answer(model: Any, tokenizer: Any) -> 
 
 def test_other_errors_come_through_and_the_model_is_given_back(model: Any, tokenizer: Any) -> None:
     class Broken(Count):
-        def measure(self, *args: Any, **settings: Any) -> list[Observation]:
+        def measure(self, *args: Any, **settings: Any) -> Measured:
             raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):

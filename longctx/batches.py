@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longctx.scoring import TokenScores, score
+from .scoring import TokenScores, score
 
 __all__ = ["is_out_of_memory", "score_batches", "shrinking"]
 

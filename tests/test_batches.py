@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longctx.eval.batches import is_out_of_memory, score_batches, shrinking
+from longctx.batches import is_out_of_memory, score_batches, shrinking
 from longctx.scoring import score
 
-from .conftest import byte_model
+from .eval.conftest import byte_model
 
 
 def test_the_batch_is_halved_until_it_fits_and_nothing_is_lost() -> None:

@@ -1,0 +1,114 @@
+"""Fewer prompts for the same answer: how far does the share found stay above a threshold?
+
+In a cell, prompts are asked in a random order until Wald's sequential probability ratio test
+decides between a share of `threshold − margin` and one of `threshold + margin`; both errors are
+at most about `error` where the true share is outside of the two. A cell that is still open when
+its prompts are used up is decided by its share.
+
+Over lengths the boundary is found by bisection. That takes it that what fails at a length fails at
+longer ones; a failure therefore counts only if the next longer length fails too, so that a dip is
+not taken for the end.
+
+Source: Wald, "Sequential Tests of Statistical Hypotheses" (1945), sections 3 and 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from longctx.errors import RunError
+
+from .task import Observation
+
+__all__ = ["Adaptive", "Verdict", "boundary"]
+
+Verdict = Literal["pass", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """When a cell has been asked enough."""
+
+    threshold: float = 0.8
+    """Share found that a length must reach; YaRN's criterion by default."""
+    margin: float = 0.1
+    """The shares threshold ± margin are to be told apart; between them either answer is right."""
+    error: float = 0.05
+    """Probability of either wrong decision."""
+    step: int = 5
+    """Prompts asked at a time."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold - self.margin < self.threshold + self.margin < 1:
+            raise RunError(
+                f"threshold={self.threshold}, margin={self.margin}: both threshold − margin and "
+                "threshold + margin must lie strictly between 0 and 1."
+            )
+        if not 0 < self.error < 0.5 or self.step < 1:
+            raise RunError(
+                f"error={self.error}, step={self.step}: expected an error below 0.5 and a step of "
+                "at least 1."
+            )
+
+    def decide(self, hits: int, n: int) -> Verdict | None:
+        """What `hits` of `n` prompts say, None where more are needed."""
+        low, high = self.threshold - self.margin, self.threshold + self.margin
+        ratio = hits * math.log(high / low) + (n - hits) * math.log((1 - high) / (1 - low))
+        bound = math.log((1 - self.error) / self.error)
+        if ratio >= bound:
+            return "pass"
+        return "fail" if ratio <= -bound else None
+
+    def ask(
+        self, samples: int, seed: int, answer: Callable[[Sequence[int]], Iterable[Observation]]
+    ) -> Verdict:
+        """Ask prompts of one cell until they decide.
+
+        Args:
+            samples: prompts that there are.
+            seed: chooses their order, so that a cell stopped early has no favourite depth.
+            answer: asks the prompts of these numbers.
+        """
+        order = list(range(samples))
+        Random(f"adaptive/{seed}").shuffle(order)
+        hits = asked = 0
+        for first in range(0, samples, self.step):
+            for observation in answer(order[first : first + self.step]):
+                hits += bool(observation.correct)
+                asked += 1
+            verdict = self.decide(hits, asked)
+            if verdict is not None:
+                return verdict
+        return "pass" if hits >= self.threshold * asked else "fail"
+
+
+def boundary(lengths: Sequence[int], passes: Callable[[int], bool]) -> int | None:
+    """The longest length that passes, None if not even the shortest does; few are asked.
+
+    A failing length counts as failed only if the next longer one fails too.
+
+    Args:
+        lengths: ascending.
+        passes: measures a length; asked at most once for each.
+    """
+    known: dict[int, bool] = {}
+
+    def ask(index: int) -> bool:
+        if index not in known:
+            known[index] = passes(lengths[index])
+        return known[index]
+
+    low, high = -1, len(lengths)  # passes, fails
+    while high - low > 1:
+        middle = (low + high) // 2
+        if ask(middle):
+            low = middle
+        elif middle + 1 < high and ask(middle + 1):
+            low = middle + 1  # a dip
+        else:
+            high = middle
+    return None if low < 0 else lengths[low]
