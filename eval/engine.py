@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longctx.batches import is_out_of_memory
 
 from .fingerprint import json_digest
-from .store import Record, Store
+from .records import Record
+from .store import Store
 from .task import Measured, Plan, Task, Unit
 from .variants import Variant
 

@@ -108,6 +108,7 @@ def _report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
         "verified": [dataclasses.asdict(check) for check in result.verified],
         "rows": [{key: _plain(value) for key, value in row.items()} for row in rows],
         "cells": cells,
+        "records": [record.key for record in result.records],
     }
 
 

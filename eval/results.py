@@ -15,7 +15,7 @@ from rich.console import Console
 from longctx.errors import RunError
 
 from .fingerprint import json_digest
-from .store import Record
+from .records import Record
 from .task import Observation, Task
 from .variants import Variant
 from .verify import Verification

@@ -10,8 +10,8 @@ from .adaptive import Adaptive, boundary
 from .engine import Engine, Job, cost
 from .progress import Progress
 from .ranks import Ranks
+from .records import Record
 from .retrieval import Retrieval
-from .store import Record
 from .task import Observation
 from .verify import Verification, verify
 

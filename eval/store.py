@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,35 +20,20 @@ from filelock import FileLock, Timeout
 
 from longctx.errors import RunError
 
-from .task import Observation
+from .records import (
+    Record,
+    check_header,
+    dump_record,
+    header_of,
+    load_record,
+    parts_of,
+    read_records,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Record", "Store"]
-
-_VERSION = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What one unit of work gave."""
-
-    key: str
-    """Digest of model, method, tokenizer, task and unit."""
-    method: str
-    task: str
-    lengths: tuple[int, ...]
-    tokens: int
-    """Forwarded."""
-    seconds: float
-    how: str
-    """How prompts or windows were run."""
-    observations: tuple[Observation, ...]
-    failed: str | None = None
-    """Why there are no observations."""
-    per_token: bool = False
-    """Whether the scores of single tokens lie in `tokens/KEY.parquet`."""
+__all__ = ["Store"]
 
 
 class Store:
@@ -81,7 +64,6 @@ class Store:
         if rank:
             self._own = path.with_name(f"{path.stem}.{rank}of{ranks}{path.suffix}")
         assert self._own is not None
-        self._header = {"longctx": "results", "version": _VERSION, **identity}
         self._lock = FileLock(self._own.with_name(f".{self._own.name}.lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +71,7 @@ class Store:
             self.reload()
             self._drop_cut_line(self._own)
             if not self._own.exists() or not self._own.stat().st_size:
-                self._append(self._header)
+                self._append(header_of(identity))
             else:
                 self._own.open("ab").close()  # refuse what cannot be written before any work
         except Timeout as error:
@@ -114,10 +96,8 @@ class Store:
         """Read what all processes have written."""
         if self.path is None:
             return
-        others = self.path.parent.glob(f"{self.path.stem}.*of*{self.path.suffix}")
-        for path in (self.path, *sorted(others)):
-            if path.exists():
-                self._read(path)
+        for part in parts_of(self.path):
+            self._records |= read_records(part, self.identity)
 
     def last(self, key: str) -> Record | None:
         """The record under `key`, failed or not."""
@@ -136,8 +116,8 @@ class Store:
         """Keep a record, on the disk before this returns; returns it as it will be read back."""
         if self.path is not None and per_token is not None:
             record = dataclasses.replace(record, per_token=True)
-        text = _dump(record)
-        record = _load(json.loads(text))
+        text = dump_record(record)
+        record = load_record(json.loads(text))
         self._records[record.key] = record
         if self.path is not None:
             try:
@@ -180,73 +160,9 @@ class Store:
         whole, _, cut = data.rpartition(b"\n")
         if not cut:
             return
-        if not whole and not json.dumps(self._header).encode().startswith(cut):
-            _check_header(path, {"": cut[:60].decode(errors="replace")}, self._header)
+        if not whole and not json.dumps(header_of(self.identity)).encode().startswith(cut):
+            check_header(path, cut.decode(errors="replace"), self.identity)
         os.truncate(path, len(data) - len(cut))
         self.notes.append(
             f"{path}: the last line was cut off ({len(cut)} bytes), dropped and computed again"
         )
-
-    def _read(self, path: Path) -> None:
-        # What follows the last newline is still being written by another process.
-        whole = path.read_bytes().rpartition(b"\n")[0]
-        lines = whole.split(b"\n") if whole else []
-        for number, line in enumerate(lines, 1):
-            try:
-                value: dict[str, Any] = json.loads(line)
-                if number == 1:
-                    _check_header(path, value, self._header)
-                else:
-                    record = _load(value)
-                    self._records[record.key] = record
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if isinstance(error, RunError):
-                    raise
-                if number == 1:
-                    _check_header(path, {"": line[:60].decode(errors="replace")}, self._header)
-                raise RunError(
-                    f"{path}, line {number}, is no result of a sweep ({error}): delete that line, "
-                    "or name another results file."
-                ) from error
-
-
-def _check_header(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if found.get("longctx") != "results" or found.get("version") != _VERSION:
-        raise RunError(
-            f"{path} is no results file of this release (first line {str(found)[:80]}): name "
-            "another one."
-        )
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise RunError(
-                f"{path} holds the results of another {key} ({found.get(key)}, this one is "
-                f"{value}): name another file or folder, or delete it."
-            )
-
-
-def _dump(record: Record) -> str:
-    value = dataclasses.asdict(record)
-    for observation in value["observations"]:
-        _null(observation)
-        _null(observation["detail"])
-    return json.dumps(value, allow_nan=False)
-
-
-def _null(values: dict[str, Any]) -> None:
-    """JSON has no NaN and no infinity: both are null there, and NaN when read back."""
-    for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            values[key] = None
-
-
-def _load(value: dict[str, Any]) -> Record:
-    observations: list[Observation] = []
-    for fields in value["observations"]:
-        for name in [key for key, found in fields["detail"].items() if found is None]:
-            fields["detail"][name] = math.nan
-        if fields["nll"] is None:
-            fields["nll"] = math.nan
-        observations.append(Observation(**fields))
-    value["lengths"] = tuple(value["lengths"])
-    value["observations"] = tuple(observations)
-    return Record(**value)

@@ -10,8 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from longctx.assembly import Prompt
 
+from .records import Record
 from .retrieval import Retrieval
-from .store import Record
 from .task import Unit
 
 __all__ = ["Verification", "generated", "verify"]

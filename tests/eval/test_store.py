@@ -12,7 +12,8 @@ from pyarrow import parquet
 
 from longctx.errors import RunError
 from longctx.eval import Observation
-from longctx.eval.store import Record, Store
+from longctx.eval.records import Record
+from longctx.eval.store import Store
 
 IDENTITY = {"model": "m1", "tokenizer": "t1"}
 
