@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from longctx.prompts import CLASSIC, Prompt, Wording, passkey
 
-from .retrieval import Place, Retrieval
+from .hidden import Hidden
+from .retrieval import Place
 
 __all__ = ["Passkey"]
 
 
 @dataclass(frozen=True, slots=True)
-class Passkey(Retrieval):
+class Passkey(Hidden):
     """Passkey retrieval; the value of a cell is the share of keys found."""
 
     digits: int = 5
@@ -37,6 +38,7 @@ class Passkey(Retrieval):
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
         """A key at the place's depth."""
+        assert place.haystack is not None
         return passkey(
             tokenizer,
             length,
@@ -44,7 +46,7 @@ class Passkey(Retrieval):
             seed=place.seed,
             haystack=place.haystack,
             haystack_seed=place.haystack_seed,
-            longest=place.longest,
+            longest=place.longest or length,
             split="eval",
             chat=self.chat,
             digits=self.digits,

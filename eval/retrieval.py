@@ -1,5 +1,8 @@
 """What all retrieval tasks share: prompts with one right answer, scored without generating.
 
+A task says how a prompt of a given number is drawn; `hidden.py` has those with a haystack,
+`longchat.py` those of LongEval.
+
 Greedy decoding gives the answer if and only if, with the answer in place, the argmax is right at
 each of its tokens. Its log-probability is kept as a graded signal. What prompts have in common is
 run once (`longctx.sharing`).
@@ -20,47 +23,56 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.assembly import Prompt
 from longctx.errors import DataError
-from longctx.haystacks import Grass, Haystack
+from longctx.haystacks import Haystack
 from longctx.sharing import score_prompts
 
 from .stats import wilson
 from .task import Measured, Observation, Plan, Summary, Unit
-from .texts import digest, texts_of
 
-__all__ = ["Place", "Retrieval"]
+__all__ = ["Place", "Retrieval", "depth_grid", "turn_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where prompt `index` of a cell has its needle, and what it is drawn with."""
+    """What prompt `index` of a cell is drawn with."""
 
     index: int
-    haystack: Haystack
-    depth: float
-    """Wanted share of the haystack before the needle."""
     seed: int
-    """Chooses what the needle says."""
+    """Chooses what is asked for."""
     haystack_seed: int
-    longest: int | None
+    """Chooses what it is hidden in."""
+    longest: int | None = None
     """Tokens of the longest prompt whose haystack begins at the same place."""
+    depth: float = 0.0
+    """Wanted share of the haystack before the needle."""
+    haystack: Haystack | None = None
+    """None where the task makes its own."""
+
+
+def depth_grid(depths: int | None, prompts: int) -> list[float]:
+    """Depths from end to end, no more than there are prompts; in the middle for one."""
+    n = min(depths or 1, prompts)
+    return [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
+
+
+def turn_of(turn: int, seed: int, grid: Sequence[float]) -> tuple[int, float]:
+    """The haystack and depth of one prompt: all depths of `grid` in one haystack, then the next.
+
+    Without a grid, each prompt has a haystack of its own and `seed` draws its depth.
+    """
+    if grid:
+        return turn // len(grid), grid[turn % len(grid)]
+    return turn, Random(f"depth/{seed}").random()
 
 
 @dataclass(frozen=True, slots=True)
 class Retrieval(ABC):
-    """A task that hides something in a haystack; the value of a cell is the share found."""
+    """A task with one right answer per prompt; the value of a cell is the share found."""
 
     samples: int = 20
-    """Prompts per method and length, each with its own needle."""
-    depths: int | None = 10
-    """So many depths, evenly from the beginning to the end of the haystack. Prompts go through them
-    in one haystack before the next haystack is begun. None draws each at random, in a haystack of
-    its own."""
-    haystack: Literal["grass", "text", "both"] = "both"
-    """The repeated classical sentences, real text, or one after the other."""
-    text: tuple[str, ...] = ()
-    """Files or folders of real text; none means the embedded held-out documents."""
+    """Prompts per method and length, each with its own answer."""
     seed: int = 0
-    """Chooses needles, random depths and where in the text a haystack begins."""
+    """Chooses what is asked for and what it is hidden in."""
     chat: bool | None = None
     """Put the prompt into the tokenizer's chat template; None: if it has one."""
     share_lengths: bool = False
@@ -68,7 +80,12 @@ class Retrieval(ABC):
     but lengths are no longer independent of each other, and an interruption loses all of them."""
 
     name: ClassVar[str]
+    scale: ClassVar[Literal["share", "perplexity"]] = "share"
     higher_is_better: ClassVar[bool] = True
+
+    @abstractmethod
+    def place(self, index: int, longest: int | None) -> Place:
+        """What prompt `index` is drawn with; `longest` of all lengths matters if they share."""
 
     @abstractmethod
     def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
@@ -76,32 +93,16 @@ class Retrieval(ABC):
 
     @property
     @abstractmethod
-    def asked(self) -> str:
-        """What is to be returned, for the estimand: "keys of 5 digits"."""
+    def estimand(self) -> str:
+        """What the table shows."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise DataError(f"samples={self.samples}: expected at least one prompt per length.")
-        if self.depths is not None and self.depths < 1:
-            raise DataError(f"depths={self.depths}: expected at least one, or None for random.")
-        if self.haystack not in ("grass", "text", "both"):
-            raise DataError(f"haystack={self.haystack!r}: expected 'grass', 'text' or 'both'.")
-
-    @property
-    def estimand(self) -> str:
-        """What the table shows."""
-        where = "random depths" if self.depths is None else f"{len(self._grid())} depths"
-        return (
-            f"share of {self.samples} {self.asked} that greedy decoding returns, at {where} of a "
-            f"prompt of exactly that many tokens (haystack: {self.haystack}); interval: Wilson 95%"
-        )
 
     def spec(self) -> dict[str, Any]:
-        """Settings, and the haystacks by their content."""
-        texts = [
-            digest("\f".join(h.documents)) for h in self._haystacks() if not isinstance(h, Grass)
-        ]
-        return {**dataclasses.asdict(self), "text": texts}
+        """All settings."""
+        return dataclasses.asdict(self)
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
@@ -109,8 +110,8 @@ class Retrieval(ABC):
         """One unit per length, or one for all; the shortest and longest prompts are tried."""
         longest = max(lengths)
         for length in {min(lengths), longest}:
-            for index in range(min(self.samples, len(self._haystacks()))):
-                self.prompt(tokenizer, length, self._place(index, longest))
+            for index in range(min(self.samples, 2)):  # haystacks alternate between two kinds
+                self.prompt(tokenizer, length, self.place(index, longest))
         everything = range(self.samples)
         if self.share_lengths and length_invariant:
             whole = self.part(longest, everything, longest)
@@ -144,7 +145,7 @@ class Retrieval(ABC):
             length_invariant=length_invariant,
         )
         found = tuple(
-            _observe(tokenizer, *case, nll, argmax)
+            self._observe(tokenizer, *case, nll, argmax)
             for case, nll, argmax in zip(cases, scores.nll, scores.argmax, strict=True)
         )
         return Measured(found, scores.tokens, scores.how)
@@ -154,7 +155,7 @@ class Retrieval(ABC):
     ) -> list[tuple[int, Place, Prompt]]:
         """The prompts of a unit, each with its length and place."""
         longest: int | None = unit.spec.get("longest")
-        places = [self._place(index, longest) for index in unit.spec["prompts"]]
+        places = [self.place(index, longest) for index in unit.spec["prompts"]]
         return [
             (length, place, self.prompt(tokenizer, length, place))
             for length in unit.lengths
@@ -169,58 +170,34 @@ class Retrieval(ABC):
         hits = sum(map(bool, answers))
         return Summary(hits / len(answers), *wilson(hits, len(answers)), "Wilson 95%")
 
-    def _haystacks(self) -> list[Haystack]:
-        kinds: list[Haystack] = []
-        if self.haystack != "text":
-            kinds.append(Grass())
-        if self.haystack != "grass":
-            kinds.append(texts_of(self.text))
-        return kinds
+    def cluster(self, place: Place, prompt: Prompt) -> str:
+        """What the prompt has in common with others, so that they are not independent."""
+        return prompt.haystack
 
-    def _grid(self) -> list[float]:
-        kinds = 2 if self.haystack == "both" else 1
-        n = min(self.depths or 1, -(-self.samples // kinds))
-        return [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
-
-    def _place(self, index: int, longest: int | None) -> Place:
-        kinds, grid = self._haystacks(), self._grid()
-        kind, turn = index % len(kinds), index // len(kinds)
-        seed = self.seed * 1_000_000
-        if self.depths is None:
-            number, depth = turn, Random(f"depth/{seed + index}").random()
-        else:
-            number, depth = turn // len(grid), grid[turn % len(grid)]
-        return Place(
-            index=index,
-            haystack=kinds[kind],
-            depth=depth,
-            seed=seed + index,
-            haystack_seed=seed + number,
-            longest=longest if self.share_lengths else None,
+    def _observe(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        place: Place,
+        prompt: Prompt,
+        nll: torch.Tensor,
+        argmax: torch.Tensor,
+    ) -> Observation:
+        total = float(nll.double().sum())
+        said: list[int] = argmax.tolist()
+        detail: dict[str, Any] = {
+            "key": prompt.key,
+            "depth": prompt.depth,
+            "wanted_depth": place.depth,
+            "haystack": prompt.haystack,
+            "seed": prompt.seed,
+        }
+        if len(prompt.input_ids) != length:
+            detail["tokens"] = len(prompt.input_ids)
+        correct = None
+        if not math.isnan(total):
+            correct = said == list(prompt.answer_ids)
+            detail["argmax"] = tokenizer.decode(said)  # given the right tokens before each
+        return Observation(
+            length, str(place.index), self.cluster(place, prompt), total, len(said), correct, detail
         )
-
-
-def _observe(
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    place: Place,
-    prompt: Prompt,
-    nll: torch.Tensor,
-    argmax: torch.Tensor,
-) -> Observation:
-    total = float(nll.double().sum())
-    said: list[int] = argmax.tolist()
-    detail: dict[str, Any] = {
-        "key": prompt.key,
-        "depth": prompt.depth,
-        "wanted_depth": place.depth,
-        "haystack": prompt.haystack,
-        "seed": prompt.seed,
-    }
-    correct = None
-    if not math.isnan(total):
-        correct = said == list(prompt.answer_ids)
-        detail["argmax"] = tokenizer.decode(said)  # given the right tokens before each
-    # Grass is the same everywhere: all that differs between its prompts is the needle.
-    cluster = f"grass/{place.seed}" if isinstance(place.haystack, Grass) else prompt.haystack
-    return Observation(length, str(place.index), cluster, total, len(said), correct, detail)

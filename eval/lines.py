@@ -1,0 +1,171 @@
+"""LongEval's line retrieval: a record of named lines, of which one is asked for.
+
+Source: Li et al., "How Long Can Open-Source LLMs Truly Promise on Context Length?" (LongChat,
+2023), fine-grained line retrieval.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from random import Random
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from longctx.assembly import Prompt, answer_after, frame
+from longctx.errors import DataError
+from longctx.haystacks import decode
+
+from .blocks import cut, fit
+from .longchat import Case, LongEval, field
+from .retrieval import Place, depth_grid, turn_of
+from .words import names, number
+
+__all__ = ["Lines"]
+
+_INTRO = (
+    "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' "
+    "and contains a '<REGISTER_CONTENT>' at the end of the line as a numerical value. For each line"
+    " index, memorize its corresponding <REGISTER_CONTENT>. At the end of the record, I will ask "
+    "you to retrieve the corresponding <REGISTER_CONTENT> of a certain line index. Now the record "
+    "start:\n"
+)
+_QUESTION = (
+    "Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {}? I need the number."
+)
+_PREFIX = "The <REGISTER_CONTENT> in line {} is <"  # whether brackets are repeated is not asked
+_TRIED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    name: str
+    content: str
+    ids: tuple[int, ...]
+
+
+@lru_cache(maxsize=4)
+def _record(
+    tokenizer: PreTrainedTokenizerBase, size: int, seed: int
+) -> tuple[_Line, tuple[_Line, ...]]:
+    """The last line of a record, and those before it: more than `size` tokens if names suffice."""
+    rng = Random(f"lines/{seed}/{size}")
+    drawn = rng.sample(names(), len(names()))
+    pairs = [(name, number(rng, 5)) for name in drawn]
+    texts = [f"line {name}: REGISTER_CONTENT is <{content}>\n" for name, content in pairs]
+    shortest = min(map(len, cut(tokenizer, texts[:64])))
+    texts = texts[: size // shortest + 256]  # more to choose from
+    ids = cut(tokenizer, texts)
+    last, *lines = (_Line(*pair, tokens) for pair, tokens in zip(pairs, ids, strict=False))
+    return last, tuple(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Lines(LongEval):
+    """Line retrieval; the value of a cell is the share of contents found.
+
+    A generated record has whole lines only. Its prompts ask for a line at each depth and share all
+    lines but the last few, which make the length exact.
+    """
+
+    depths: int | None = 10
+    """So many depths, evenly from the first line to the last. Prompts go through them in one record
+    before the next record is begun. None draws each at random, in a record of its own."""
+
+    name: ClassVar[str] = "lines"
+
+    def __post_init__(self) -> None:
+        LongEval.__post_init__(self)
+        if self.depths is not None and self.depths < 1:
+            raise DataError(f"depths={self.depths}: expected at least one, or None for random.")
+
+    @property
+    def estimand(self) -> str:
+        """What the table shows."""
+        if self.file:
+            return (
+                f"share of line contents that greedy decoding returns, over at most {self.samples} "
+                "published prompts that have up to that many tokens, and more than the next "
+                "shorter length; interval: Wilson 95%"
+            )
+        where = "random depths" if self.depths is None else f"{len(self._grid())} depths"
+        return (
+            f"share of {self.samples} line contents that greedy decoding returns, at {where} of a "
+            "record that fills the prompt to exactly that many tokens; interval: Wilson 95%"
+        )
+
+    def place(self, index: int, longest: int | None) -> Place:
+        """A line at each depth of one record, then the next record."""
+        seed = self.seed * 1_000_000
+        record, depth = turn_of(index, seed + index, self._grid())
+        return Place(
+            index=index,
+            seed=seed + index,
+            haystack_seed=seed + record,
+            longest=longest if self.share_lengths else None,
+            depth=depth,
+        )
+
+    def generate(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
+        """The line nearest to the place's depth, in a record of whole lines."""
+        last, lines = _record(tokenizer, place.longest or length, place.haystack_seed)
+        sizes = [len(line.ids) for line in lines]
+        head, tail, answer = self._around(tokenizer, last)
+        room = length - len(head) - len(tail) - len(answer) - len(last.ids)
+        count = bisect_right(list(accumulate(sizes)), room)
+        wanted = round(place.depth * count)
+        # Near the end, a line may have to give way to those that make the length exact.
+        for row in [*range(wanted, max(wanted - _TRIED, -1), -1), count]:
+            asked = last if row == count else lines[row]
+            head, tail, answer = self._around(tokenizer, asked)
+            room = length - len(head) - len(tail) - len(answer) - len(last.ids)
+            chosen = fit(sizes, room, 1 if asked is last else row + 1)
+            if chosen is None:
+                continue
+            record = [*(lines[i] for i in chosen), last]
+            before = sum(len(line.ids) for line in record[: record.index(asked)])
+            ids = [*head, *(token for line in record for token in line.ids), *tail]
+            return Prompt(
+                input_ids=(*ids, *answer),
+                answer_start=len(ids),
+                answer=decode(tokenizer, answer),
+                key=f"{asked.content}>",
+                needle_starts=(len(head) + before,),
+                depth=before / sum(len(line.ids) for line in record if line is not asked),
+                haystack=f"lines@{place.haystack_seed}",
+                seed=place.seed,
+            )
+        if room > sum(sizes):
+            raise DataError(
+                f"length={length} asks for more lines than the {len(names())} names there are, "
+                f"which reach to about {length - room + sum(sizes)} tokens: ask for shorter ones."
+            )
+        raise DataError(
+            f"length={length} is too short for this prompt; it needs about "
+            f"{length - room + 8 * max(sizes)} tokens, which whole lines can "
+            "fill. Ask for a longer one."
+        )
+
+    def _around(
+        self, tokenizer: PreTrainedTokenizerBase, asked: _Line
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """What stands before the record and after it, and the answer."""
+        question, prefix = _QUESTION.format(asked.name), _PREFIX.format(asked.name)
+        head, tail = frame(tokenizer, _INTRO, question, prefix, self.chat)
+        return head, *answer_after(tokenizer, tail, f"{asked.content}>", space="")
+
+    def case(self, record: dict[str, Any], where: str) -> Case:
+        """A published prompt."""
+        text = field(record, "prompt", str, where)
+        name = str(field(record, "random_idx", list, where)[0])
+        content = field(record, "expected_number", int, where)
+        found = text.find(f"line {name}:")
+        if found < 0:
+            raise DataError(f"{where}: its prompt holds no 'line {name}:', which it asks for.")
+        return Case(text, _PREFIX.format(name), f"{content}>", space="", depth=found / len(text))
+
+    def _grid(self) -> list[float]:
+        return [] if self.depths is None else depth_grid(self.depths, self.samples)
