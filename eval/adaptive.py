@@ -77,9 +77,11 @@ class Adaptive:
         Random(f"adaptive/{seed}").shuffle(order)
         hits = asked = 0
         for first in range(0, samples, self.step):
-            for observation in answer(order[first : first + self.step]):
-                hits += bool(observation.correct)
-                asked += 1
+            answers = list(answer(order[first : first + self.step]))
+            if not answers:  # out of memory: more of the same would be too
+                return "fail"
+            hits += sum(bool(observation.correct) for observation in answers)
+            asked += len(answers)
             verdict = self.decide(hits, asked)
             if verdict is not None:
                 return verdict

@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Perplexity:
     """Files or folders, a document per file; none means the embedded held-out documents."""
 
     name: ClassVar[str] = "perplexity"
+    scale: ClassVar[Literal["share", "perplexity"]] = "perplexity"
     higher_is_better: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

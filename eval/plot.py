@@ -98,10 +98,10 @@ def _frame(axes: Axes, result: SweepResult, task: Task) -> None:
     axes.xaxis.set_major_formatter(FixedFormatter([_tokens(n) for n in result.lengths]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("length in tokens")
-    if task.higher_is_better:
+    if task.scale == "share":
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylabel("found")
+        axes.set_ylabel("found" if task.higher_is_better else "share, less is better")
     else:
         axes.set_yscale("log")
         low, high = axes.get_ylim()

@@ -48,7 +48,7 @@ def _number(value: float) -> str:
 
 
 def _table(result: SweepResult, task: Task) -> RenderableType:
-    share = task.higher_is_better
+    share = task.scale == "share"
     table = Table(
         title=f"{task.name} · {result.model}",
         title_justify="left",

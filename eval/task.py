@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,8 +97,10 @@ class Task(Protocol):
 
     name: ClassVar[str]
     """The name of its file."""
+    scale: ClassVar[Literal["share", "perplexity"]]
+    """A share (0 to 1) is shown in percent, a perplexity (above 1) on a logarithmic axis."""
     higher_is_better: ClassVar[bool]
-    """True for an accuracy (0 to 1), False for a perplexity (above 1)."""
+    """Which way of two values is the better one."""
 
     @property
     def estimand(self) -> str:

@@ -1,0 +1,70 @@
+"""Scores against real generation, and what is said where the two differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+import longctx
+from longctx.eval import Passkey, sweep
+from longctx.eval.verify import generated, verify
+from longctx.prompts import SHORT
+
+from .conftest import byte_model, byte_tokenizer
+
+TASK = Passkey(samples=12, depths=4, wording=SHORT, digits=3)
+
+
+@pytest.mark.parametrize("method", ["none", "yarn:2", "alibi", "dynamic:2"])
+def test_scores_agree_with_generate(method: str, texts: tuple[str, ...]) -> None:
+    task = dataclasses.replace(TASK, text=texts)
+    result = sweep(
+        byte_model(), byte_tokenizer(), [task], (400, 900), methods=[method], verify=9,
+        progress=False,
+    )  # fmt: skip
+    (check,) = result.verified
+    assert (check.checked, check.disagreements) == (9, ())
+    assert f"passkey under {method}: 9 answers were generated too, all as scored" in result.notes
+
+
+def test_the_embedded_models_scores_are_what_it_generates() -> None:
+    """Some answers right, some wrong; 240 prompts in all, half of them with shared prefixes."""
+    model, tokenizer = longctx.load("demo")
+    methods = ["none", "linear:2", "yarn:4", "alibi"]
+    task = Passkey(samples=30)
+    result = sweep(model, tokenizer, [task], (256, 512), methods=methods, verify=60, progress=False)
+    assert [check.checked for check in result.verified] == [60] * 4
+    assert not [told for check in result.verified for told in check.disagreements]
+    hits = [o.correct for record in result.records for o in record.observations]
+    assert 30 < sum(map(bool, hits)) < 210
+
+
+def test_a_disagreement_is_told(texts: tuple[str, ...]) -> None:
+    model, tokenizer = byte_model(), byte_tokenizer()
+    task = dataclasses.replace(TASK, text=texts)
+    result = sweep(model, tokenizer, [task], (400,), progress=False)
+    units = task.plan(tokenizer, (400,), length_invariant=True).units
+    (record,) = result.records
+    first = dataclasses.replace(record.observations[0], correct=not record.observations[0].correct)
+    lying = dataclasses.replace(record, observations=(first, *record.observations[1:]))
+    check = verify(model, tokenizer, "none", task, units, [lying], 100)
+    assert check.checked == 12
+    (told,) = check.disagreements
+    assert told.startswith("prompt 0 at 400: scored True, generated ")
+    assert "1 NOT as scored: prompt 0" in check.note
+
+
+def test_settings_of_the_checkpoint_do_not_reach_generation(texts: tuple[str, ...]) -> None:
+    model, tokenizer = byte_model(), byte_tokenizer()
+    task = dataclasses.replace(TASK, text=texts)
+    (unit,) = task.plan(tokenizer, (400,), length_invariant=True).units
+    prompts = [prompt for _, _, prompt in task.cases(tokenizer, unit)]
+    plain = [generated(model, prompt) for prompt in prompts]
+    assert max(map(len, plain)) == len(prompts[0].answer_ids)  # an EOS may end one earlier
+    settings: Any = model.generation_config
+    settings.repetition_penalty, settings.no_repeat_ngram_size = 5.0, 1
+    settings.do_sample, settings.temperature, settings.num_beams = True, 9.0, 3
+    assert [generated(model, prompt) for prompt in prompts] == plain
+    assert longctx.patch_of(model) is None
