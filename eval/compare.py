@@ -1,0 +1,244 @@
+"""Sweeps side by side: what does each entry change against the first, on the same inputs?
+
+comparison = compare({"base": "runs/base", "yarn": "runs/yarn#yarn:4"})
+comparison.print(); comparison.write("runs/base-yarn")
+
+Observations are paired by task, settings, length and item. Holm's adjustment is over all cells of
+one entry, so that its marks hold together; pooled tests are a family of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+from longctx.errors import RunError
+
+from .comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
+from .differences import Difference, Pair, answers_in_a_cell, nll, pair, pooled_answers
+from .fingerprint import json_digest
+from .runs import Entry, Source, entries_of
+from .significance import holm
+
+__all__ = ["compare"]
+
+_LEVEL = 0.05  # adjusted p-values below it are called significant
+_Key: TypeAlias = tuple[str, int, str]
+_Tested = TypeVar("_Tested", ComparedCell, PooledDifference)
+
+
+def compare(runs: Mapping[str, Source]) -> Comparison:
+    """Compare sweeps with each other, cell by cell and pooled, on the inputs they share.
+
+    Args:
+        runs: by name, each a folder that `longctx sweep --out` wrote, "FOLDER#METHOD" for one of
+            its methods, or a `SweepResult`. A run of several methods gives an entry for each,
+            `name/method`; of a single run its methods are compared. The first is the baseline.
+
+    Raises:
+        RunError: fewer than two entries, folders that hold no sweep, other tokenizers or task
+            settings, or nothing in common.
+    """
+    entries = entries_of(runs)
+    if len(entries) < 2:
+        raise RunError(
+            f"a comparison takes two entries or more, here are {len(entries)}: name another run, "
+            "or one of several methods."
+        )
+    _refuse_unlike(entries)
+    tasks = tuple(
+        _task(name, entries) for name in dict.fromkeys(t for e in entries for t in e.specs)
+    )
+    lengths = tuple(sorted({length for entry in entries for length in entry.lengths}))
+    pairs = {
+        (task.name, length, entry.name): _pairs(entries[0], entry, task.name, length)
+        for task in tasks
+        for length in lengths
+        for entry in entries[1:]
+    }
+    rows = [
+        _cell(entry, task, length, pairs.get((task.name, length, entry.name)))
+        for task in tasks
+        for length in lengths
+        for entry in entries
+    ]
+    if not any(row.paired or row.failed for row in rows):
+        reasons = dict.fromkeys(row.unpaired for row in rows if row.unpaired)
+        raise RunError(
+            f"the runs have nothing in common: {'; '.join(map(str, reasons))}. Sweep the same "
+            "tasks, texts and lengths in both."
+        )
+    window = entries[0].original_window
+    short = [length for length in lengths if window is not None and length <= window]
+    return Comparison(
+        baseline=entries[0].name,
+        entries=tuple(entry.name for entry in entries),
+        models={entry.name: f"{entry.model} {entry.method}" for entry in entries},
+        original_window=window,
+        lengths=lengths,
+        tasks=tasks,
+        rows=tuple(_adjusted(rows)),
+        pooled=tuple(_adjusted(_pool(tasks, entries, lengths, pairs))),
+        inside=tuple(_adjusted(_pool(tasks, entries, short, pairs))),
+        notes=tuple(dict.fromkeys(note for entry in entries for note in entry.notes)),
+    )
+
+
+def _refuse_unlike(entries: Sequence[Entry]) -> None:
+    """Different models are the point; different prompts are not."""
+    base = entries[0]
+    for entry in entries[1:]:
+        if entry.tokenizer != base.tokenizer:
+            raise RunError(
+                f"{base.name} and {entry.name} have different tokenizers or chat templates "
+                f"({base.tokenizer} and {entry.tokenizer}), so that no prompt is the same: compare "
+                "runs of one tokenizer."
+            )
+        for other in entries[: entries.index(entry)]:
+            for task in entry.specs.keys() & other.specs.keys():
+                if json_digest(entry.specs[task]) != json_digest(other.specs[task]):
+                    raise RunError(
+                        f"{other.name} and {entry.name} have different settings of {task}: "
+                        f"{_unlike(other.specs[task], entry.specs[task])}. Sweep both alike."
+                    )
+
+
+def _unlike(first: dict[str, Any], second: dict[str, Any]) -> str:
+    said = [
+        f"{key} {first.get(key)!r} and {second.get(key)!r}"
+        for key in dict.fromkeys([*first, *second])
+        if json_digest(first.get(key)) != json_digest(second.get(key))
+    ]
+    return ", ".join(said)
+
+
+def _task(name: str, entries: Sequence[Entry]) -> ComparedTask:
+    has = [entry for entry in entries if name in entry.specs]
+    observations = (
+        o
+        for entry in has
+        for (task, _), cell in entry.cells.items()
+        if task == name
+        for o in cell.observations.values()
+    )
+    # A report does not say which kind a task is; where answers are right or wrong, it is a share.
+    share = any(o.correct is not None for o in observations)
+    return ComparedTask(name, share, has[0].estimands[name])
+
+
+def _pairs(base: Entry, entry: Entry, task: str, length: int) -> list[Pair] | str:
+    """What both have of a cell, or why that is nothing."""
+    for side in (entry, base):
+        cell = side.cells.get((task, length))
+        if cell is None or not (cell.row.n or cell.row.failed):
+            return f"not measured in {side.name}"
+        if cell.row.failed:
+            return f"{side.name} failed: {cell.row.failed}"
+        if cell.mismatch:
+            return (
+                f"results.jsonl of {side.name} holds {cell.mismatch}: finish it by the same "
+                "`longctx sweep` command, or sweep into a new folder"
+            )
+    found = pair(base.cells[task, length].observations, entry.cells[task, length].observations)
+    if found and all(a.correct is None and not a.targets for a, _ in found):
+        return f"{task} has neither right answers nor target tokens: its values stand side by side"
+    return found or f"no prompt or window in common with {base.name}: other texts or lengths"
+
+
+def _cell(
+    entry: Entry, task: ComparedTask, length: int, pairs: list[Pair] | str | None
+) -> ComparedCell:
+    """A row; `pairs` is None for the baseline, which is compared with nothing."""
+    cell = entry.cells.get((task.name, length))
+    row = None if cell is None else cell.row
+    found, unpaired = None, None
+    if isinstance(pairs, str):
+        unpaired = pairs
+    elif pairs is None:
+        measured = row is not None and bool(row.n or row.failed)
+        unpaired = None if measured else f"not measured in {entry.name}"
+    else:
+        found = answers_in_a_cell(pairs) if task.share else nll(pairs)
+    return ComparedCell(
+        task=task.name,
+        length=length,
+        entry=entry.name,
+        value=row.value if row else math.nan,
+        low=row.low if row else math.nan,
+        high=row.high if row else math.nan,
+        n=row.n if row else 0,
+        difference=found.value if found else math.nan,
+        difference_low=found.low if found else math.nan,
+        difference_high=found.high if found else math.nan,
+        interval=found.interval if found else "",
+        p_value=found.p_value if found else math.nan,
+        p_holm=math.nan,
+        test=found.test if found else "",
+        paired=found.pairs if found else 0,
+        significant=False,
+        failed=row.failed if row else None,
+        unpaired=unpaired,
+    )
+
+
+def _pool(
+    tasks: Sequence[ComparedTask],
+    entries: Sequence[Entry],
+    lengths: Sequence[int],
+    pairs: Mapping[_Key, list[Pair] | str],
+) -> list[PooledDifference]:
+    """All pairs of these lengths together, for each task and entry that has some."""
+    pooled: list[PooledDifference] = []
+    for task in tasks:
+        for entry in entries[1:]:
+            found = {n: pairs[task.name, n, entry.name] for n in lengths}
+            used = {n: these for n, these in found.items() if not isinstance(these, str)}
+            if not used:
+                continue
+            together = [one for these in used.values() for one in these]
+            difference = pooled_answers(together) if task.share else nll(together)
+            left_out = tuple(n for n in lengths if n not in used)
+            pooled.append(_pooled(task.name, entry.name, tuple(used), left_out, difference))
+    return pooled
+
+
+def _pooled(
+    task: str,
+    entry: str,
+    lengths: tuple[int, ...],
+    left_out: tuple[int, ...],
+    found: Difference,
+) -> PooledDifference:
+    return PooledDifference(
+        task=task,
+        entry=entry,
+        lengths=lengths,
+        left_out=left_out,
+        difference=found.value,
+        low=found.low,
+        high=found.high,
+        interval=found.interval,
+        p_value=found.p_value,
+        p_holm=math.nan,
+        test=found.test,
+        smallest_p=found.smallest_p,
+        paired=found.pairs,
+        clusters=found.clusters,
+        significant=False,
+    )
+
+
+def _adjusted(tested: Sequence[_Tested]) -> list[_Tested]:
+    """The same after Holm, a family per entry; what has no p-value is in none."""
+    adjusted = list(tested)
+    for entry in dict.fromkeys(one.entry for one in tested):
+        family = [
+            place
+            for place, one in enumerate(tested)
+            if one.entry == entry and not math.isnan(one.p_value)
+        ]
+        for place, p in zip(family, holm([tested[i].p_value for i in family]), strict=True):
+            adjusted[place] = dataclasses.replace(tested[place], p_holm=p, significant=p < _LEVEL)
+    return adjusted

@@ -1,0 +1,88 @@
+"""The files of a comparison: CSV, JSON, parquet and the plot, each complete or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longctx.errors import RunError
+
+if TYPE_CHECKING:
+    from .comparison import Comparison
+
+__all__ = ["refuse_taken_comparison", "write_comparison"]
+
+_REPORT = "compare.json"
+
+
+def refuse_taken_comparison(folder: Path) -> None:
+    """Refuse a folder that holds a comparison: before any work is done.
+
+    Raises:
+        RunError: it does.
+    """
+    if (folder / _REPORT).exists():
+        raise RunError(
+            f"{folder} holds a comparison already: name another folder, or pass overwrite."
+        )
+
+
+def write_comparison(comparison: Comparison, folder: Path, *, overwrite: bool) -> list[Path]:
+    """Write all files of a comparison; see `Comparison.write`."""
+    from .compare_plot import draw
+
+    if not overwrite:
+        refuse_taken_comparison(folder)
+    frame, figure = comparison.frame(), draw(comparison)
+    text = json.dumps(_report(comparison), indent=1, allow_nan=False)
+    # The JSON last: it is what marks a folder as taken.
+    writers: dict[str, Callable[[Path], Any]] = {
+        "compare.csv": lambda path: frame.to_csv(path, index=False),
+        "compare.parquet": lambda path: frame.to_parquet(path, index=False),
+        "compare.png": lambda path: figure.savefig(path, format="png", dpi=150),
+        "compare.svg": lambda path: figure.savefig(path, format="svg"),
+        _REPORT: lambda path: path.write_text(text, encoding="utf-8"),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [_write(folder / name, writer) for name, writer in writers.items()]
+    except OSError as error:
+        raise RunError(
+            f"cannot write the comparison to {folder}: {error}. Make room, or write to another "
+            "folder."
+        ) from error
+
+
+def _write(path: Path, writer: Callable[[Path], Any]) -> Path:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        writer(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _report(comparison: Comparison) -> dict[str, Any]:
+    whole: dict[str, Any] = _plain(dataclasses.asdict(comparison))
+    for task, entry in zip(comparison.tasks, whole["tasks"], strict=True):
+        entry["compared"] = task.compared
+    return {
+        **whole,
+        "regressions": list(comparison.regressions),
+        "missing": list(comparison.missing),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

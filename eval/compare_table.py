@@ -1,0 +1,189 @@
+"""A comparison as text: a table per task, and in words what each entry costs in the old window."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
+
+__all__ = ["change", "regressions", "tables"]
+
+
+def tables(comparison: Comparison) -> list[RenderableType]:
+    """Return a table per task, the cost inside the old window, what is missing, and notes."""
+    missing = [Text(f"not compared: {sentence}", style="red") for sentence in comparison.missing]
+    notes = [Text(note, style="yellow") for note in comparison.notes]
+    return [
+        *(_table(comparison, task) for task in comparison.tasks),
+        Text("Inside the old window", style="bold"),
+        *(Text(sentence) for sentence in regressions(comparison)),
+        Text(),
+        *missing,
+        *notes,
+    ]
+
+
+def change(difference: float, *, share: bool) -> str:
+    """Write a difference: "−15 pts" of a share, or "+3.1%" of perplexity for NLL in nats.
+
+    >>> change(-0.15, share=True), change(0.0305, share=False)
+    ('−15 pts', '+3.1%')
+    """
+    if math.isnan(difference):
+        return "–"
+    if share:
+        return f"{_points(difference)} pts"
+    return _percent(difference)
+
+
+def regressions(comparison: Comparison) -> tuple[str, ...]:
+    """Return a sentence for each task and entry: does it cost anything inside the old window?"""
+    window = comparison.original_window
+    if window is None:
+        return (f"{comparison.baseline} names no original window, so there is no inside.",)
+    shares = {task.name: task.share for task in comparison.tasks}
+    found = {(one.task, one.entry): one for one in comparison.inside}
+    sentences: list[str] = []
+    for entry in comparison.entries[1:]:
+        for task, share in shares.items():
+            one = found.get((task, entry))
+            if one is None:
+                said = f"nothing was compared at up to {window:,} tokens, so nothing is known."
+            else:
+                said = _verdict(one, share=share)
+            sentences.append(f"{entry}, {task}: {said}")
+    return tuple(sentences)
+
+
+def _verdict(one: PooledDifference, *, share: bool) -> str:
+    worse = one.difference < 0 if share else one.difference > 0
+    if math.isnan(one.p_value):
+        head = "cannot be tested"
+    elif one.significant:
+        head = "yes, it costs" if worse else "no, it gains"
+    elif one.p_value < 0.05:
+        head = "perhaps" if worse else "no cost shown"
+    elif one.p_value < 1 and one.smallest_p > 0.05:
+        least = _p(one.smallest_p)
+        head = f"undecided (so few clusters differ that no p below {least} is possible)"
+    else:
+        head = "no cost shown"
+    figures = f"{change(one.difference, share=share)}{' of perplexity' if not share else ''}"
+    if math.isnan(one.low):
+        figures += f" (interval {one.interval}"
+    else:
+        figures += f" (95% {_spread(one.low, one.high, share=share)}"
+    if not math.isnan(one.p_value):
+        figures += f"; p = {_p(one.p_value)}, adjusted {_p(one.p_holm)}"
+    said = f"{head}: {figures}; {one.paired} pairs in {one.clusters} clusters"
+    said += f", lengths {', '.join(f'{n:,}' for n in one.lengths)})"
+    limit = one.low if share else one.high
+    if not one.significant and (limit < 0 if share else limit > 0):
+        said += f"; a cost of {change(limit, share=share)} is not excluded"
+    if one.left_out:
+        said += (
+            f"; without {', '.join(f'{n:,}' for n in one.left_out)}, which could not be compared"
+        )
+    return said + "."
+
+
+def _table(comparison: Comparison, task: ComparedTask) -> RenderableType:
+    table = Table(
+        title=f"{task.name} · against {comparison.baseline}",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("entry", no_wrap=True)
+    for length in comparison.lengths:
+        table.add_column(f"{length:,}", justify="right", no_wrap=True)
+    table.add_column("all lengths", justify="right", no_wrap=True)
+    pooled = {one.entry: one for one in comparison.pooled if one.task == task.name}
+    for entry in comparison.entries:
+        rows = [comparison.row(task.name, length, entry) for length in comparison.lengths]
+        if entry == comparison.baseline:
+            cells = [_baseline(row, task.share) for row in rows]
+        else:
+            cells = [_figures(row, task.share) for row in rows]
+        one = pooled.get(entry)
+        table.add_row(entry, *cells, Text() if one is None else _pooled(one, task.share))
+    lines = (
+        task.estimand,
+        task.compared,
+        "under the baseline's values are their intervals, under the others the difference and its",
+        "* p below 0.05 after Holm's adjustment over all cells of the entry (all lengths: over its "
+        "tasks)",
+    )
+    return Group(table, *(Text(line, style="dim") for line in lines), Text())
+
+
+def _baseline(row: ComparedCell, share: bool) -> Text:
+    """Value and its own interval."""
+    if row.failed:
+        return Text("failed ", style="red")
+    text = Text(_value(row.value, share=share) + " ")
+    if not math.isnan(row.low):
+        low, high = _value(row.low, share=share), _value(row.high, share=share)
+        text.append(f"\n{low} to {high} ", style="dim")
+    return text
+
+
+def _figures(row: ComparedCell, share: bool) -> Text:
+    """Value, difference and its interval, one under the other."""
+    if row.failed:
+        return Text("failed ", style="red")
+    text = Text(_value(row.value, share=share) + " ")
+    if row.paired:
+        text.append(f"\n{change(row.difference, share=share)}{'*' if row.significant else ' '}")
+        text.stylize("bold" if row.significant else "")
+        if not math.isnan(row.difference_low):
+            spread = _spread(row.difference_low, row.difference_high, share=share)
+            text.append(f"\n{spread} ", style="dim")
+    return text
+
+
+def _pooled(one: PooledDifference, share: bool) -> Text:
+    text = Text(f"\n{change(one.difference, share=share)}{'*' if one.significant else ' '}")
+    if not math.isnan(one.low):
+        text.append(f"\n{_spread(one.low, one.high, share=share)} ", style="dim")
+    return text
+
+
+def _value(value: float, *, share: bool) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.0%}" if share else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _spread(low: float, high: float, *, share: bool) -> str:
+    write = _points if share else _percent
+    return f"{write(low)} to {write(high)}"
+
+
+def _points(share: float) -> str:
+    points = round(100 * share)
+    return _signed(f"{points:+d}") if points else "0"
+
+
+def _percent(nats: float) -> str:
+    """A change in NLL as that of perplexity; beyond a thousandfold as a factor."""
+    if nats > math.log(1000):
+        return f"×{math.exp(nats):.1e}" if nats < 700 else "×∞"
+    percent = 100 * math.expm1(nats)
+    return _signed(f"{percent:+.0f}%" if abs(percent) >= 100 else f"{percent:+.1f}%")
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _p(p: float) -> str:
+    return f"{p:.2g}" if p >= 0.001 else f"{p:.0e}"

@@ -1,0 +1,191 @@
+"""What a comparison of sweeps gives back: its cells, its pooled differences, and ways to show them.
+
+A figure that there is not is NaN, and the reason stands beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from longctx.errors import RunError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ComparedCell", "ComparedTask", "Comparison", "PooledDifference"]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedTask:
+    """A task that at least one entry has."""
+
+    name: str
+    share: bool
+    """True: its value is a share of right answers, more is better. False: a perplexity."""
+    estimand: str
+    """What a cell's value estimates."""
+
+    @property
+    def compared(self) -> str:
+        """What a difference is, and how it is tested."""
+        if self.share:
+            return (
+                "difference: share found minus the baseline's, on the same prompts; p: exact "
+                "McNemar (takes the prompts of a cell for independent); interval: Bonett–Price "
+                "95%. All lengths: every prompt counts alike; p by sign flips and interval by t, "
+                "both over haystacks"
+            )
+        return (
+            "difference: of the mean NLL per token from the baseline's, on the same target tokens, "
+            "shown as the change of perplexity in percent; p and interval: t over documents, so "
+            "they speak of documents like these. All lengths: every token counts alike"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedCell:
+    """One task, length and entry. What there is not is NaN, and the reasons are given."""
+
+    task: str
+    length: int
+    entry: str
+    value: float
+    """Accuracy (0 to 1) or perplexity, over all observations of the entry."""
+    low: float
+    """Lower end of its 95% interval."""
+    high: float
+    n: int
+    """Observations behind the value."""
+    difference: float
+    """From the baseline over the pairs: share of answers, or NLL per token in nats."""
+    difference_low: float
+    """Lower end of its 95% interval."""
+    difference_high: float
+    interval: str
+    """Of the difference: which, over what; "none: …" says why there is none."""
+    p_value: float
+    """Two-sided."""
+    p_holm: float
+    """Adjusted over all cells of the entry."""
+    test: str
+    paired: int
+    """Observations that entry and baseline have in common."""
+    significant: bool
+    """Whether `p_holm` is below 0.05."""
+    failed: str | None = None
+    """Why the sweep has no value."""
+    unpaired: str | None = None
+    """Why there is no difference."""
+
+
+@dataclass(frozen=True, slots=True)
+class PooledDifference:
+    """One task and entry over several lengths together."""
+
+    task: str
+    entry: str
+    lengths: tuple[int, ...]
+    """Those pooled; empty if none could be."""
+    left_out: tuple[int, ...]
+    """Those that belong here but could not be compared."""
+    difference: float
+    """From the baseline, in the unit of a cell's."""
+    low: float
+    high: float
+    interval: str
+    p_value: float
+    p_holm: float
+    """Adjusted over the tasks of the entry."""
+    test: str
+    smallest_p: float
+    """No figures in clusters so few could give less: above 0.05 the test cannot reject."""
+    paired: int
+    clusters: int
+    """Haystacks or documents."""
+    significant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Entries against the first of them, and ways to show it."""
+
+    baseline: str
+    entries: tuple[str, ...]
+    """All names, the baseline first."""
+    models: dict[str, str]
+    """Of each entry: model and method."""
+    original_window: int | None
+    """Of the baseline."""
+    lengths: tuple[int, ...]
+    tasks: tuple[ComparedTask, ...]
+    rows: tuple[ComparedCell, ...]
+    pooled: tuple[PooledDifference, ...]
+    """Over all lengths."""
+    inside: tuple[PooledDifference, ...]
+    """Over the lengths up to the original window: what does an entry cost there?"""
+    notes: tuple[str, ...]
+
+    @property
+    def regressions(self) -> tuple[str, ...]:
+        """What each entry costs inside the original window, in words."""
+        from .compare_table import regressions
+
+        return regressions(self)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """A sentence for each cell that could not be compared."""
+        return tuple(
+            f"{row.task} at {row.length:,}, {row.entry}: {row.failed or row.unpaired}"
+            for row in self.rows
+            if row.failed or row.unpaired
+        )
+
+    def row(self, task: str, length: int, entry: str) -> ComparedCell:
+        """The row of one cell.
+
+        Raises:
+            RunError: there is none.
+        """
+        for row in self.rows:
+            if (row.task, row.length, row.entry) == (task, length, entry):
+                return row
+        raise RunError(
+            f"no cell {task!r}, {length}, {entry!r}: compared are the tasks "
+            f"{', '.join(t.name for t in self.tasks)}, the lengths {self.lengths}, the entries "
+            f"{', '.join(self.entries)}."
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """The rows as a pandas DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame([dataclasses.asdict(row) for row in self.rows])
+
+    def print(self, console: Console | None = None) -> None:
+        """Print a table per task, the cost inside the old window, and what is missing."""
+        from .compare_table import tables
+
+        console = console or Console()
+        for item in tables(self):
+            console.print(item)
+
+    def write(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
+        """Write compare.csv, .json, .parquet, .png and .svg; returns their paths.
+
+        Args:
+            folder: is made if need be.
+            overwrite: replace a comparison that is there.
+
+        Raises:
+            RunError: one is there, or the folder cannot be written.
+        """
+        from .compare_report import write_comparison
+
+        return write_comparison(self, Path(folder), overwrite=overwrite)
