@@ -1,0 +1,191 @@
+"""Line charts of a report: what they show, for the page and for the plots beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .html_data import SweepFolder
+from .table import figure, spread
+
+__all__ = [
+    "Chart",
+    "Point",
+    "Series",
+    "Style",
+    "position_chart",
+    "styles",
+    "tokens",
+    "value_chart",
+]
+
+_COLOURS, _DASHES, _MARKERS = 7, 4, 5  # as many as the page and the plots tell apart
+_BANDS = 6  # with more lines than this their bands only hide each other
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a method looks in every chart; settings of one method differ in dashes."""
+
+    colour: int | None
+    """Place in the palette; None: the colour of text, for the model as it came."""
+    dash: int
+    marker: int
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A value with its interval; NaN where there is none."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    text: str
+    """As it is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """The line of a method."""
+
+    method: str
+    style: Style
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Lines over a doubling axis of tokens."""
+
+    title: str
+    x_label: str
+    y_label: str
+    share: bool
+    """From 0 to 100%; otherwise the axis fits the values, doubling if `log`."""
+    log: bool
+    ticks: tuple[int, ...]
+    window: int | None
+    """Original window, marked."""
+    series: tuple[Series, ...]
+    bands: bool
+    """Whether intervals are drawn without being asked for."""
+    wide: tuple[tuple[float, float, str], ...] = ()
+    """First, last and name of each place that can be pointed at."""
+
+    @property
+    def values(self) -> list[float]:
+        """What the axis must hold: values, and interval ends up to twice as far as these."""
+        points = [p for line in self.series for p in line.points]
+        ys = [p.y for p in points]
+        if not ys:
+            return []
+        reach = max(ys) * 1.25 if self.log else max(ys) + 0.5 * (max(ys) - min(ys))
+        ends = [end for p in points for end in (p.low, p.high) if math.isfinite(end)]
+        return [*ys, *(min(max(end, min(ys) * 0.8), reach) for end in ends if self.bands)]
+
+
+def styles(labels: Sequence[str]) -> dict[str, Style]:
+    """A style for each method, by its name and its turn among the settings of that name."""
+    names = list(dict.fromkeys(label.partition(":")[0] for label in labels if label != "none"))
+    seen: dict[str, int] = {}
+    found: dict[str, Style] = {"none": Style(None, 0, 0)}
+    for label in dict.fromkeys(labels):
+        name = label.partition(":")[0]
+        if label == "none":
+            continue
+        turn = seen[name] = seen.get(name, -1) + 1
+        place = names.index(name)
+        found[label] = Style(place % _COLOURS, turn % _DASHES, 1 + place % (_MARKERS - 1))
+    return found
+
+
+def value_chart(sweep: SweepFolder, task: str, looks: dict[str, Style]) -> Chart:
+    """The value of a task by length, a line per method; what failed is left out."""
+    share = sweep.is_share(task)
+    series: list[Series] = []
+    for method in sweep.methods:
+        rows = [row for row in sweep.cells(task, method) if math.isfinite(row.value)]
+        points: list[Point] = []
+        for row in rows:
+            text = figure(row, share=share)
+            if interval := spread(row, share=share):
+                text += f" ({interval}{'%' if share else ''})"
+            points.append(Point(row.length, row.value, row.low, row.high, f"{text}, n={row.n}"))
+        series.append(Series(method, looks[method], tuple(points)))
+    values = [p.y for line in series for p in line.points]
+    lengths: tuple[int, ...] = tuple(sorted(sweep.report["lengths"]))
+    return Chart(
+        title=_value_title(sweep, task),
+        x_label="length in tokens",
+        y_label="found" if sweep.is_answered(task) else task,
+        share=share,
+        log=not share and min(values, default=0.0) >= 1,
+        ticks=lengths,
+        window=sweep.report["original_window"],
+        series=tuple(series),
+        bands=len(series) <= _BANDS,
+        wide=tuple((n, n, f"{n:,} tokens") for n in lengths),
+    )
+
+
+def _value_title(sweep: SweepFolder, task: str) -> str:
+    """What is seen at the longest length, without a claim that a difference is more than chance."""
+    share, answered = sweep.is_share(task), sweep.is_answered(task)
+    rows = [row for row in sweep.rows if row.task == task and math.isfinite(row.value)]
+    if not rows:
+        return "no cell could be measured"
+    longest = max(row.length for row in rows)
+    rows = [row for row in rows if row.length == longest]
+    best = (max if answered else min)(row.value for row in rows)
+    first = [row for row in rows if row.value == best]
+    said = figure(first[0], share=share)
+    if len(first) == len(rows) > 1:
+        return f"at {longest:,} tokens every method stands at {said}"
+    who, many = (first[0].method, False) if len(first) == 1 else (f"{len(first)} methods", True)
+    if answered:
+        return f"at {longest:,} tokens {who} find{'' if many else 's'} the most, {said}"
+    return f"at {longest:,} tokens {who} {'have' if many else 'has'} the lowest, {said}"
+
+
+def position_chart(sweep: SweepFolder, found: dict[str, Any], looks: dict[str, Style]) -> Chart:
+    """Mean NLL by the number of tokens before, a line per method."""
+    series: list[Series] = []
+    wide: dict[float, tuple[float, float, str]] = {}
+    for line in found["lines"]:
+        points: list[Point] = []
+        for each in line["bins"]:
+            if each["nll"] is None:
+                continue
+            first, last = each["first"], each["last"]
+            middle = math.sqrt(first * (last + 1))
+            low, high = (math.nan if each[k] is None else each[k] for k in ("low", "high"))
+            text = f"{each['nll']:.3f}"
+            if math.isfinite(low):
+                text += f" ({low:.3f}–{high:.3f})"
+            points.append(Point(middle, each["nll"], low, high, text))
+            name = f"{first:,}–{last:,} tokens before, n={each['tokens']:,}"
+            wide.setdefault(middle, (first, last + 1, name))
+        series.append(Series(line["method"], looks[line["method"]], tuple(points)))
+    lengths: tuple[int, ...] = tuple(sorted(sweep.report["lengths"]))
+    smallest = min((p.x for line in series for p in line.points), default=1.0)
+    below = [2**k for k in range(3, 30) if smallest <= 2**k < lengths[0]]
+    return Chart(
+        title="",
+        x_label="tokens before it",
+        y_label="nats per token",
+        share=False,
+        log=False,
+        ticks=(*below, *lengths),
+        window=sweep.report["original_window"],
+        series=tuple(series),
+        bands=False,  # a bin has few tokens a document: wide bands over each other
+        wide=tuple(place for _, place in sorted(wide.items())),
+    )
+
+
+def tokens(length: int) -> str:
+    """Write a length as axes do: 512, 4k."""
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
