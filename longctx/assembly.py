@@ -77,10 +77,10 @@ def assemble(
         key: the answer, after a space.
         intro: stands before the haystack.
         seed: is recorded, and chooses the haystack unless `haystack_seed` does.
-        haystack_seed: chooses where a `Texts` begins. With the same one, prompts of one length
-            share all ids before the first needle, so a cache of them can be shared too.
-        longest: tokens of the longest prompt that is to begin its haystack at the same place;
-            defaults to `length`.
+        haystack_seed: chooses where a `Texts` begins.
+        longest: with the same one and the same `haystack_seed`, prompts of up to so many tokens
+            begin their haystack at the same place, so that a cache of it can be shared; None
+            draws from all places that have room for this prompt alone.
         chat: use the chat template; None means if the tokenizer has one.
 
     Raises:
@@ -99,7 +99,7 @@ def assemble(
             "(wording=SHORT)."
         )
     hay = tokenise(tokenizer, haystack)
-    reach = max(room, min(longest or length, len(hay.ids)))
+    reach = room if longest is None else max(room, min(longest, len(hay.ids)))
     start = hay.start(reach, haystack.name, seed if haystack_seed is None else haystack_seed)
     places = hay.places(start, size, list(depths))
     # Where a needle needs no newline before it, the haystack grows by what that saves.

@@ -128,9 +128,9 @@ def passkey(
         seed: chooses the key, and the names and places of further pairs.
         haystack: what the key is hidden in.
         split: the key space; training must never draw from "eval".
-        haystack_seed: chooses where a `Texts` begins; defaults to `seed`. With the same one,
-            prompts share all ids before the first needle, so a cache of them can be shared too.
-        longest: tokens of the longest prompt that is to begin its haystack at the same place.
+        haystack_seed: chooses where a `Texts` begins; defaults to `seed`.
+        longest: lets prompts of one `haystack_seed` begin at the same place; see
+            `longctx.assembly.assemble`.
         chat: use the chat template; None means if the tokenizer has one.
         digits: digits of the key, 3 to 18.
         pairs: needles in all. With more than one, each has a name ("the red key") and the
