@@ -1,6 +1,6 @@
-"""All benchmarks, one after the other: `python -m benchmarks` (about 15 minutes on two cores)."""
+"""All benchmarks, one after the other: `python -m benchmarks` (about half an hour on two cores)."""
 
-from . import alibi, frequency, scoring
+from . import alibi, frequency, scoring, sharing
 
-for benchmark in (frequency, scoring, alibi):
+for benchmark in (frequency, scoring, sharing, alibi):
     benchmark.main()

@@ -20,7 +20,12 @@ from longctx.model import learned_positions
 from .adaptive import Adaptive
 from .engine import Engine, Job
 from .fingerprint import model_digest, tokenizer_digest
+from .generation import Repetition
 from .lengths import parse_lengths
+from .lines import Lines
+from .multi_key import MultiKey
+from .multi_value import MultiValue
+from .needle import Needle
 from .passkey import Passkey
 from .perplexity import Perplexity
 from .ranks import Ranks
@@ -29,11 +34,26 @@ from .results import SweepResult, cell_key, rows_of
 from .run import Run
 from .store import Store
 from .task import Task
+from .topics import Topics
+from .variable_tracking import VariableTracking
 from .variants import original_window, variants_of
 
 __all__ = ["TASKS", "sweep"]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Passkey, Perplexity)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        Passkey,
+        Perplexity,
+        Needle,
+        Lines,
+        Topics,
+        MultiKey,
+        MultiValue,
+        VariableTracking,
+        Repetition,
+    )
+}
 """The tasks that go by name, at their defaults."""
 
 

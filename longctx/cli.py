@@ -12,7 +12,10 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from .cli_compare import Compare
 from .cli_eval import Demo, Sweep
+from .cli_lm_eval import LmEval
+from .cli_report import Report
 from .errors import LongctxError
 from .hardware import Hardware
 
@@ -159,6 +162,9 @@ Command = (
     | Annotated[Convert, subcommand("convert", description=_text(Convert))]
     | Annotated[Extend, subcommand("extend", description=_text(Extend))]
     | Annotated[Sweep, subcommand("sweep", description=_text(Sweep))]
+    | Annotated[Compare, subcommand("compare", description=_text(Compare))]
+    | Annotated[Report, subcommand("report", description=_text(Report))]
+    | Annotated[LmEval, subcommand("lm-eval", description=_text(LmEval))]
     | Annotated[Doctor, subcommand("doctor", description=_text(Doctor))]
     | Annotated[Demo, subcommand("demo", description=_text(Demo))]
 )

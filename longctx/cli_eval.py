@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from tyro.conf import Positional, arg
 
+from .errors import RunError
 from .hardware import Hardware
 
 if TYPE_CHECKING:
@@ -19,12 +21,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Demo", "Sweep"]
 
+TaskName: TypeAlias = Literal[
+    "passkey",
+    "perplexity",
+    "needle",
+    "lines",
+    "topics",
+    "multi_key",
+    "multi_value",
+    "variable_tracking",
+    "repetition",
+]
 _DEMO_METHODS = ("linear", "ntk", "yarn", "dynamic")
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Measure passkey retrieval and perplexity over lengths, under several methods.
+    """Measure retrieval and perplexity over lengths, under several methods.
 
     Results are appended to OUT/results.jsonl as they come: the same command goes on where an
     interrupted one was. OUT gets the table as CSV, JSON and parquet, the plot as PNG and SVG.
@@ -33,6 +46,8 @@ class Sweep:
         longctx sweep demo --methods none linear:8 yarn:8 --lengths 256:2048
         longctx sweep smollm2 --methods none yarn:2 --lengths 4k,8k,12k,16k --samples 4
         longctx sweep smollm2-16k --tasks perplexity --text manual/ --lengths 1k:16k
+        longctx sweep smollm2 --tasks needle multi_key lines topics --lengths 2k,4k
+        longctx sweep longchat --tasks lines --lines-file 200_lines.jsonl --lengths 8k
     """
 
     model: Positional[str]
@@ -41,16 +56,29 @@ class Sweep:
     """NAME:FACTOR or NAME:field=value,…, and "none" for the model as it comes."""
     lengths: str = ""
     """Tokens: FROM:TO doubles, or a list 4k,8k. Default: a quarter of the window to 4 times it."""
-    tasks: tuple[Literal["passkey", "perplexity"], ...] = ("passkey", "perplexity")
-    """What to measure."""
+    tasks: tuple[TaskName, ...] = ("passkey", "perplexity")
+    """What to measure: perplexity of text, repetition in what a model writes, or whether it finds
+    again what a prompt of that length hides."""
     samples: int = 20
-    """Passkey prompts per method and length."""
+    """Prompts per method, retrieval task and length."""
     windows: int = 10
-    """Perplexity windows at most, each within one document."""
+    """Windows of text at most, for perplexity and repetition, each within one document."""
+    new_tokens: int = 256
+    """Tokens to generate after each prompt of repetition."""
     haystack: Literal["grass", "text", "both"] = "both"
-    """What the keys are hidden in: the classical sentences, real text, or in turn."""
+    """What keys and variables are hidden in: the classical sentences, real text, or in turn."""
     text: tuple[str, ...] = ()
     """Text files or folders, a document per file; default: the embedded held-out documents."""
+    needle: tuple[str, ...] = ()
+    """Sentences to hide in real text, one to a prompt; default: the one about San Francisco."""
+    question: tuple[str, ...] = ()
+    """A question for each needle."""
+    answer: tuple[str, ...] = ()
+    """An answer to each question, best in the needle's words."""
+    lines_file: str = ""
+    """LongEval's published test file for task lines; default: generated prompts."""
+    topics_file: str = ""
+    """LongEval's published test file for task topics; default: generated prompts."""
     stride: int | None = None
     """Score the same perplexity targets at every length, in windows this many tokens apart."""
     seed: int = 0
@@ -79,6 +107,7 @@ class Sweep:
 
         for method in self.methods:
             parse_method(method)
+        self._chosen()
         if self.lengths:
             parse_lengths(self.lengths)
         model, tokenizer = self.hardware.load(self.model)
@@ -90,25 +119,15 @@ class Sweep:
 
     def sweep(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SweepResult:
         """Measure a model that is loaded."""
-        from longctx.eval import Adaptive, Passkey, Perplexity, sweep
+        from longctx.eval import Adaptive, sweep
 
         from .model import window
 
-        settings: dict[str, Task] = {
-            "passkey": Passkey(
-                samples=self.samples,
-                haystack=self.haystack,
-                text=self.text,
-                seed=self.seed,
-                share_lengths=self.share_lengths,
-            ),
-            "perplexity": Perplexity(windows=self.windows, stride=self.stride, text=self.text),
-        }
         known = window(model) or 4096
         return sweep(
             model,
             tokenizer,
-            [settings[name] for name in self.tasks],
+            self._chosen(),
             self.lengths or f"{max(known // 4, 256)}:{known * 4}",
             methods=self.methods,
             results=self.out / "results.jsonl",
@@ -118,6 +137,59 @@ class Sweep:
             replace=self.replace,
             overwrite=self.overwrite,
         )
+
+    def _chosen(self) -> list[Task]:
+        """The tasks at these settings."""
+        from longctx.eval import (
+            Lines,
+            MultiKey,
+            MultiValue,
+            Needle,
+            Passkey,
+            Perplexity,
+            Repetition,
+            Topics,
+            VariableTracking,
+        )
+
+        if self.adaptive and (self.lines_file or self.topics_file):
+            raise RunError("--adaptive draws its own prompts: leave it out, or the test file.")
+        for option in ("needle", "question", "answer", "lines_file", "topics_file"):
+            task = option.removesuffix("_file")
+            task = "needle" if task in ("question", "answer") else task
+            if getattr(self, option) and task not in self.tasks:
+                raise RunError(
+                    f"--{option.replace('_', '-')} is for task {task}: add it to --tasks."
+                )
+        drawn: dict[str, Any] = {
+            "samples": self.samples,
+            "seed": self.seed,
+            "share_lengths": self.share_lengths,
+        }
+        hidden: dict[str, Any] = {**drawn, "haystack": self.haystack, "text": self.text}
+        asked: dict[str, Any] = {
+            "needle": self.needle,
+            "question": self.question,
+            "answer": self.answer,
+        }
+        if not any(asked.values()):
+            asked = {}  # all three at their defaults
+        settings: dict[TaskName, Callable[[], Task]] = {
+            "passkey": lambda: Passkey(**hidden),
+            "perplexity": lambda: Perplexity(
+                windows=self.windows, stride=self.stride, text=self.text
+            ),
+            "needle": lambda: Needle(**drawn, text=self.text, **asked),
+            "lines": lambda: Lines(**drawn, file=self.lines_file),
+            "topics": lambda: Topics(**drawn, file=self.topics_file),
+            "multi_key": lambda: MultiKey(**hidden),
+            "multi_value": lambda: MultiValue(**hidden),
+            "variable_tracking": lambda: VariableTracking(**hidden),
+            "repetition": lambda: Repetition(
+                new_tokens=self.new_tokens, windows=self.windows, seed=self.seed, text=self.text
+            ),
+        }
+        return [settings[name]() for name in self.tasks]
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,8 @@ def imports(path: Path) -> Iterator[str]:
 def test_floors(path: Path) -> None:
     upper = {"longctx.patches", "longctx.train", "longctx.eval"}
     own = f"longctx.{path.parent.name}"
-    roof = path.stem in {"cli", "cli_eval"} and path.parent.name == "longctx"
+    commands = {"cli", "cli_compare", "cli_eval", "cli_lm_eval", "cli_report"}
+    roof = path.stem in commands and path.parent.name == "longctx"
     for module in imports(path):
         assert module.split(".")[0] not in {"patches", "train", "eval", "tests", "benchmarks"}
         reached = {name for name in upper if module == name or module.startswith(f"{name}.")}
