@@ -1,0 +1,190 @@
+"""Which positions a document's tokens stand on: full length, growing, skipped (PoSE) or random.
+
+    PoSE(window=2048, target=16_384).place(2048, numpy.random.default_rng(0))     # int64 [2048]
+
+A policy places one document at a time, from a generator that the collator derives from the
+document itself: packed or alone, in this run or in a resumed one, a document stands where it stood.
+
+transformers takes positions that jump, in a call without a mask, for packed documents and hides
+every document from the next (logits off by 4.7). A batch with such positions must carry
+`document_ids`, from which the mask is made; `batch.check_batch` and `contract.check_contract`
+refuse it otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longctx.errors import DataError, RunError
+
+__all__ = ["FullLength", "LengthSchedule", "PoSE", "Positions", "RandomPositions"]
+
+
+class Positions(Protocol):
+    """What the collator and the trainer ask of a policy."""
+
+    @property
+    def custom(self) -> bool:
+        """Whether positions may be other than consecutive ones from 0."""
+        ...
+
+    def tokens(self, step: int) -> int | None:
+        """Most tokens of a document at a step (from 0), None where the policy sets no limit."""
+        ...
+
+    def place(self, length: int, rng: np.random.Generator) -> Tensor:
+        """Positions of a document of `length` tokens, increasing, int64 [length].
+
+        Raises:
+            DataError: the document is longer than the policy takes.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FullLength:
+    """Positions 0, 1, 2, …: training at the whole length."""
+
+    @property
+    def custom(self) -> bool:
+        """False."""
+        return False
+
+    def tokens(self, step: int) -> int | None:
+        """None: any length."""
+        return None
+
+    def place(self, length: int, rng: np.random.Generator) -> Tensor:
+        """Return 0 … length−1."""
+        return torch.arange(length)
+
+
+@dataclass(frozen=True, slots=True)
+class LengthSchedule:
+    """Short documents first, doubling up to the whole length, on consecutive positions.
+
+    tokens(step) = min(full, start · 2^⌊step · d / steps⌋) with d = ⌈log₂(full / start)⌉ doublings,
+    so `full` from step `steps` on.
+
+    Source: ours. On the embedded model (linear ×8, 64 → 2,048 tokens) retrieval was learnt this
+    way, and not at a fixed 2,048 in the same time.
+    """
+
+    start: int
+    """Tokens at step 0."""
+    full: int
+    """Tokens at the end."""
+    steps: int
+    """Step from which on the length is `full`."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.start <= self.full or self.steps < 1:
+            raise RunError(f"{self}: expected 2 ≤ start ≤ full tokens and at least one step.")
+
+    @property
+    def custom(self) -> bool:
+        """False."""
+        return False
+
+    def tokens(self, step: int) -> int | None:
+        """Most tokens of a document at this step."""
+        if step >= self.steps:
+            return self.full
+        doublings = (-(-self.full // self.start) - 1).bit_length()
+        return min(self.full, self.start << (max(step, 0) * doublings // self.steps))
+
+    def place(self, length: int, rng: np.random.Generator) -> Tensor:
+        """Return 0 … length−1."""
+        _refuse_longer(length, self.full, f"{self}")
+        return torch.arange(length)
+
+
+@dataclass(frozen=True, slots=True)
+class PoSE:
+    """Positional skip-wise training: a window of text on positions from all of the target length.
+
+    A document of n tokens is cut into N chunks at random places. Chunk i is moved by uᵢ tokens:
+    u₀ = 0 and uᵢ drawn uniformly from {uᵢ₋₁, …, target − n}, so that positions stay in order and
+    below the target. The text itself stays contiguous: nothing of it is skipped.
+
+    Source: Zhu et al. 2023, PoSE (arXiv:2309.10400), section 3.2.
+    """
+
+    window: int
+    """Most tokens of a document: what a step costs."""
+    target: int
+    """Positions to be learnt: 0 … target−1."""
+    chunks: int = 2
+    """N."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.chunks <= self.window <= self.target:
+            raise RunError(f"{self}: expected 2 ≤ chunks ≤ window ≤ target, in tokens.")
+
+    @property
+    def custom(self) -> bool:
+        """True: positions jump."""
+        return True
+
+    def tokens(self, step: int) -> int | None:
+        """The window."""
+        return self.window
+
+    def place(self, length: int, rng: np.random.Generator) -> Tensor:
+        """Return the positions of the chunks, moved."""
+        _refuse_longer(length, self.window, f"{self}")
+        chunks = min(self.chunks, length)
+        cuts = 1 + np.sort(rng.choice(length - 1, chunks - 1, replace=False)) if chunks > 1 else []
+        positions = np.arange(length)
+        skip = 0
+        for first, last in pairwise([*cuts, length]):
+            skip = int(rng.integers(skip, self.target - length, endpoint=True))
+            positions[first:last] += skip
+        return torch.from_numpy(positions)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomPositions:
+    """A sorted random subset of the target's positions.
+
+    For a document of n tokens, n of {0, …, target−1} drawn without replacement, in order.
+
+    Source: Ruoss et al. 2023, Randomized Positional Encodings (arXiv:2305.16843), section 3.
+    """
+
+    window: int
+    """Most tokens of a document."""
+    target: int
+    """Positions to be learnt: 0 … target−1."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.window <= self.target:
+            raise RunError(f"{self}: expected 2 ≤ window ≤ target, in tokens.")
+
+    @property
+    def custom(self) -> bool:
+        """True: positions jump."""
+        return True
+
+    def tokens(self, step: int) -> int | None:
+        """The window."""
+        return self.window
+
+    def place(self, length: int, rng: np.random.Generator) -> Tensor:
+        """Return a sorted random subset."""
+        _refuse_longer(length, self.window, f"{self}")
+        return torch.from_numpy(np.sort(rng.choice(self.target, length, replace=False)))
+
+
+def _refuse_longer(length: int, limit: int, policy: str) -> None:
+    if length > limit:
+        raise DataError(
+            f"a document of {length:,} tokens under {policy}, which takes {limit:,}: prepare the "
+            f"data with max_length={limit}, or raise the policy's limit."
+        )
