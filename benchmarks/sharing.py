@@ -7,6 +7,7 @@ the embedded model's.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -39,7 +40,7 @@ def counted() -> list[dict[str, str]]:
     model = nothing_much(len(tokenizer))
     task = Passkey(samples=DEPTHS * HAYSTACKS, depths=DEPTHS, haystack="text")
     plan = task.plan(tokenizer, LENGTHS, length_invariant=True)
-    settings = {"batch_tokens": BATCH_TOKENS, "length_invariant": True}
+    settings: dict[str, Any] = {"batch_tokens": BATCH_TOKENS, "length_invariant": True}
     keys = sum(task.measure(model, tokenizer, unit, **settings).tokens for unit in plan.units)
     whole = DEPTHS * HAYSTACKS * sum(LENGTHS)
     # The haystack once, and from each of ten depths, evenly from 0 to 1, to its end.

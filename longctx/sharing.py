@@ -19,6 +19,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,7 +233,7 @@ class _Walk:
 @contextmanager
 def _causal_attention(model: PreTrainedModel) -> Generator[None]:
     """Spare transformers' SDPA the [S, N] mask that it makes for tokens after cached ones."""
-    config = text_config(model)
+    config: Any = text_config(model)
     try:
         modules = [module for _, module, _ in attention_modules(model)]
     except ModelError:  # another kind of model: the mask it is

@@ -72,7 +72,7 @@ def check(model: Any, prompts: Any, starts: Any, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("method", [None, "yarn:4", "alibi"])
 def test_scores_are_those_of_whole_prompts(method: str | None) -> None:
-    model = byte_model()
+    model: Any = byte_model()
     if method:
         longctx.extend(model, method)
     before = model.config._attn_implementation
