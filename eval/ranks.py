@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed
 
 __all__ = ["Ranks"]
+
+_LONGEST = timedelta(days=7)  # that one process may have to wait for another's last unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Ranks:
         if self.ranks == 1:
             return
         if not distributed.is_initialized():
-            distributed.init_process_group("gloo")
+            distributed.init_process_group("gloo", timeout=_LONGEST)
         distributed.barrier()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -175,7 +175,7 @@ def sweep(
 def _name(model: PreTrainedModel) -> str:
     """Its hub id, the name of its folder, or its type."""
     name: str = model.name_or_path or model.config.model_type
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    return Path(os.path.abspath(name)).name if Path(name).is_dir() else name
 
 
 def _tasks(tasks: Sequence[Task | str]) -> list[Task]:

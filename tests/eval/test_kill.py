@@ -15,7 +15,12 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 def run(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -34,7 +39,7 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     ]
     run("-m", *sweep, str(tmp_path / "one"))
     said = run(
-        *("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"),
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", *sweep, str(tmp_path / "two")),
     )
     assert said.count("results.jsonl are in") == 1
