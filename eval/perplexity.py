@@ -197,6 +197,7 @@ class Perplexity:
             nll = math.fsum(o.detail["prefix_nll"] for o in observations)
             prefix = _exp(nll / sum(o.detail["prefix_targets"] for o in observations))
         name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
+        low = low if math.isnan(low) else max(low, 0.0)  # no perplexity is below 1
         return Summary(_exp(mean), _exp(low), _exp(high), name, prefix)
 
 
