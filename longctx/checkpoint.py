@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -83,7 +85,7 @@ def load(
             use_safetensors=True,
             **placed,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
         raise ModelError(f"cannot load {str(source)!r}: {error}") from error
     except Exception as error:  # safetensors and tokenizers raise bare Exception subclasses
         raise ModelError(
@@ -91,7 +93,10 @@ def load(
             f"({type(error).__name__}: {error}); fetch or convert it again."
         ) from error
     if not on_gpu and device not in ("auto", "cpu"):
-        model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+        try:
+            model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"cannot put a model on device {device!r}: {error}") from error
     model.eval()
     _restore(model)
     return model, tokenizer
@@ -205,7 +210,8 @@ def save(
 
     Args:
         model: extended or not.
-        tokenizer: saved beside it, with `model_max_length` raised to the window.
+        tokenizer: saved beside it, with `model_max_length` raised to the window where it was the
+            original window.
         out: a folder that does not exist yet, or is empty.
         overwrite: replace what is there, once the new checkpoint is complete.
 
@@ -250,15 +256,21 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 def _restore(model: PreTrainedModel) -> None:
     """Put the recorded methods in place over the recorded original, so that they can be undone."""
-    record: dict[str, Any] | None = getattr(model.config, "longctx", None)
+    record: Any = getattr(model.config, "longctx", None)
     if record is None:
         return
+    if not isinstance(record, dict) or not {"version", "original", "methods"} <= set(record):
+        raise ModelError(
+            f"the checkpoint's longctx record {str(record)[:60]} is none: extend the original "
+            "anew, or delete the entry 'longctx' from config.json."
+        )
     if record.get("version") != 1:
         raise ModelError(
             f"the checkpoint's longctx record has version {record.get('version')!r}; this release "
             "reads version 1: upgrade longctx."
         )
     config = text_config(model)
+    saved = {key: copy.deepcopy(getattr(config, key)) for key in record["original"]}
     for key, value in record["original"].items():
         setattr(config, key, value)
     _, layer_type = rope_entry(config)
@@ -267,3 +279,10 @@ def _restore(model: PreTrainedModel) -> None:
     for entry in record["methods"]:
         fields = {key: value for key, value in entry.items() if key != "name"}
         extend(model, make_method(entry["name"], fields), replace=True)
+    for key, value in saved.items():
+        if json.dumps(value, sort_keys=True) != json.dumps(getattr(config, key), sort_keys=True):
+            raise ModelError(
+                f"config.json says {key}={value}, its longctx record {record['methods']} means "
+                f"{getattr(config, key)}: it was edited after saving. Extend the original anew "
+                "(longctx.extend), or delete the entry 'longctx' to load what the config says."
+            )

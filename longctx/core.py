@@ -168,6 +168,8 @@ def extend(
     decoder_of(model)  # refuses what cannot be reached, before anything else is asked
     below = patch_of(model)
     _refuse_taken_slots(method, below)
+    if below is None:
+        _refuse_lost_record(model)
     if below is None and "rotary" in method.slots:
         _refuse_scaled(model, method, replace)
     patch = Patch(model, method, below.rope if below else rope_of(model), below)
@@ -212,9 +214,21 @@ def _refuse_taken_slots(method: Method, patch: Patch | None) -> None:
         if shared:
             raise MethodError(
                 f"{patch.method} is already on this model and holds its {shared[0]} slot; call "
-                f"longctx.patch_of(model).remove() before extending it by {method.name}."
+                f"longctx.patch_of(model).remove() before extending it by {method.name}, or start "
+                "from the checkpoint that it was made from."
             )
         patch = patch.below
+
+
+def _refuse_lost_record(model: PreTrainedModel) -> None:
+    """A saved patch that plain transformers loaded: its window would be taken for the original."""
+    record: Any = getattr(model.config, "longctx", None)
+    if record is not None:
+        names = ", ".join(str(entry.get("name")) for entry in record.get("methods", []))
+        raise MethodError(
+            f"this model was extended before ({names}), which plain transformers cannot undo: load "
+            "it with longctx.load, call longctx.patch_of(model).remove(), then extend it."
+        )
 
 
 def _refuse_scaled(model: PreTrainedModel, method: Method, replace: bool) -> None:

@@ -55,9 +55,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}): fetch the file again.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds {str(value)[:40]!r}, no JSON object: fetch the file again.")
+    return value
 
 
 def _entries(text: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -112,7 +115,7 @@ def _rope(text: dict[str, Any]) -> Iterator[Finding]:
 def _rope_type(where: str, kind: str) -> Iterator[Finding]:
     if kind in _KNOWN:
         return
-    also = "; any name with 'dynamic' in it rescales by length" if "dynamic" in kind else ""
+    also = "; any name with 'dynamic' in it rescales by length" if "dynamic" in str(kind) else ""
     yield Finding(
         "problem",
         where,
@@ -127,6 +130,9 @@ def _window(
     factor = entry.get("factor")
     if kind in _SCALED_BY_FACTOR and not isinstance(factor, int | float):
         yield Finding("problem", where, f"{kind} with factor {factor!r}", "a number ≥ 1")
+        return
+    if original is not None and (not isinstance(original, int | float) or original <= 0):
+        yield Finding("problem", where, f"original window {original!r}", "a number of tokens > 0")
         return
     if not isinstance(length, int | float) or original is None or factor is None:
         return
@@ -186,6 +192,14 @@ def _positions(text: dict[str, Any]) -> Iterator[Finding]:
 def _record(config: dict[str, Any]) -> Iterator[Finding]:
     record = config.get("longctx")
     if not record:
+        return
+    if not isinstance(record, dict) or not {"methods", "original"} <= set(record):
+        yield Finding(
+            "problem",
+            "config.json: longctx",
+            f"{str(record)[:40]!r} is no record of longctx: longctx.load refuses it",
+            "delete the entry, or extend the original checkpoint anew",
+        )
         return
     names = [method["name"] for method in record.get("methods", [])]
     if "alibi" in names:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .errors import RunError
 
@@ -14,18 +17,31 @@ __all__ = ["new_folder", "refuse_taken"]
 
 
 def refuse_taken(out: Path, overwrite: bool) -> None:
-    """Raise RunError if `out` holds something and `overwrite` is off: before any work is done."""
-    if not overwrite and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+    """Refuse to replace what was not made by this program: before any work is done.
+
+    Raises:
+        RunError: `out` holds something and `overwrite` is off, or something else than a checkpoint.
+    """
+    if not out.is_file() and not (out.is_dir() and any(out.iterdir())):
+        return
+    if not overwrite:
         raise RunError(f"{out} exists and is not empty: choose another folder or pass overwrite.")
+    if not (out / "config.json").is_file():
+        raise RunError(
+            f"{out} is no checkpoint folder (no config.json in it), and overwriting would delete "
+            "all that is there: choose another folder."
+        )
 
 
 @contextmanager
 def new_folder(out: Path, *, overwrite: bool = False) -> Generator[Path]:
-    """Fill a folder beside `out`, then move it there: `out` is never half-written.
+    """Fill a folder beside `out`, then put it in its place: `out` is never half-written.
 
     Raises:
-        RunError: `out` is taken and `overwrite` is off, or the disk refuses.
+        RunError: `out` is taken and `overwrite` is off, holds something else than a checkpoint, or
+            the disk refuses.
     """
+    out = Path(os.path.realpath(out))  # "." and links have a parent and a name of their own
     refuse_taken(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -35,12 +51,25 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Generator[Path]:
     try:
         yield staging
         staging.chmod(0o755)
-        if out.is_dir():
-            shutil.rmtree(out)
-        elif out.exists():
-            out.unlink()
-        staging.rename(out)
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error}; nothing was changed there.") from error
+        _replace(out, staging, overwrite)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {out}: {error}. Make room, or name another.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(out: Path, staging: Path, overwrite: bool) -> None:
+    """Move the old aside, the new in, and only then delete the old."""
+    refuse_taken(out, overwrite)  # again: another process may have been faster
+    if not out.exists():
+        staging.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent)) / out.name
+    out.rename(old)
+    try:
+        staging.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)

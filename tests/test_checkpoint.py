@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
 import longctx
 from longctx.checkpoint import load, save
-from longctx.errors import ModelError, RunError
+from longctx.errors import MethodError, ModelError, RunError
 from longctx.folders import new_folder
 
 from .families import build, tokens
@@ -145,3 +147,80 @@ def test_replaced_scaling_survives_the_round_trip(tmp_path: Path) -> None:
     assert patch is not None
     patch.remove()
     assert torch.equal(again(ids).logits, original)
+
+
+def test_only_checkpoints_are_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    for out in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(RunError, match="is no checkpoint folder"):
+            save(build("llama"), demo_tokenizer(), out, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_the_present_folder_and_links_are_places_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "real"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    save(build("llama"), demo_tokenizer(), tmp_path / "link")
+    load(folder, device="cpu")
+    monkeypatch.chdir(folder)
+    save(build("llama"), demo_tokenizer(), ".", overwrite=True)
+    load(folder, device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_of_two_who_save_to_one_new_folder_the_second_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match="exists and is not empty"),
+        new_folder(tmp_path / "x") as one,
+    ):
+        (one / "a").touch()
+        saved(tmp_path / "x")
+    load(tmp_path / "x", device="cpu")
+
+
+def test_a_full_disk_is_named_by_safetensors_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **settings: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = build("llama")
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        save(model, demo_tokenizer(), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_was_edited_after_saving_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x", "yarn:4")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["factor"] = 8.0
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="it was edited after saving"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("record", ["x", {"version": 1, "methods": []}])
+def test_a_record_that_is_none_is_named(tmp_path: Path, record: object) -> None:
+    folder = saved(tmp_path / "x", "yarn:4")
+    config = json.loads((folder / "config.json").read_text())
+    config["longctx"] = record
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"longctx record .* is none"):
+        load(folder, device="cpu")
+
+
+def test_a_patch_that_plain_transformers_loaded_is_not_extended_again(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x", "ntk:4")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(MethodError, match=r"extended before \(ntk\).*load it with longctx.load"):
+        longctx.extend(plain, "yarn", factor=2)
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    for device in ("foo", "cuda:99"):
+        with pytest.raises(ModelError, match=device if device == "foo" else "cannot load|cuda"):
+            load("demo", device=device)

@@ -99,7 +99,7 @@ def test_longrope_notes(tmp_path: Path) -> None:
         ({}, {"model_max_length": 8192}, "note", "eos_token"),
         ({"max_position_embeddings": 8192.0}, None, "problem", "max_position_embeddings"),
         ({"sliding_window": 4096}, None, "note", "sliding_window"),
-        ({"longctx": {"methods": [{"name": "alibi"}]}}, None, "note", "longctx"),
+        ({"longctx": {"original": {}, "methods": [{"name": "alibi"}]}}, None, "note", "longctx"),
     ],
 )
 def test_positions_tokenizer_and_record(
