@@ -1,4 +1,4 @@
-"""Short names for what a result depends on, by content: the same anywhere, other after training."""
+"""Short names for what a result depends on, by content: the same on any device."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import hashlib
 import json
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["json_digest", "model_digest", "tokenizer_digest"]
+from longctx.errors import ModelError
+from longctx.interface import ATTRIBUTE
+from longctx.model import attention_modules, rotary_of
 
-_SAMPLES = 256  # values per parameter: any training moves some of them
+__all__ = ["effect_digest", "json_digest", "model_digest", "tokenizer_digest"]
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures")
 
 
@@ -21,7 +27,7 @@ def json_digest(value: Any) -> str:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Digest of configuration (a patch in place included) and evenly sampled weights."""
+    """Digest of configuration (a patch in place included) and of all weights."""
     config: dict[str, Any] = model.config.to_dict()
     found = hashlib.sha256(
         json_digest({k: v for k, v in config.items() if k not in _VOLATILE}).encode()
@@ -29,10 +35,28 @@ def model_digest(model: PreTrainedModel) -> str:
     for name, weight in model.named_parameters():
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if not weight.is_meta:
-            flat = weight.detach().flatten()
-            some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
-            found.update(some.float().cpu().numpy().tobytes())
+            found.update(_sums(weight.detach()))
     return found.hexdigest()[:24]
+
+
+def _sums(weight: Tensor) -> bytes:
+    """Sums of the bits along rows and columns: whole numbers, the same on every device."""
+    bits = weight.contiguous().view(_BITS[weight.element_size()])
+    table = bits.view(-1, bits.shape[-1]) if bits.ndim > 1 else bits.view(1, -1)
+    sums = [table.sum(axis, dtype=torch.int64).cpu().numpy().tobytes() for axis in (0, 1)]
+    return b"".join(sums)
+
+
+def effect_digest(model: PreTrainedModel) -> str:
+    """Digest of what a method has put on a model: another formula gives another one."""
+    try:
+        rotary = rotary_of(model)
+        rules = [getattr(module, ATTRIBUTE, None) for _, module, _ in attention_modules(model)]
+    except ModelError:  # nothing that a method could reach
+        return ""
+    buffers = [(name, buffer.double().tolist()) for name, buffer in rotary.named_buffers()]
+    scaling = getattr(rotary, "attention_scaling", None)
+    return json_digest([type(rotary).__name__, buffers, scaling, rules])
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

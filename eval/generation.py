@@ -113,7 +113,7 @@ class Repetition:
     ) -> Plan:
         """One unit per length, all its windows."""
         del length_invariant  # nothing is shared between lengths
-        bos, documents = len(_bos(tokenizer)), _documents(tokenizer, self.text)
+        bos, documents = len(_bos(tokenizer)), _documents(tokenizer, texts_of(self.text))
         if min(lengths) <= bos:
             raise DataError(f"a length of {min(lengths)} tokens leaves no room for text.")
         size = max(lengths) - bos + self.new_tokens
@@ -147,7 +147,7 @@ class Repetition:
         """Generate the continuations of one length."""
         del length_invariant
         (length,) = unit.lengths
-        documents, bos = _documents(tokenizer, self.text), _bos(tokenizer)
+        documents, bos = _documents(tokenizer, texts_of(self.text)), _bos(tokenizer)
         windows: list[_Window] = [(name, end) for name, end in unit.spec["windows"]]
         prompts = torch.tensor(
             [[*bos, *documents[name][end - length + len(bos) : end]] for name, end in windows]

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.batches import score_batches
 from longctx.errors import DataError
-from longctx.haystacks import encode
+from longctx.haystacks import Texts, encode
 from longctx.scoring import TokenScores
 
 from .stats import mean_interval
@@ -97,7 +97,7 @@ class Perplexity:
                 f"ask for more than {self.last}, or pass a smaller `last`."
             )
         longest = max(lengths)
-        documents = _documents(tokenizer, self.text)
+        documents = _documents(tokenizer, texts_of(self.text))
         size = longest - len(_bos(tokenizer)) + (self.last - self.stride if self.stride else 0)
         places = _spread({name: len(ids) for name, ids in documents.items()}, size, self.windows)
         short = sum(len(ids) < size for ids in documents.values())
@@ -134,7 +134,8 @@ class Perplexity:
     ) -> Measured:
         """Score one window at all its lengths."""
         del length_invariant  # the plan has seen to it
-        ids, bos = _documents(tokenizer, self.text)[unit.spec["document"]], _bos(tokenizer)
+        documents, bos = _documents(tokenizer, texts_of(self.text)), _bos(tokenizer)
+        ids = documents[unit.spec["document"]]
         if self.stride is not None:
             return self._slide(model, unit, ids, bos, batch_tokens)
         name, start, longest = unit.spec["document"], unit.spec["start"], max(unit.lengths)
@@ -232,14 +233,9 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4)
-def _documents(
-    tokenizer: PreTrainedTokenizerBase, paths: tuple[str, ...]
-) -> dict[str, tuple[int, ...]]:
+def _documents(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> dict[str, tuple[int, ...]]:
     """Token ids of each document by the digest of its text; a repeated one counts once."""
-    found: dict[str, tuple[int, ...]] = {}
-    for text in texts_of(paths).documents:
-        found[digest(text)] = encode(tokenizer, text)
-    return found
+    return {digest(text): encode(tokenizer, text) for text in texts.documents}
 
 
 def _spread(sizes: dict[str, int], size: int, windows: int) -> list[tuple[str, int]]:

@@ -97,7 +97,10 @@ class Store:
         if self.path is None:
             return
         for part in parts_of(self.path):
-            self._records |= read_records(part, self.identity)
+            for key, record in read_records(part, self.identity).items():
+                known = self._records.get(key)
+                if known is None or known.failed is not None or record.failed is None:
+                    self._records[key] = record
 
     def last(self, key: str) -> Record | None:
         """The record under `key`, failed or not."""

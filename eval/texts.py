@@ -12,7 +12,6 @@ from longctx.prompts import Texts, held_out
 __all__ = ["digest", "texts_of"]
 
 
-@lru_cache(maxsize=8)
 def texts_of(paths: tuple[str, ...]) -> Texts:
     """One document per file, folders taken with all their files; the embedded texts for none.
 
@@ -31,7 +30,14 @@ def texts_of(paths: tuple[str, ...]) -> Texts:
             raise DataError(f"{path} does not exist: expected a text file or a folder of them.")
     if not files:
         raise DataError(f"{', '.join(paths)}: no files in there; expected text files.")
-    return Texts(tuple(map(_read, files)), name=Path(paths[0]).name or "texts")
+    state = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    return _texts(state, Path(paths[0]).name or "texts")
+
+
+@lru_cache(maxsize=8)
+def _texts(state: tuple[tuple[str, int, int], ...], name: str) -> Texts:
+    """Read files that have this time and size: one that is edited is read again."""
+    return Texts(tuple(_read(Path(file)) for file, _, _ in state), name=name)
 
 
 def _read(path: Path) -> str:

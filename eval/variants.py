@@ -15,6 +15,8 @@ from longctx.errors import LongctxError, ModelError, RunError
 from longctx.methods import Method, parse_method
 from longctx.model import rope_of, scaled_rope, text_config, window
 
+from .fingerprint import effect_digest
+
 __all__ = ["Variant", "label", "original_window", "variants_of"]
 
 
@@ -31,6 +33,8 @@ class Variant:
     window: int | None
     """Tokens the model claims to read with it."""
     length_invariant: bool
+    effect: str = ""
+    """Digest of what the method puts on this model."""
 
     def applied(self, model: PreTrainedModel, *, replace: bool) -> AbstractContextManager[Any]:
         """Have the method on the model inside the block."""
@@ -39,8 +43,8 @@ class Variant:
         return extend(model, self.method, replace=replace)
 
     def record(self) -> dict[str, Any] | None:
-        """Name and fields, as JSON."""
-        return None if self.method is None else _fields(self.method)
+        """Name, fields and effect, as JSON."""
+        return None if self.method is None else {**_fields(self.method), "effect": self.effect}
 
 
 def _fields(method: Method) -> dict[str, Any]:
@@ -64,7 +68,7 @@ def label(method: Method | None) -> str:
         if field.default is not dataclasses.MISSING and value == field.default:
             continue
         if field.name == "factor" and not items:
-            items.append(f"{value:g}")
+            items.append(f"{value:g}" if float(f"{value:g}") == value else repr(value))
         else:
             items.append(f"{field.name}={value}")
     return method.name + (":" + ",".join(items) if items else "")
@@ -105,7 +109,16 @@ def variants_of(
             with extend(model, method, replace=replace) as patch:
                 factor = _factor(patch)
                 claimed = max(window(model) or 0, round((factor or 1) * patch.rope.length))
-                found.append(Variant(label(method), method, factor, claimed, _invariant(model)))
+                found.append(
+                    Variant(
+                        label(method),
+                        method,
+                        factor,
+                        claimed,
+                        _invariant(model),
+                        effect_digest(model),
+                    )
+                )
     labels = [variant.label for variant in found]
     for name in labels:
         if labels.count(name) > 1:

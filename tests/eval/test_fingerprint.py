@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 import longctx
 from longctx.eval.fingerprint import json_digest, model_digest, tokenizer_digest
+from longctx.eval.variants import variants_of
+from longctx.patches import resonance
+from longctx.rope import Frequencies
 
 from .conftest import byte_model, byte_tokenizer
 
@@ -27,6 +31,28 @@ def test_a_model_is_known_by_config_and_weights() -> None:
     with torch.no_grad():
         trained.model.layers[0].mlp.up_proj.weight.mul_(1.001)
     assert digest != model_digest(trained)
+    pruned: Any = byte_model()
+    with torch.no_grad():
+        pruned.model.layers[0].mlp.down_proj.weight[17, 23] = 0
+    assert digest != model_digest(pruned)
+
+
+def test_a_method_is_known_by_what_it_puts_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def effects(*methods: str) -> list[str]:
+        return [variant.effect for variant in variants_of(byte_model(), methods, replace=False)]
+
+    found = effects("resonance:4", "ntk:8", "yarn:4", "alibi", "dynamic:4")
+    assert len(set(found)) == 5
+    assert found == effects("resonance:4", "ntk:8", "yarn:4", "alibi", "dynamic:4")
+    formula = resonance.Resonance.frequencies
+    monkeypatch.setattr(
+        resonance.Resonance,
+        "frequencies",
+        lambda self, rope: Frequencies(formula(self, rope).inv_freq / 2),
+    )
+    assert effects("resonance:4") != found[:1], (
+        "results of the old formula are not those of the new one"
+    )
 
 
 def test_a_tokenizer_is_known_by_its_rules() -> None:

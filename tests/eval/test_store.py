@@ -170,6 +170,17 @@ def test_processes_of_one_sweep_write_apart_and_read_together(tmp_path: Path) ->
     }  # fmt: skip
 
 
+def test_a_success_is_not_hidden_by_another_process_failure(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    other = Store(path, IDENTITY, rank=1, ranks=2)
+    other.put(record(failed="out of memory"))
+    other.close()
+    store = Store(path, IDENTITY)
+    store.put(record())
+    store.reload()
+    assert store.last("k") == record()
+
+
 def test_a_record_whose_tokens_are_gone_is_measured_again(tmp_path: Path) -> None:
     table = pa.table({"nll": [0.5, 1.5]})
     store = Store(tmp_path / "r.jsonl", IDENTITY)

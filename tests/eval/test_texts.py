@@ -44,3 +44,11 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
         texts_of((str(tmp_path / "gone"),))
     with pytest.raises(DataError, match="no files in there"):
         texts_of((str(tmp_path),))
+
+
+def test_a_file_that_is_edited_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one text")
+    assert texts_of((str(path),)).documents == ("one text",)
+    path.write_text("another text")
+    assert texts_of((str(path),)).documents == ("another text",)
