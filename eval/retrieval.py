@@ -50,9 +50,11 @@ class Place:
 
 
 def depth_grid(depths: int | None, prompts: int) -> list[float]:
-    """Depths from end to end, no more than there are prompts; in the middle for one."""
+    """Depths from end to end, no more than there are prompts; inner ones for one or two."""
     n = min(depths or 1, prompts)
-    return [0.5] if n == 1 else [i / (n - 1) for i in range(n)]
+    if n < 3:  # both ends are where it is easiest
+        return [(i + 0.5) / n for i in range(n)]
+    return [i / (n - 1) for i in range(n)]
 
 
 def turn_of(turn: int, seed: int, grid: Sequence[float]) -> tuple[int, float]:
@@ -168,7 +170,11 @@ class Retrieval(ABC):
         if not answers or None in answers:
             return Summary(math.nan, math.nan, math.nan, "none")
         hits = sum(map(bool, answers))
-        return Summary(hits / len(answers), *wilson(hits, len(answers)), "Wilson 95%")
+        clusters = len({o.cluster for o in observations})
+        name = "Wilson 95%"
+        if clusters < len(answers):
+            name += f", as if its prompts from {clusters} haystacks were independent"
+        return Summary(hits / len(answers), *wilson(hits, len(answers)), name)
 
     def cluster(self, place: Place, prompt: Prompt) -> str:
         """What the prompt has in common with others, so that they are not independent."""

@@ -92,6 +92,7 @@ class Run:
             f"{task.name} under {job.variant.label}: reads to {limit} at a share of "
             f"{adaptive.threshold:.0%} ± {adaptive.margin:.0%} (error {adaptive.error:.0%}; "
             f"shorter lengths that were not asked are taken to pass); {asked} of "
-            f"{task.samples * len(self.lengths)} prompts asked, {tokens:,} tokens forwarded where "
+            f"{task.samples * len(self.lengths)} prompts asked (intervals do not allow for the "
+            f"early stop), {tokens:,} tokens forwarded where "
             f"all prompts have {planned:,}"
         ]

@@ -110,6 +110,8 @@ def sweep(
     chosen = _tasks(tasks)
     if batch_tokens < 1:
         raise RunError(f"batch_tokens={batch_tokens}: expected at least 1.")
+    if verify < 0:
+        raise RunError(f"verify={verify}: expected 0 or a number of answers to generate.")
     _refuse_beyond_table(model, sizes)
     identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
     variants = variants_of(model, methods, replace=replace)

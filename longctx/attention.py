@@ -128,6 +128,8 @@ def _check_shapes(
 def _causal(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:
     if q.device.type == "cpu" and kernels.usable():
         return kernels.biased_attention(q, k, v, bias, scaling)
+    if q.is_cuda and not any(bias.slopes) and (bias.mask is None or bool(bias.mask.all())):
+        return fused.unbiased_attention(q, k, v, scaling)
     if q.is_cuda and fused.flash_applies(q, bias):
         return fused.flash_attention(q, k, v, bias, scaling)
     if q.is_cuda:

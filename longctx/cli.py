@@ -26,7 +26,7 @@ FINE, PROBLEM, USAGE = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Methods:
-    """List the methods: what each does, and whether plain transformers loads the result.
+    """List the methods: what each does, and the fields it takes.
 
     Example:
         longctx methods

@@ -55,7 +55,7 @@ class Sweep:
     methods: tuple[str, ...] = ("none",)
     """NAME:FACTOR or NAME:field=value,…, and "none" for the model as it comes."""
     lengths: str = ""
-    """Tokens: FROM:TO doubles, or a list 4k,8k. Default: a quarter of the window to 4 times it."""
+    """Tokens: FROM:TO doubles, or a list 4k,8k. Default: a quarter of the window to twice it."""
     tasks: tuple[TaskName, ...] = ("passkey", "perplexity")
     """What to measure: perplexity of text, repetition in what a model writes, or whether it finds
     again what a prompt of that length hides."""
@@ -124,11 +124,12 @@ class Sweep:
         from .model import window
 
         known = window(model) or 4096
+        first = max(known // 4, 256)
         return sweep(
             model,
             tokenizer,
             self._chosen(),
-            self.lengths or f"{max(known // 4, 256)}:{known * 4}",
+            self.lengths or f"{first}:{max(known * 2, first * 4)}",
             methods=self.methods,
             results=self.out / "results.jsonl",
             batch_tokens=self.batch_tokens,

@@ -23,7 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from .kernels import KeyBias
 
-__all__ = ["extended_attention", "flash_applies", "flash_attention"]
+__all__ = ["extended_attention", "flash_applies", "flash_attention", "unbiased_attention"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -54,6 +54,18 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: flo
         alibi_slopes=torch.tensor(bias.slopes, dtype=torch.float32, device=q.device),
     )
     return rearrange(out, "b s h d -> b h s d")
+
+
+def unbiased_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Plain causal attention, the last query on the last key; on any device."""
+    queries, keys = q.shape[2], k.shape[2]
+    return functional.scaled_dot_product_attention(
+        *(q, k, v),
+        attn_mask=causal_lower_right(queries, keys) if 1 < queries < keys else None,
+        is_causal=1 < queries == keys,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
 
 
 def extended_attention(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:

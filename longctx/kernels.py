@@ -252,7 +252,8 @@ def usable() -> bool:
     Warns once if it does not.
     """
     try:
-        problem = _probe()
+        with torch.inference_mode(mode=False):  # inside it nothing has a gradient
+            problem = _probe()
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:

@@ -117,6 +117,8 @@ def parse_method(text: str) -> Method | None:
             key, value = "factor", item
         elif not equals:
             raise MethodError(f"{item!r} in {text!r}: expected field=value, as in 'yarn:factor=4'.")
+        if key.strip() in fields:
+            raise MethodError(f"{key.strip()!r} stands twice in {text!r}: leave one out.")
         try:
             fields[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):

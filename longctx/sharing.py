@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from .attention import LinearBias
-from .batches import score_batches, shrinking
+from .batches import is_out_of_memory, score_batches, shrinking
 from .errors import ModelError
 from .interface import ATTRIBUTE, NAME, register
 from .model import attention_modules, text_config
@@ -78,9 +78,15 @@ def score_prompts(
         rows = sorted(range(len(prompts)), key=lambda row: tuple(prompts[row]))
         tree = _grow(prompts, starts, rows, 0)
         if _cost_of_tree(tree, prompts) < _cost_of_whole(prompts, batch_tokens):
-            with _causal_attention(model):
-                return _Walk(model, prompts, starts, batch_tokens).scores(tree)
-        why = "cheaper"
+            try:
+                with _causal_attention(model):
+                    return _Walk(model, prompts, starts, batch_tokens).scores(tree)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            why = "no memory for a cache"  # which whole prompts do without
+        else:
+            why = "cheaper"
     return _whole(model, prompts, starts, batch_tokens, f"whole prompts ({why})")
 
 

@@ -9,6 +9,9 @@ from longctx.rope import Rope
 
 __all__ = ["check_number", "extended_length", "scale"]
 
+_LARGEST = 1e6
+_LONGEST = 2**40
+
 
 def check_number(method: str, field: str, value: object, *, minimum: float = 0.0) -> None:
     """Refuse anything but a finite number > 0 and ≥ `minimum`."""
@@ -31,8 +34,14 @@ def check_extent(method: str, factor: float | None, target: int | None) -> None:
                 f"{method}: factor={factor!r} would shrink the window; expected ≥ 1 "
                 "(factor=4 extends four-fold)."
             )
+        if factor > _LARGEST:
+            raise MethodError(f"{method}: factor={factor!r} is beyond reason; expected ≤ 1e6.")
     if target is not None:
         check_number(method, "target", target)
+        if target > _LONGEST:
+            raise MethodError(
+                f"{method}: target={target!r} tokens is beyond reason; expected ≤ {_LONGEST:,}."
+            )
         if int(target) != target:
             raise MethodError(f"{method}: target={target!r} must be a whole number of tokens.")
 

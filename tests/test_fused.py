@@ -93,3 +93,12 @@ def test_on_cuda(queries: int, keys: int, dtype: torch.dtype, padded: bool) -> N
     assert (out - wanted).abs().max() <= tolerance
     gradients = torch.autograd.grad(out.float().sin().sum(), (q, k, v))
     assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 12])
+def test_without_a_bias_the_last_query_stands_on_the_last_key(queries: int) -> None:
+    q, k, v = (torch.randn(2, heads, n, 8) for heads, n in ((4, queries), (2, 12), (2, 12)))
+    visible = torch.ones(queries, 12, dtype=torch.bool).tril(12 - queries)
+    keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
+    logits = (0.3 * q @ keys.mT).masked_fill(~visible, -torch.inf)
+    torch.testing.assert_close(fused.unbiased_attention(q, k, v, 0.3), logits.softmax(-1) @ values)

@@ -165,3 +165,9 @@ def test_the_probe_notices_a_changed_operator(monkeypatch: pytest.MonkeyPatch, d
 
 def test_the_probe_passes_here() -> None:
     assert kernels.usable()
+
+
+def test_the_probe_is_not_misled_by_inference_mode() -> None:
+    kernels.usable.cache_clear()
+    with torch.inference_mode():
+        assert kernels.usable()

@@ -158,6 +158,18 @@ def test_short_prompts_run_whole_since_that_is_cheaper(monkeypatch: pytest.Monke
     assert scores.how == "whole prompts (cheaper)"
 
 
+def test_without_memory_for_a_cache_prompts_are_run_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(sharing, "prefill", full)
+    model: Any = byte_model()
+    before = model.config._attn_implementation
+    prompts, starts = spine(0)
+    assert check(model, prompts, starts).how == "whole prompts (no memory for a cache)"
+    assert model.config._attn_implementation == before
+
+
 def test_running_out_of_memory_halves_the_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = byte_model()
     (first, *_), _ = spine(0)

@@ -88,7 +88,7 @@ def test_prompts_have_the_exact_length_and_depths_of_the_grid(texts: tuple[str, 
     [
         ({"samples": 3, "haystack": "grass"}, [0.0, 0.5, 1.0]),
         ({"samples": 1, "haystack": "grass"}, [0.5]),
-        ({"samples": 4, "haystack": "both"}, [0.0, 1.0]),
+        ({"samples": 4, "haystack": "both"}, [0.25, 0.75]),
         ({"samples": 40, "haystack": "both", "depths": 5}, [0.0, 0.25, 0.5, 0.75, 1.0]),
     ],
 )

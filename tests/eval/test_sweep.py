@@ -211,6 +211,8 @@ def test_what_does_not_fit_is_refused_before_any_work(
         run([task], "1x")
     with pytest.raises(RunError, match="batch_tokens=0"):
         run([task], batch_tokens=0)
+    with pytest.raises(RunError, match="verify=-1: expected 0 or"):
+        run([task], verify=-1)
     with pytest.raises(DataError, match="no document is long enough"):
         run([task, Perplexity(text=texts)], "4k")
     with pytest.raises(MethodError, match="factor"):
