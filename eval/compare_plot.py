@@ -21,6 +21,7 @@ from matplotlib.ticker import (
 )
 
 from .compare_table import change
+from .plot import mark_window
 
 if TYPE_CHECKING:
     from .comparison import ComparedCell, ComparedTask, Comparison
@@ -86,8 +87,7 @@ def _lines(axes: Axes, comparison: Comparison, task: ComparedTask) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylabel("perplexity")
-    if comparison.original_window is not None:
-        axes.axvline(comparison.original_window, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
+    mark_window(axes, comparison.original_window)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import RunError
+
+from .files import write_whole
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -50,22 +51,12 @@ def write_comparison(comparison: Comparison, folder: Path, *, overwrite: bool) -
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [_write(folder / name, writer) for name, writer in writers.items()]
+        return [write_whole(folder / name, writer) for name, writer in writers.items()]
     except OSError as error:
         raise RunError(
             f"cannot write the comparison to {folder}: {error}. Make room, or write to another "
             "folder."
         ) from error
-
-
-def _write(path: Path, writer: Callable[[Path], Any]) -> Path:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        writer(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
 
 
 def _report(comparison: Comparison) -> dict[str, Any]:

@@ -32,11 +32,11 @@ from transformers import (
 from longctx.batches import shrinking
 from longctx.errors import DataError
 
-from .perplexity import _bos, _documents, _spread  # pyright: ignore[reportPrivateUsage]
 from .repetition import distinct_n, diversity, loop_onset, rep_l, seq_rep_n, uniq
 from .stats import mean_interval
 from .task import Measured, Observation, Plan, Summary, Unit
 from .texts import digest, texts_of
+from .windows import bos_of, documents_of, spread
 
 __all__ = ["Repetition"]
 
@@ -113,12 +113,12 @@ class Repetition:
     ) -> Plan:
         """One unit per length, all its windows."""
         del length_invariant  # nothing is shared between lengths
-        bos, documents = len(_bos(tokenizer)), _documents(tokenizer, texts_of(self.text))
+        bos, documents = len(bos_of(tokenizer)), documents_of(tokenizer, texts_of(self.text))
         if min(lengths) <= bos:
             raise DataError(f"a length of {min(lengths)} tokens leaves no room for text.")
         size = max(lengths) - bos + self.new_tokens
         sizes = {name: len(ids) for name, ids in documents.items()}
-        places = _spread(sizes, size, self.windows)
+        places = spread(sizes, size, self.windows)
         short = sum(length < size for length in sizes.values())
         if not places:
             raise DataError(
@@ -147,7 +147,7 @@ class Repetition:
         """Generate the continuations of one length."""
         del length_invariant
         (length,) = unit.lengths
-        documents, bos = _documents(tokenizer, texts_of(self.text)), _bos(tokenizer)
+        documents, bos = documents_of(tokenizer, texts_of(self.text)), bos_of(tokenizer)
         windows: list[_Window] = [(name, end) for name, end in unit.spec["windows"]]
         prompts = torch.tensor(
             [[*bos, *documents[name][end - length + len(bos) : end]] for name, end in windows]

@@ -8,7 +8,6 @@ sweep.json as it is.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from longctx.errors import RunError
 
 from . import html_sections as sections
+from .files import write_whole
 from .html_charts import Chart, position_chart, styles, tokens, value_chart
 from .html_data import SweepFolder, read_sweep
 from .html_svg import DASHES, MARKERS, geometry
@@ -72,9 +72,7 @@ def write_html(
     try:
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}.part")
-            part.write_bytes(content)
-            os.replace(part, path)
+            write_whole(path, lambda part, content=content: part.write_bytes(content))
     except OSError as error:
         raise RunError(f"cannot write {out}: {error}. Name another --out.") from error
     return list(files)

@@ -16,13 +16,9 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator, Percent
 from . import html_sections as sections
 from .html_charts import Chart, Style, position_chart, styles, tokens, value_chart
 from .html_data import SweepFolder
+from .plot import COLOURS, DASHES, MARKERS, mark_window
 
 __all__ = ["figures"]
-
-# Okabe & Ito 2008, as in plot.py; the page has them a little darker or lighter, for its themes.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-_DASHES = ("solid", "dashed", "dotted", "dashdot")
-_MARKERS = "osD^v"
 
 
 def figures(sweeps: Sequence[SweepFolder], names: Sequence[str], out: Path) -> dict[Path, bytes]:
@@ -60,8 +56,8 @@ def _lines(chart: Chart, title: str) -> Figure:
             xs,
             [point.y for point in line.points],
             color=colour,
-            linestyle=_DASHES[line.style.dash],
-            marker=_MARKERS[line.style.marker],
+            linestyle=DASHES[line.style.dash],
+            marker=MARKERS[line.style.marker],
             markersize=4,
             linewidth=1.6,
             label=line.method,
@@ -78,17 +74,7 @@ def _lines(chart: Chart, title: str) -> Figure:
     if chart.share:
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    if chart.window is not None:
-        axes.axvline(chart.window, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            " original window",
-            (chart.window, 1),
-            xycoords=("data", "axes fraction"),
-            va="top",
-            rotation=90,
-            fontsize=8,
-            color="0.35",
-        )
+    mark_window(axes, chart.window)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
@@ -135,4 +121,4 @@ def _figure(width: float, height: float, title: str) -> tuple[Figure, Any]:
 
 
 def _colour(style: Style) -> str:
-    return "black" if style.colour is None else _COLOURS[style.colour]
+    return "black" if style.colour is None else COLOURS[style.colour]

@@ -31,10 +31,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longctx.errors import RunError, nearest
 from longctx.methods import Method
 
+from .files import write_whole
 from .fingerprint import json_digest, model_digest, tokenizer_digest
 from .lengths import parse_lengths
 from .records import Record
-from .report import _write as _replace  # pyright: ignore[reportPrivateUsage]
 from .store import Store
 from .task import Observation
 from .texts import digest
@@ -294,6 +294,6 @@ def _write(folder: Path, scores: list[Score], about: dict[str, Any]) -> None:
     frame = _frame(scores)
     rows = frame.astype(object).where(frame.notna(), None).to_dict(orient="records")
     text = json.dumps({**about, "rows": rows}, indent=1, allow_nan=False)
-    _replace(folder / "lm_eval.csv", lambda path: frame.to_csv(path, index=False))
-    _replace(folder / "lm_eval.parquet", lambda path: frame.to_parquet(path, index=False))
-    _replace(folder / "lm_eval.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_whole(folder / "lm_eval.csv", lambda path: frame.to_csv(path, index=False))
+    write_whole(folder / "lm_eval.parquet", lambda path: frame.to_parquet(path, index=False))
+    write_whole(folder / "lm_eval.json", lambda path: path.write_text(text, encoding="utf-8"))

@@ -15,7 +15,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -24,12 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.batches import score_batches
 from longctx.errors import DataError
-from longctx.haystacks import Texts, encode
 from longctx.scoring import TokenScores
 
 from .stats import mean_interval
 from .task import Measured, Observation, Plan, Summary, Unit
-from .texts import digest, texts_of
+from .texts import texts_of
+from .windows import bos_of, documents_of, spread
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,9 +96,9 @@ class Perplexity:
                 f"ask for more than {self.last}, or pass a smaller `last`."
             )
         longest = max(lengths)
-        documents = _documents(tokenizer, texts_of(self.text))
-        size = longest - len(_bos(tokenizer)) + (self.last - self.stride if self.stride else 0)
-        places = _spread({name: len(ids) for name, ids in documents.items()}, size, self.windows)
+        documents = documents_of(tokenizer, texts_of(self.text))
+        size = longest - len(bos_of(tokenizer)) + (self.last - self.stride if self.stride else 0)
+        places = spread({name: len(ids) for name, ids in documents.items()}, size, self.windows)
         short = sum(len(ids) < size for ids in documents.values())
         if not places:
             raise DataError(
@@ -115,7 +114,7 @@ class Perplexity:
         for name, start in places:
             spec: dict[str, Any] = {"document": name}
             if self.stride is not None:
-                spec["end"] = start + longest - len(_bos(tokenizer))  # of the first window
+                spec["end"] = start + longest - len(bos_of(tokenizer))  # of the first window
                 count = self.last // self.stride
                 units += [Unit((length,), length * count, spec) for length in lengths]
             else:
@@ -134,7 +133,7 @@ class Perplexity:
     ) -> Measured:
         """Score one window at all its lengths."""
         del length_invariant  # the plan has seen to it
-        documents, bos = _documents(tokenizer, texts_of(self.text)), _bos(tokenizer)
+        documents, bos = documents_of(tokenizer, texts_of(self.text)), bos_of(tokenizer)
         ids = documents[unit.spec["document"]]
         if self.stride is not None:
             return self._slide(model, unit, ids, bos, batch_tokens)
@@ -224,34 +223,3 @@ def _per_token(
 
 def _exp(nll: float) -> float:
     return math.exp(nll) if nll < 700 or math.isnan(nll) else math.inf
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The BOS if the tokenizer puts one before a text; having none is legal."""
-    ids: list[int] = tokenizer("")["input_ids"]  # pyright: ignore[reportAssignmentType]
-    return tuple(token for token in ids[:1] if token == tokenizer.bos_token_id)
-
-
-@lru_cache(maxsize=4)
-def _documents(tokenizer: PreTrainedTokenizerBase, texts: Texts) -> dict[str, tuple[int, ...]]:
-    """Token ids of each document by the digest of its text; a repeated one counts once."""
-    return {digest(text): encode(tokenizer, text) for text in texts.documents}
-
-
-def _spread(sizes: dict[str, int], size: int, windows: int) -> list[tuple[str, int]]:
-    """(document, first token) of at most `windows` windows that do not overlap.
-
-    Every document gets its first window before any gets a second; those of one document lie
-    evenly over it.
-    """
-    room = {name: length // size for name, length in sizes.items()}
-    counts = dict.fromkeys(sizes, 0)
-    left = min(windows, sum(room.values()))
-    while left:
-        for name in sizes:
-            if left and counts[name] < room[name]:
-                counts[name] += 1
-                left -= 1
-    return [
-        (name, j * (sizes[name] // count)) for name, count in counts.items() for j in range(count)
-    ]

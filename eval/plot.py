@@ -24,12 +24,12 @@ from .variants import Variant
 if TYPE_CHECKING:
     from .results import SweepResult
 
-__all__ = ["draw"]
+__all__ = ["COLOURS", "DASHES", "MARKERS", "draw", "mark_window"]
 
 # Okabe & Ito 2008: told apart with every kind of colour vision. Black is the model as it came.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-_DASHES = ("solid", "dashed", "dotted", "dashdot")
-_MARKERS = "osD^vP*X"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+DASHES = ("solid", "dashed", "dotted", "dashdot")
+MARKERS = "osD^vP*X"
 _BANDS = 6  # with more lines than this their bands only hide each other
 
 
@@ -63,9 +63,9 @@ def _styles(labels: list[str]) -> dict[str, tuple[str, str, str]]:
         name = label.partition(":")[0]
         turn = seen[name] = seen.get(name, -1) + 1
         place = names.index(name) if name in names else 0
-        colour = "black" if label == "none" else _COLOURS[place % len(_COLOURS)]
-        marker = "o" if label == "none" else _MARKERS[(1 + place) % len(_MARKERS)]
-        styles[label] = (colour, _DASHES[turn % len(_DASHES)], marker)
+        colour = "black" if label == "none" else COLOURS[place % len(COLOURS)]
+        marker = "o" if label == "none" else MARKERS[(1 + place) % len(MARKERS)]
+        styles[label] = (colour, DASHES[turn % len(DASHES)], marker)
     return styles
 
 
@@ -110,20 +110,26 @@ def _frame(axes: Axes, result: SweepResult, task: Task) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylabel("perplexity")
-    if result.original_window is not None:
-        axes.axvline(result.original_window, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            " original window",
-            (result.original_window, 1),
-            xycoords=("data", "axes fraction"),
-            va="top",
-            rotation=90,
-            fontsize=8,
-            color="0.35",
-        )
+    mark_window(axes, result.original_window)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _tokens(length: int) -> str:
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def mark_window(axes: Axes, window: int | None) -> None:
+    """Draw a line where the window ends that the model was trained with, if it is known."""
+    if window is None:
+        return
+    axes.axvline(window, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        " original window",
+        (window, 1),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        rotation=90,
+        fontsize=8,
+        color="0.35",
+    )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import RunError
+
+from .files import write_whole
 
 if TYPE_CHECKING:
     from .results import SweepResult
@@ -73,23 +74,13 @@ def write_report(result: SweepResult, folder: Path, *, overwrite: bool) -> list[
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [_write(folder / name, writer) for name, writer in writers.items()]
+        return [write_whole(folder / name, writer) for name, writer in writers.items()]
     except OSError as error:
         kept = f"; the results are in {result.results}, not lost" if result.results else ""
         raise RunError(
             f"cannot write the report to {folder}: {error}{kept}. Make room, or write to another "
             "folder."
         ) from error
-
-
-def _write(path: Path, writer: Callable[[Path], Any]) -> Path:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        writer(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
 
 
 def _report(result: SweepResult, cells: list[str]) -> dict[str, Any]:

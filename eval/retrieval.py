@@ -109,10 +109,10 @@ class Retrieval(ABC):
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
     ) -> Plan:
-        """One unit per length, or one for all; the shortest and longest prompts are tried."""
+        """One unit per length, or one for all; all of the shortest prompts are tried first."""
         longest = max(lengths)
-        for length in {min(lengths), longest}:
-            for index in range(min(self.samples, 2)):  # haystacks alternate between two kinds
+        for length, count in ((longest, 2), (min(lengths), self.samples)):
+            for index in range(min(self.samples, count)):  # haystacks alternate between two kinds
                 self.prompt(tokenizer, length, self.place(index, longest))
         everything = range(self.samples)
         if self.share_lengths and length_invariant:

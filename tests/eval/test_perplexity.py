@@ -13,7 +13,7 @@ import torch
 import longctx
 from longctx.errors import DataError
 from longctx.eval import Observation, Perplexity, Unit
-from longctx.eval.perplexity import _spread  # pyright: ignore[reportPrivateUsage]
+from longctx.eval.windows import spread
 
 from .conftest import byte_model, byte_tokenizer
 
@@ -95,11 +95,11 @@ def test_stride_scores_the_same_tokens_at_every_length(
 
 
 def test_windows_spread_without_sharing_a_token() -> None:
-    places = _spread({"a": 3000, "b": 2600, "c": 900, "d": 100}, 800, 5)
+    places = spread({"a": 3000, "b": 2600, "c": 900, "d": 100}, 800, 5)
     assert places == [("a", 0), ("a", 1500), ("b", 0), ("b", 1300), ("c", 0)]
-    assert len(_spread({"a": 3000, "b": 2600}, 800, 100)) == 3 + 3
+    assert len(spread({"a": 3000, "b": 2600}, 800, 100)) == 3 + 3
     for name, size in {"a": 3000, "b": 2600}.items():
-        starts = [start for n, start in _spread({"a": 3000, "b": 2600}, 800, 100) if n == name]
+        starts = [start for n, start in spread({"a": 3000, "b": 2600}, 800, 100) if n == name]
         assert all(b - a >= 800 for a, b in pairwise(starts))
         assert starts[-1] + 800 <= size
 
