@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +54,8 @@ class Sweep:
     methods: tuple[str, ...] = ("none",)
     """NAME:FACTOR or NAME:field=value,…, and "none" for the model as it comes."""
     lengths: str = ""
-    """Tokens: FROM:TO doubles, or a list 4k,8k. Default: a quarter of the window to twice it."""
+    """Tokens: FROM:TO doubles, or a list 4k,8k. Default: from a quarter of the window
+    (at least 256) to twice it (at least 1k)."""
     tasks: tuple[TaskName, ...] = ("passkey", "perplexity")
     """What to measure: perplexity of text, repetition in what a model writes, or whether it finds
     again what a prompt of that length hides."""
@@ -102,6 +102,7 @@ class Sweep:
     def run(self) -> int:
         """Load, sweep, print and write."""
         from longctx.eval import parse_lengths
+        from longctx.eval.ranks import Ranks
 
         from .methods import parse_method
 
@@ -112,7 +113,7 @@ class Sweep:
             parse_lengths(self.lengths)
         model, tokenizer = self.hardware.load(self.model)
         result = self.sweep(model, tokenizer)
-        if int(os.environ.get("RANK", "0")):  # the first process reports for all
+        if not Ranks.here().first:  # it reports for all
             return 0
         result.print()
         return _write(result, self.out, overwrite=self.overwrite)
