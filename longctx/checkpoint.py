@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import warnings
@@ -23,12 +22,13 @@ from transformers import (
 from .core import extend, patch_of
 from .errors import ModelError
 from .folders import new_folder
+from .gguf import convert_gguf
 from .methods import make_method
 from .model import build_rotary, decoder_of, rope_entry, text_config
 
-__all__ = ["Saved", "convert_gguf", "load", "local_folder", "save"]
+__all__ = ["Saved", "load", "load_tokenizer", "local_folder", "locate", "save"]
 
-DEMO = "demo"
+EMBEDDED = ("demo", "demo-tuned")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 
@@ -55,8 +55,8 @@ def load(
     """Load a model and its tokenizer, with the patch that it was saved with in place.
 
     Args:
-        source: a checkpoint folder, a hub id, a GGUF file (or a folder with one), or "demo" for
-            the embedded model.
+        source: a checkpoint folder, a hub id, a GGUF file (or a folder with one), "demo" for the
+            embedded model, or "demo-tuned" for the same after fine-tuning to 2,048 tokens.
         device: "auto" spreads over the GPUs there are, else CPU; or a torch device.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
         attn: "auto" is flash-attn on a GPU where it is installed, else SDPA.
@@ -68,9 +68,7 @@ def load(
     Raises:
         ModelError: nothing there, a corrupt file, pickled weights only, or code in the checkpoint.
     """
-    path = _locate(source)
-    if isinstance(path, Path) and path.suffix == ".gguf":
-        path = convert_gguf(path)
+    path = _converted(source)
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
@@ -98,8 +96,32 @@ def load(
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"cannot put a model on device {device!r}: {error}") from error
     model.eval()
+    if isinstance(path, Path):
+        _refuse_contradiction(path / "config.json")
     _restore(model)
     return model, tokenizer
+
+
+def load_tokenizer(
+    source: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer alone, from anything that `load` takes.
+
+    Raises:
+        ModelError: nothing there, or no tokenizer in it.
+    """
+    path = _converted(source)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"cannot load the tokenizer of {str(source)!r}: {error}") from error
+
+
+def _converted(source: str | os.PathLike[str]) -> str | Path:
+    """A folder or a hub id; a GGUF file is converted first."""
+    path = locate(source)
+    is_gguf = isinstance(path, Path) and path.suffix == ".gguf"
+    return convert_gguf(path) if is_gguf else path  # pyright: ignore[reportArgumentType]
 
 
 def _attention(attn: Attention, on_gpu: bool) -> str:
@@ -112,27 +134,26 @@ def _attention(attn: Attention, on_gpu: bool) -> str:
     return "flash_attention_2" if on_gpu else "sdpa"
 
 
-def demo_folder() -> Path:
-    """The embedded model's folder."""
-    return Path(__file__).parent / "demo"
-
-
 def local_folder(source: str) -> Path:
     """The folder of a local checkpoint.
 
     Raises:
         ModelError: it does not exist, or it is a hub id or a GGUF file.
     """
-    path = _locate(source)
+    path = locate(source)
     if isinstance(path, Path) and path.is_dir():
         return path
     raise ModelError(f"{source!r} is no local checkpoint folder: `longctx convert` makes one.")
 
 
-def _locate(source: str | os.PathLike[str]) -> str | Path:
-    """A path that exists, or the hub id as it was given."""
-    if source == DEMO:
-        return demo_folder()
+def locate(source: str | os.PathLike[str]) -> str | Path:
+    """A path that exists, or the hub id as it was given.
+
+    Raises:
+        ModelError: a path with nothing there, or a folder without a checkpoint.
+    """
+    if source in EMBEDDED:
+        return Path(__file__).parent / str(source)
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -152,51 +173,6 @@ def _locate(source: str | os.PathLike[str]) -> str | Path:
     if looks_local or path.suffix == ".gguf":
         raise ModelError(f"{source} does not exist: expected a folder, a GGUF file or a hub id.")
     return str(source)
-
-
-def convert_gguf(path: Path) -> Path:
-    """Dequantise a GGUF file to a plain float32 checkpoint, once; later calls find it in a cache.
-
-    The cache is `$LONGCTX_CACHE` (default `~/.cache/longctx`), keyed by the file's content.
-
-    Raises:
-        ModelError: not a GGUF file, cut off, of an unsupported architecture, or no `gguf` package.
-    """
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{path} does not begin with 'GGUF': it is corrupt or something else.")
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    root = Path(os.environ.get("LONGCTX_CACHE", Path.home() / ".cache" / "longctx"))
-    out = root / "gguf" / digest[:32]
-    if out.exists():
-        return out
-    try:
-        metadata.version("gguf")
-    except metadata.PackageNotFoundError as error:
-        raise ModelError(
-            "reading GGUF needs the gguf package: pip install 'longctx-toolkit[gguf]'"
-        ) from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
-    except Exception as error:  # the reader fails in as many ways as a file can be broken
-        raise ModelError(
-            f"cannot read {path}: {type(error).__name__}: {error}. The file is cut off, corrupt, "
-            "or of an architecture that transformers does not dequantise."
-        ) from error
-    # A model read from GGUF refuses casts and saving; a plain one takes its weights over.
-    config = type(quantised.config).from_dict(quantised.config.to_dict())
-    for key in ("quantization_config", "_pre_quantization_dtype"):
-        config.__dict__.pop(key, None)
-    model = type(quantised)(config)
-    model.load_state_dict(quantised.state_dict())
-    model.generation_config = quantised.generation_config
-    with new_folder(out) as folder:
-        _write(model, tokenizer, folder)
-    return out
 
 
 def save(
@@ -252,6 +228,35 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         model.save_pretrained(folder)
     finally:
         tokenizer.model_max_length = declared
+    if record:
+        _add_legacy_keys(folder / "config.json")
+
+
+def _add_legacy_keys(path: Path) -> None:
+    """Say the rotary settings in the keys of transformers 4 too, which older servers read.
+
+    Settings per layer type have no such form.
+    """
+    config: dict[str, Any] = json.loads(path.read_text())
+    entry: dict[str, Any] = config.get("rope_parameters") or {}
+    if "rope_theta" not in entry:
+        return
+    config["rope_theta"] = entry["rope_theta"]
+    if entry.get("rope_type", "default") != "default":
+        config["rope_scaling"] = entry
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _refuse_contradiction(path: Path) -> None:
+    """A config whose rotary settings were edited in one of the two places that say them."""
+    config: dict[str, Any] = json.loads(path.read_text())
+    legacy, present = config.get("rope_scaling"), config.get("rope_parameters")
+    if legacy and present and legacy != present:
+        raise ModelError(
+            f"{path}: rope_parameters says {present} and rope_scaling {legacy}, of which "
+            "transformers takes the latter: it was edited after saving. Make them say the same, or "
+            "extend the original anew (longctx.extend)."
+        )
 
 
 def _restore(model: PreTrainedModel) -> None:

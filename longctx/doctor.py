@@ -76,6 +76,14 @@ def _entries(text: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _rope(text: dict[str, Any]) -> Iterator[Finding]:
+    legacy, present = text.get("rope_scaling"), text.get("rope_parameters")
+    if legacy and present and legacy != present:
+        yield Finding(
+            "problem",
+            "config.json: rope_scaling",
+            "says otherwise than rope_parameters, and transformers takes it instead",
+            "make both say the same, or remove rope_scaling",
+        )
     for key, entry in _entries(text).items():
         where = f"config.json: {key}"
         kind = entry.get("rope_type", entry.get("type", "default"))

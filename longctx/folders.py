@@ -51,6 +51,8 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Generator[Path]:
     try:
         yield staging
         staging.chmod(0o755)
+        for path in staging.rglob("*"):  # safetensors leaves weights that nobody else may read
+            path.chmod(0o755 if path.is_dir() else 0o644)
         _replace(out, staging, overwrite)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {out}: {error}. Make room, or name another.") from error

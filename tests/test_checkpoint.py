@@ -203,6 +203,20 @@ def test_a_config_that_was_edited_after_saving_is_refused(tmp_path: Path) -> Non
         load(folder, device="cpu")
 
 
+def test_others_may_read_what_is_saved(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x")
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+
+
+def test_older_servers_find_the_settings_in_their_keys(tmp_path: Path) -> None:
+    config = json.loads((saved(tmp_path / "x", "yarn:4") / "config.json").read_text())
+    assert config["rope_scaling"] == config["rope_parameters"]
+    assert config["rope_scaling"]["rope_type"] == "yarn"
+    base = json.loads((saved(tmp_path / "y", "ntk:4") / "config.json").read_text())
+    assert base["rope_theta"] == base["rope_parameters"]["rope_theta"] > 1e4
+    assert "rope_scaling" not in base  # a base alone is no scaling
+
+
 @pytest.mark.parametrize("record", ["x", {"version": 1, "methods": []}])
 def test_a_record_that_is_none_is_named(tmp_path: Path, record: object) -> None:
     folder = saved(tmp_path / "x", "yarn:4")

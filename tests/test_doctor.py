@@ -67,6 +67,13 @@ def test_rope_settings_that_fail_silently(
     assert what in one(found).what
 
 
+def test_two_settings_that_differ_are_a_problem(tmp_path: Path) -> None:
+    entry = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    both = {"rope_parameters": entry, "rope_scaling": {**entry, "factor": 4.0}}
+    found = [f.what for f in examine(checkpoint(tmp_path / "x", **both))]
+    assert any("says otherwise than rope_parameters" in what for what in found)
+
+
 def test_a_missing_base_is_a_problem(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "x", rope_parameters={"rope_type": "default"})
     config = json.loads((folder / "config.json").read_text())

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from longctx.checkpoint import convert_gguf
 from longctx.errors import DataError
+from longctx.gguf import convert_gguf
 from longctx.train.conversations import Turn
 from longctx.train.data import Settings, prepare, stream
 from longctx.train.encode import Encoder
