@@ -17,7 +17,10 @@ from .rope import Rope
 __all__ = ["Patch", "Report", "extend", "patch_of"]
 
 _HANDLE = "_longctx_patch"
-_MISSING = object()
+
+
+class _Missing:
+    """Stands for an attribute that was not there; a class, since a copy of one is itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,7 @@ class Patch:
 def _roll_back(patch: Patch) -> None:
     while patch.undo:
         obj, name, value = patch.undo.pop()
-        if value is _MISSING:
+        if value is _Missing:
             delattr(obj, name)
         else:
             setattr(obj, name, value)
@@ -135,7 +138,7 @@ def _own(obj: Any, name: str) -> Any:
         values = getattr(obj, store, {})
         if name in values:
             return values[name]
-    return _MISSING
+    return _Missing
 
 
 def patch_of(model: PreTrainedModel) -> Patch | None:
@@ -170,7 +173,7 @@ def extend(
     _refuse_taken_slots(method, below)
     if below is None:
         _refuse_lost_record(model)
-    if below is None and "rotary" in method.slots:
+    if "rotary" in method.slots:
         _refuse_scaled(model, method, replace)
     patch = Patch(model, method, below.rope if below else rope_of(model), below)
     try:
