@@ -13,9 +13,13 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from .cli_compare import Compare
-from .cli_eval import Demo, Sweep
+from .cli_demo import Demo
+from .cli_eval import Sweep
+from .cli_inspect import Inspect
 from .cli_lm_eval import LmEval
+from .cli_plan import Plan
 from .cli_report import Report
+from .cli_train import Train
 from .errors import LongctxError
 from .hardware import Hardware
 
@@ -162,6 +166,9 @@ Command = (
     | Annotated[Convert, subcommand("convert", description=_text(Convert))]
     | Annotated[Extend, subcommand("extend", description=_text(Extend))]
     | Annotated[Sweep, subcommand("sweep", description=_text(Sweep))]
+    | Annotated[Train, subcommand("train", description=_text(Train))]
+    | Annotated[Inspect, subcommand("inspect", description=_text(Inspect))]
+    | Annotated[Plan, subcommand("plan", description=_text(Plan))]
     | Annotated[Compare, subcommand("compare", description=_text(Compare))]
     | Annotated[Report, subcommand("report", description=_text(Report))]
     | Annotated[LmEval, subcommand("lm-eval", description=_text(LmEval))]

@@ -1,8 +1,7 @@
-"""The commands that measure: `longctx sweep` and `longctx demo`."""
+"""The command that measures: `longctx sweep`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from longctx.eval import SweepResult, Task
 
-__all__ = ["Demo", "Sweep"]
+__all__ = ["Sweep", "write"]
 
 TaskName: TypeAlias = Literal[
     "passkey",
@@ -31,7 +30,8 @@ TaskName: TypeAlias = Literal[
     "variable_tracking",
     "repetition",
 ]
-_DEMO_METHODS = ("linear", "ntk", "yarn", "dynamic")
+
+_HIDDEN = ("passkey", "multi_key", "multi_value", "variable_tracking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Sweep:
 
     Results are appended to OUT/results.jsonl as they come: the same command goes on where an
     interrupted one was. OUT gets the table as CSV, JSON and parquet, the plot as PNG and SVG.
+    LongPPL is for Python: longctx.eval.key_tokens and long_ppl, over SweepResult.per_token().
 
     Examples:
         longctx sweep demo --methods none linear:8 yarn:8 --lengths 256:2048
@@ -84,7 +85,7 @@ class Sweep:
     seed: int = 0
     """Chooses keys and haystacks."""
     share_lengths: bool = False
-    """Let all lengths share their haystacks: cheaper, but lengths are no longer independent."""
+    """Let all lengths share keys and haystacks: cheaper, but they are no longer independent."""
     verify: int = 0
     """Answers per method and task that are generated too, to be compared with their scores."""
     adaptive: bool = False
@@ -116,7 +117,7 @@ class Sweep:
         if not Ranks.here().first:  # it reports for all
             return 0
         result.print()
-        return _write(result, self.out, overwrite=self.overwrite)
+        return write(result, self.out, overwrite=self.overwrite)
 
     def sweep(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> SweepResult:
         """Measure a model that is loaded."""
@@ -163,6 +164,16 @@ class Sweep:
                 raise RunError(
                     f"--{option.replace('_', '-')} is for task {task}: add it to --tasks."
                 )
+        if self.haystack != "both" and not any(name in _HIDDEN for name in self.tasks):
+            raise RunError(
+                f"--haystack is for the tasks {', '.join(_HIDDEN)}: add one to --tasks, or leave "
+                "it out."
+            )
+        if self.share_lengths and (self.lines_file or self.topics_file):
+            raise RunError(
+                "--share-lengths is for prompts that are drawn, those of a test file are as they "
+                "are: leave it out, or sweep the file by itself."
+            )
         drawn: dict[str, Any] = {
             "samples": self.samples,
             "seed": self.seed,
@@ -194,65 +205,8 @@ class Sweep:
         return [settings[name]() for name in self.tasks]
 
 
-@dataclass(frozen=True, slots=True)
-class Demo:
-    """Extend and measure the embedded model (0.9 M parameters, window 256) in about two minutes.
-
-    Methods none, linear, ntk, yarn and dynamic at factors 2, 4 and 8, and alibi (which has no
-    factor), at 256 to 2,048 tokens: passkey and perplexity, table and plot.
-
-    Example:
-        longctx demo
-    """
-
-    samples: int = 20
-    """Passkey prompts per method and length."""
-    out: Path = Path("longctx-demo")
-    """Folder for the results."""
-
-    def run(self) -> int:
-        """Sweep the embedded model and say what the figures say."""
-        methods = [f"{name}:{factor}" for name in _DEMO_METHODS for factor in (2, 4, 8)]
-        command = Sweep(
-            model="demo",
-            methods=("none", *methods, "alibi"),
-            lengths="256:2048",
-            samples=self.samples,
-            out=self.out,
-            overwrite=True,
-            hardware=Hardware(device="cpu"),
-        )
-        model, tokenizer = command.hardware.load("demo")
-        result = command.sweep(model, tokenizer)
-        result.print()
-        print(_verdict(result))
-        return _write(result, self.out, overwrite=True)
-
-
-def _write(result: SweepResult, out: Path, *, overwrite: bool) -> int:
+def write(result: SweepResult, out: Path, *, overwrite: bool) -> int:
+    """Write a sweep's files and return the exit code: 1 if a cell failed."""
     paths = result.write(out, overwrite=overwrite)
     print(f"{', '.join(path.name for path in paths)} and results.jsonl are in {out}")
     return 1 if any(row.failed for row in result.rows) else 0
-
-
-def _verdict(result: SweepResult) -> str:
-    """Say in two sentences what the demo's figures say."""
-    first, last = result.lengths[0], result.lengths[-1]
-    extended = [variant.label for variant in result.variants if variant.method is not None]
-
-    def value(method: str, task: str, length: int) -> float:
-        found = result.row(method, task, length).value
-        return math.inf if math.isnan(found) else found
-
-    calm = min(extended, key=lambda method: value(method, "perplexity", last))
-    found = max(extended, key=lambda method: value(method, "passkey", last))
-    return (
-        f"Read to {last:,} tokens, {last // first} times its window, the unpatched model goes from "
-        f"perplexity {value('none', 'perplexity', first):.1f} to "
-        f"{value('none', 'perplexity', last):.1f} and from "
-        f"{value('none', 'passkey', first):.0%} of the keys to "
-        f"{value('none', 'passkey', last):.0%}. Without any training {calm} holds the perplexity "
-        f"best ({value(calm, 'perplexity', last):.1f} there), yet no method finds more than "
-        f"{value(found, 'passkey', last):.0%} of the keys at that length: perplexity does not tell "
-        "of retrieval, and reading further takes fine-tuning on the patched positions."
-    )

@@ -4,13 +4,14 @@
     collate = Collator(PoSE(2048, 16_384), pad_id=tokenizer.pad_token_id)
     batch = collate([rows[0], rows[1]])
 
-A batch holds four int64 tensors [B, S]:
+A batch holds int64 tensors [B, S]:
 
     input_ids     tokens, padded on the right
     labels        a token's own id where it is learnt, −100 elsewhere; the first token of a document
                   is never learnt, since what stands before it is another document
     position_ids  from the policy, for each document on its own
     document_ids  0, 1, … along the row, −1 at padding
+    kind_ids      where rows are mixed from several sources: the number of each token's source
 
 Attention masks are made from `document_ids` alone (`packed.PackedAttention.inputs`, or
 `unpacked_inputs` where each row is one document), never guessed from positions.
@@ -48,8 +49,8 @@ class Collator:
     """Makes a batch of rows; the same rows give the same batch, in any order and any process.
 
     A row holds `input_ids`, `labels` and, where packed, `seq_lengths` (tokens of each document, as
-    `pack` writes them). A column `draw`, a number, chooses other positions for the same document:
-    the epoch, say.
+    `pack` writes them) and `kinds` (of each document, as `feed.Mixture` writes them). A column
+    `draw`, a number, chooses other positions for the same document: the epoch, say.
     """
 
     positions: Positions = field(default_factory=FullLength)
@@ -71,11 +72,11 @@ class Collator:
         longest = max(len(row["input_ids"]) for row in made)
         size = -(-longest // self.multiple) * self.multiple
         blank = {"input_ids": self.pad_id, "labels": IGNORED, "document_ids": PADDING}
-        batch = {name: torch.full((len(made), size), blank.get(name, 0)) for name in _NAMES}
+        batch = {name: torch.full((len(made), size), blank.get(name, 0)) for name in made[0]}
         for index, row in enumerate(made):
             end = len(row["input_ids"])
-            for name in _NAMES:
-                batch[name][index, :end] = row[name]
+            for name, tensor in batch.items():
+                tensor[index, :end] = row[name]
             # In steps of one, like a document's: a repeated position would look like a jump.
             batch["position_ids"][index, end:] = torch.arange(size - end)
         return batch
@@ -98,12 +99,15 @@ class Collator:
         labels[starts[:-1]] = IGNORED
         draw = int(row.get("draw", 0))
         places = [self._place(ids[a:b], draw) for a, b in pairwise(starts)]
-        return {
+        made = {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             "position_ids": torch.cat(places),
             "document_ids": torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         }
+        if "kinds" in row:
+            made["kind_ids"] = torch.from_numpy(np.repeat(np.array(row["kinds"]), lengths))
+        return made
 
     def _place(self, ids: np.ndarray[Any, Any], draw: int) -> Tensor:
         rng = np.random.default_rng([self.seed, draw, zlib.crc32(ids.tobytes())])

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from longctx.core import patch_of
 from longctx.errors import RunError
 from longctx.methods import Method
-from longctx.model import text_config
+from longctx.model import text_config, window
 
-__all__ = ["Setup", "check_contract"]
+__all__ = ["Setup", "check_contract", "reach"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,12 @@ def _methods(model: PreTrainedModel) -> list[Method]:
         methods.append(patch.method)
         patch = patch.below
     return methods
+
+
+def reach(model: PreTrainedModel) -> int | None:
+    """Tokens that may be trained on: the window; None where a bias stands in for the rotary."""
+    biased = any({"rotary", "attention"} <= {*method.slots} for method in _methods(model))
+    return None if biased else window(model)
 
 
 def check_contract(setup: Setup) -> None:

@@ -69,8 +69,8 @@ class FullLength:
 class LengthSchedule:
     """Short documents first, doubling up to the whole length, on consecutive positions.
 
-    tokens(step) = min(full, start · 2^⌊step · d / steps⌋) with d = ⌈log₂(full / start)⌉ doublings,
-    so `full` from step `steps` on.
+    tokens(step) = min(full, start · 2^⌊(step − hold) · d / (steps − hold)⌋) from step `hold` on,
+    with d = ⌈log₂(full / start)⌉ doublings, so `full` from step `steps` on.
 
     Source: ours. On the embedded model (linear ×8, 64 → 2,048 tokens) retrieval was learnt this
     way, and not at a fixed 2,048 in the same time.
@@ -82,10 +82,12 @@ class LengthSchedule:
     """Tokens at the end."""
     steps: int
     """Step from which on the length is `full`."""
+    hold: int = 0
+    """Steps at `start` before the length begins to grow."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.start <= self.full or self.steps < 1:
-            raise RunError(f"{self}: expected 2 ≤ start ≤ full tokens and at least one step.")
+        if not 2 <= self.start <= self.full or not 0 <= self.hold < self.steps:
+            raise RunError(f"{self}: expected 2 ≤ start ≤ full tokens and 0 ≤ hold < steps.")
 
     @property
     def custom(self) -> bool:
@@ -97,7 +99,8 @@ class LengthSchedule:
         if step >= self.steps:
             return self.full
         doublings = (-(-self.full // self.start) - 1).bit_length()
-        return min(self.full, self.start << (max(step, 0) * doublings // self.steps))
+        grown = max(step - self.hold, 0) * doublings // (self.steps - self.hold)
+        return min(self.full, self.start << grown)
 
     def place(self, length: int, rng: np.random.Generator) -> Tensor:
         """Return 0 … length−1."""

@@ -29,10 +29,14 @@ from typing import Any, BinaryIO, TypeAlias, cast
 
 from longctx.errors import DataError
 
-__all__ = ["SAMPLE", "Records"]
+from .retrieval import training_text
+
+__all__ = ["MANUAL", "SAMPLE", "Records"]
 
 SAMPLE = "sample"
 """Names the sample conversations that ship with the package."""
+MANUAL = "manual"
+"""Names the text that ships with it: parts of Python's manual that the evaluation does not use."""
 
 Record: TypeAlias = dict[str, Any]
 
@@ -47,7 +51,7 @@ class Records:
     """The records of a source, to be iterated over."""
 
     source: str | os.PathLike[str]
-    """A file, a folder, a hub id, or "sample"."""
+    """A file, a folder, a hub id, "sample" or "manual"."""
     salvage: bool = False
     """Go on with the whole records of a file that breaks off."""
     split: str = "train"
@@ -99,6 +103,9 @@ class Records:
     def _records(self) -> Iterator[Any]:
         if self.source == SAMPLE:
             yield from self._json(Path(str(files("longctx.train") / "sample.jsonl.xz")))
+            return
+        if self.source == MANUAL:
+            yield from ({"text": text} for text in training_text().documents)
             return
         path = Path(self.source).expanduser()
         if path.is_dir() or (not path.exists() and _is_hub_id(str(self.source))):

@@ -13,12 +13,9 @@ An interrupted run goes on where it was: batches depend on seed and step alone.
 
 from __future__ import annotations
 
-import json
-import lzma
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,9 +28,11 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longctx.haystacks import Grass, Texts
-from longctx.prompts import CLASSIC, SHORT, passkey
+from longctx.prompts import CLASSIC
 
-__all__ = ["Recipe", "Stage", "train", "training_text"]
+from .retrieval import Passkeys, training_text
+
+__all__ = ["Recipe", "Stage", "train"]
 
 WINDOW = 256
 
@@ -70,13 +69,6 @@ class Recipe:
     """One after the other on the same weights."""
     save_every: int = 100
     """Steps between two saved states, which an interrupted run goes on from."""
-
-
-def training_text() -> Texts:
-    """Return 133 documents of Python's manual (PSF licence), none of them in the held-out text."""
-    packed = (files("longctx.train") / "text.json.xz").read_bytes()
-    documents: dict[str, str] = json.loads(lzma.decompress(packed))
-    return Texts(tuple(documents.values()), name="python-manual-train")
 
 
 def train_tokenizer(texts: Texts) -> PreTrainedTokenizerFast:
@@ -158,17 +150,10 @@ class Batches:
         return inputs, labels
 
     def _passkey(self, rng: Random, length: int) -> tuple[Tensor, int]:
-        roomy = length >= WINDOW
-        prompt = passkey(
-            self.tokenizer,
-            length,
-            depth=rng.random(),
-            seed=rng.randrange(2**48),
-            haystack=Grass() if rng.random() < 0.5 else self.texts,
-            split="train",
-            pairs=rng.choice((1, 1, 2, 3)) if roomy else 1,
-            wording=CLASSIC if roomy and rng.random() < 0.7 else SHORT,
+        source = Passkeys(
+            self.tokenizer, self.texts, fillers=(Grass(),), pairs=(1, 1, 2, 3), roomy=WINDOW
         )
+        prompt = source.prompt(length, rng)
         return torch.tensor(prompt.input_ids), prompt.answer_start
 
     def _repeat(self, rng: Random, length: int) -> tuple[Tensor, int]:

@@ -32,6 +32,13 @@ def test_the_schedule_doubles_up_to_the_full_length() -> None:
     assert [sizes.count(n) for n in (64, 128, 256, 512, 1024)] == [20] * 5
 
 
+def test_the_schedule_may_stay_short_for_a_while() -> None:
+    policy = LengthSchedule(start=64, full=256, steps=100, hold=60)
+    sizes = [policy.tokens(step) or 0 for step in range(101)]
+    assert [sizes.count(n) for n in (64, 128, 256)] == [80, 20, 1]
+    assert sizes == sorted(sizes)
+
+
 def test_the_schedule_reaches_a_length_that_is_no_power_of_two_times_the_start() -> None:
     policy = LengthSchedule(start=100, full=1000, steps=8)
     assert [policy.tokens(step) for step in (0, 2, 4, 6, 8)] == [100, 200, 400, 800, 1000]
@@ -98,3 +105,5 @@ def test_impossible_settings_are_refused() -> None:
         RandomPositions(window=100, target=50)
     with pytest.raises(RunError, match="start ≤ full"):
         LengthSchedule(start=100, full=50, steps=1)
+    with pytest.raises(RunError, match="hold < steps"):
+        LengthSchedule(start=50, full=100, steps=5, hold=5)

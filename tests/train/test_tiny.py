@@ -14,7 +14,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import longctx
 import longctx.prompts
+from longctx.eval import Passkey, sweep
 from longctx.haystacks import Grass, Texts, held_out
 from longctx.prompts import passkey, split_of
 from longctx.train import tiny
@@ -75,8 +77,20 @@ def test_the_embedded_model_finds_keys_within_its_window_alone(
     assert hits(2048, 20, tokenizer, model) <= 2
 
 
+def test_the_tuned_model_finds_keys_at_eight_times_its_window() -> None:
+    model, tokenizer = longctx.load("demo-tuned", device="cpu")
+    patch = longctx.patch_of(model)
+    assert patch is not None
+    assert str(patch.method) == "Linear(factor=8, target=None)"
+    result = sweep(model, tokenizer, [Passkey(samples=20)], [256, 1024, 2048], progress=False)
+    assert [
+        row.value >= least for row, least in zip(result.rows, (0.8, 0.7, 0.3), strict=True)
+    ] == [True] * 3, result.rows
+
+
 def test_the_package_stays_small() -> None:
-    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 2.5 * 1024**2
+    for folder in (DEMO, DEMO.with_name("demo-tuned")):
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 2.5 * 1024**2
 
 
 def test_training_and_held_out_text_share_no_document_and_hardly_a_line() -> None:

@@ -1,0 +1,264 @@
+"""The command that teaches: `longctx train`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from .errors import RunError
+from .hardware import Hardware
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from longctx.train.recipes import Recipe
+
+__all__ = ["Train"]
+
+_RECIPE = (
+    "method",
+    "max_length",
+    "overflow",
+    "positions",
+    "window",
+    "retrieval",
+)
+_TRAINING = (
+    "steps",
+    "epochs",
+    "batch_size",
+    "accumulate",
+    "learning_rate",
+    "warmup",
+    "schedule",
+    "weight_decay",
+    "optimizer",
+    "checkpointing",
+    "seed",
+    "save_every",
+    "evaluate_every",
+    "dp_shard",
+    "cp",
+    "sp",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    r"""Extend a model, fine-tune it on long conversations, and save it so that it serves.
+
+    A recipe gives every setting that you leave out: longchat (positions condensed by 8, all
+    weights), yarn-pose (short windows on long positions), longlora (LoRA, norms, embeddings,
+    S²-Attn), alibi. The same command runs under torchrun or accelerate launch.
+
+    Examples:
+        longctx train MODEL --method linear:8 --data chats.json --max-length 16384 --output runs/x
+        longctx train smollm2 --recipe yarn-pose --method yarn:2 --window 1024 --data chats.json \
+            --salvage --lora-rank 16 --norms --steps 20 --output runs/pose
+        longctx train demo --recipe embedded --data manual sample --template vicuna \
+            --output runs/demo
+        torchrun --standalone --nproc-per-node 8 --no-python longctx train MODEL --dp-shard 8 …
+    """
+
+    model: Positional[str]
+    """Checkpoint folder, hub id, GGUF file, or "demo"."""
+    data: tuple[str, ...]
+    """Conversations or texts: files, folders, hub ids; "sample" and "manual" ship with it."""
+    output: Path
+    """Folder of the run; its model goes to OUTPUT/model."""
+    recipe: Literal["longchat", "yarn-pose", "longlora", "alibi", "embedded"] = "longchat"
+    """Where settings come from that are not given."""
+    resume: bool = False
+    """Go on with the run in OUTPUT from its last checkpoint."""
+    dry_run: bool = False
+    """Prepare the data, say what would be done, and stop."""
+
+    method: str | None = None
+    """NAME:FACTOR or NAME:field=value,…; "none" keeps the window."""
+    max_length: int | None = None
+    """Tokens of a row, and the length that is learnt."""
+    overflow: Literal["continue", "drop", "cut"] | None = None
+    """A longer conversation goes on as a further sample, is dropped there, or is cut."""
+    positions: Literal["full", "schedule", "pose", "random"] | None = None
+    """Full length; lengths that grow; or windows on long positions (pose, random)."""
+    window: int | None = None
+    """Tokens of a document under pose and random, and at the start of a schedule."""
+    no_pack: bool = False
+    """One document to a row, instead of several that attention keeps apart."""
+    retrieval: float | None = None
+    """Share of training that hides a key in text and asks for it, with keys of its own."""
+    shifted: bool = False
+    """S²-Attn during training."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank; 0 for all weights."""
+    lora_alpha: float | None = None
+    """Scale of the adapters."""
+    norms: bool = False
+    """With adapters, train the norms whole."""
+    embeddings: bool = False
+    """With adapters, train the embeddings whole."""
+    unlikelihood: float | None = None
+    """Weight of the token-level unlikelihood loss."""
+    contrastive: float | None = None
+    """Margin of SimCTG's contrastive loss."""
+
+    template: str | None = None
+    """Chat template: "vicuna" or a Jinja file; default: the tokenizer's own."""
+    salvage: bool = False
+    """Go on with the whole records of a file that breaks off."""
+    strict: bool = False
+    """Refuse conversations out of order instead of tidying them."""
+    split: str = "train"
+    """Of a hub id."""
+
+    steps: int | None = None
+    """Updates; default: as many as the epochs take."""
+    epochs: float | None = None
+    """Passes over the data."""
+    batch_size: int | None = None
+    """Rows per process and forward pass."""
+    accumulate: int | None = None
+    """Forward passes per update."""
+    learning_rate: float | None = None
+    """Peak."""
+    warmup: int | None = None
+    """Updates until the peak."""
+    schedule: Literal["cosine", "linear", "constant"] | None = None
+    """How the learning rate falls."""
+    weight_decay: float | None = None
+    """On matrices."""
+    optimizer: str | None = None
+    """As transformers' `optim`: adamw_torch, adamw_8bit, sgd, …"""
+    checkpointing: Literal["none", "layers", "offload"] | None = None
+    """Keep activations, make them again layer by layer, or that with inputs in CPU memory."""
+    seed: int | None = None
+    """Chooses order, positions and first weights of adapters."""
+    save_every: int | None = None
+    """Updates between checkpoints."""
+    dp_shard: int | None = None
+    """Processes that share the weights (FSDP2)."""
+    cp: int | None = None
+    """Processes that share a sequence by ring attention."""
+    sp: int | None = None
+    """Processes that share a sequence by exchanging heads."""
+    report_to: tuple[str, ...] = ()
+    """Trackers: tensorboard, wandb, trackio."""
+
+    evaluate: tuple[Literal["passkey", "perplexity"], ...] = ("passkey", "perplexity")
+    """What is measured before and after at the old window and at max_length; none with
+    --evaluate and nothing after it."""
+    evaluate_every: int | None = None
+    """Updates between evaluations; default: before and after only."""
+    samples: int = 20
+    """Passkey prompts per evaluation and length."""
+    gate: float | None = None
+    """Stop when perplexity within the old window gets worse by more than this share."""
+    warn: bool = False
+    """At the gate, say so and go on."""
+    best: bool = False
+    """Save the checkpoint that finds most keys at max_length, instead of the last one."""
+    replace: bool = False
+    """Let the method replace the RoPE scaling that the checkpoint ships with."""
+    hardware: Annotated[Hardware, arg(name="")] = field(default_factory=Hardware)
+
+    def run(self) -> int:
+        """Load, extend, prepare, train, save."""
+        from longctx.train.run import Run
+        from longctx.train.settings import Gate
+
+        from .core import patch_of
+        from .model import window
+
+        recipe = self._recipe()
+        first = os.environ.get("RANK", "0") == "0"
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        model, tokenizer = self._loaded(recipe)
+        old = window(model) if patch_of(model) is None else None
+        options: dict[str, Any] = {"salvage": self.salvage, "strict": self.strict}
+        run = Run(recipe, self.data, self.output, self.template, split=self.split, **options)
+        run.extend(model, replace=self.replace)
+        patch = patch_of(model)
+        prepared = run.prepare(tokenizer)
+        if first:
+            print(patch.report() if patch else "no method: the model is trained as it came")
+            print("\n".join(str(part.report) for part in prepared))
+        if self.dry_run:
+            return 0
+        known = patch.report().original_window if patch else old
+        lengths = sorted({min(known or recipe.max_length, recipe.max_length), recipe.max_length})
+        gate = Gate(
+            short=None if self.gate is None else f"perplexity@{lengths[0]}",
+            worse=self.gate or 0.0,
+            action="warn" if self.warn else "stop",
+            best=f"passkey@{recipe.max_length}" if self.best else None,
+        )
+        done = run.start(
+            model,
+            tokenizer,
+            prepared,
+            processes=max(1, started // (recipe.training.cp * recipe.training.sp)),
+            evaluate=self._figures(tokenizer, lengths) if self.evaluate else None,
+            gate=gate,
+            resume=self.resume,
+        )
+        if not first:
+            return 0
+        for name, after in done.after.items():
+            print(f"{name}: {done.before[name]:.4g} → {after:.4g}")
+        print(f"{done.updates:,} updates, {done.tokens:,} tokens. {done.saved.message}")
+        return 1 if done.stopped else 0
+
+    def _recipe(self) -> Recipe:
+        """The recipe with what was given in its place."""
+        from longctx.train.adapters import Lora
+        from longctx.train.losses import Contrastive, Losses, Unlikelihood
+        from longctx.train.recipes import RECIPES
+
+        def given(*names: str, **renamed: str) -> dict[str, Any]:
+            found = {name: getattr(self, name) for name in names}
+            found |= {theirs: getattr(self, ours) for theirs, ours in renamed.items()}
+            return {name: value for name, value in found.items() if value is not None}
+
+        base = RECIPES[self.recipe]
+        lora = given(rank="lora_rank", alpha="lora_alpha")
+        lora |= {name: True for name in ("norms", "embeddings") if getattr(self, name)}
+        if lora.get("rank") == 0:
+            adapters = None
+        elif lora and base.lora is None and "rank" not in lora:
+            raise RunError(f"{', '.join(lora)} without adapters: pass --lora-rank too.")
+        else:
+            adapters = replace(base.lora or Lora(), **lora) if lora else base.lora
+        losses = Losses(
+            unlikelihood=None if self.unlikelihood is None else Unlikelihood(self.unlikelihood),
+            contrastive=None if self.contrastive is None else Contrastive(self.contrastive),
+        )
+        training = replace(base.training, report_to=self.report_to, **given(*_TRAINING))
+        changed = given(*_RECIPE) | ({"shifted": True} if self.shifted else {})
+        changed |= {"pack": False} if self.no_pack else {}
+        return replace(base, lora=adapters, losses=losses, training=training, **changed)
+
+    def _loaded(self, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """What is trained is held in float32; a base that only carries adapters may be bfloat16."""
+        hardware, lora = self.hardware, recipe.lora
+        whole = lora is None or lora.norms or lora.embeddings
+        if hardware.dtype == "auto" and whole:
+            hardware = replace(hardware, dtype="float32")
+        return hardware.load(self.model)
+
+    def _figures(self, tokenizer: PreTrainedTokenizerBase, lengths: list[int]) -> Any:
+        """What is measured, as a function of the model."""
+        from longctx.eval import Passkey, Perplexity, sweep
+
+        tasks = {"passkey": Passkey(samples=self.samples), "perplexity": Perplexity(windows=4)}
+
+        def figures(model: PreTrainedModel) -> Mapping[str, float]:
+            chosen = [tasks[name] for name in self.evaluate]
+            result = sweep(model, tokenizer, chosen, lengths, progress=False)
+            return {f"{row.task}@{row.length}": row.value for row in result.rows}
+
+        return figures

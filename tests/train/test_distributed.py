@@ -1,0 +1,214 @@
+"""Two processes learn what one learns: DDP, FSDP2, ring attention; and what is refused of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import longctx
+from longctx.errors import RunError
+from longctx.train.finetune import finetune
+from longctx.train.losses import Contrastive, Losses
+from longctx.train.settings import Training
+
+from .distributed import CASES, Case
+from .test_finetune import Noise, counting, loaded, train, weights
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A case in several processes and in one."""
+
+    case: Case
+    two: Path
+    one: Path
+
+    def logged(self, name: str) -> tuple[list[float], list[float]]:
+        """A figure of every update."""
+        return _logged(self.two, name), _logged(self.one, name)
+
+    @property
+    def processes(self) -> list[dict[str, Any]]:
+        """What each of the several saw of itself."""
+        ranks = range(self.case.processes)
+        return [torch.load(self.two.with_suffix(f".{rank}.pt")) for rank in ranks]
+
+    @property
+    def apart(self) -> float:
+        """Largest difference of a weight between both saved models."""
+        two, one = weights(self.two / "model"), weights(self.one / "model")
+        assert two.keys() == one.keys()
+        return max(float((two[name] - one[name]).abs().max()) for name in one)
+
+    @property
+    def moved(self) -> float:
+        """Largest change of a weight by training."""
+        before = loaded()[0].state_dict()
+        one = weights(self.one / "model")
+        return max(float((one[name] - before[name]).abs().max()) for name in one)
+
+
+def _logged(path: Path, name: str) -> list[float]:
+    lines = (json.loads(line) for line in (path / "log.jsonl").read_text().splitlines())
+    return [line[name] for line in lines if "loss" in line]
+
+
+def start(folder: Path, *names: str) -> None:
+    """Run cases in several processes, two unless they say otherwise."""
+    processes = str(CASES[names[0]].processes)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    command += ["-m", "tests.train.distributed", str(folder), *names]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def pair(folder: Path, name: str) -> Pair:
+    """Run a case in one process, beside the several that are done; alike ones are run once."""
+    case, two = CASES[name], folder / name
+    rows = case.processes // case.training.cp
+    alone = replace(case.training, dp_shard=1, cp=1, batch_size=rows)
+    settings = repr((alone, case.packed, case.positions, case.lora, case.untied, case.kinds))
+    one = folder / f"one-{zlib.crc32(settings.encode())}"
+    if not one.exists():
+        case.train(one, alone)
+    return Pair(case, two, one)
+
+
+Runs = Callable[[str], Pair]
+QUICK = ["ddp", "fsdp", "fsdp-sgd", "cp-pose"]
+FOUR = [name for name in CASES if name.startswith("four")]
+SLOW = [name for name in CASES if name not in (*QUICK, *FOUR)]
+
+
+def _runs(factory: pytest.TempPathFactory, names: list[str]) -> Runs:
+    folder = factory.mktemp("runs")
+    start(folder, *names)
+    return lambda name: pair(folder, name)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return _runs(tmp_path_factory, QUICK)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return _runs(tmp_path_factory, SLOW)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return _runs(tmp_path_factory, FOUR)
+
+
+def _same(runs: Pair) -> None:
+    """Losses, gradients and tokens of one process, and weights shared as was asked for."""
+    two, one = runs.logged("loss")
+    assert len(one) == 5
+    assert two == pytest.approx(one, abs=1e-5)
+    two, one = runs.logged("grad_norm")
+    assert two == pytest.approx(one, rel=1e-4)
+    two, one = runs.logged("tokens")
+    assert two == one
+    training = runs.case.training
+    shared = training.dp_shard * training.cp
+    passes = 5 * training.accumulate * 4 if training.cp > 1 else 0  # through 4 layers
+    for rank, seen in enumerate(runs.processes):
+        assert seen["losses"] == runs.processes[0]["losses"]
+        assert seen["held"] == (0 if shared == 1 else pytest.approx(1 / shared, abs=0.01))
+        assert set(seen["devices"]) == {"meta" if rank and shared > 1 else "cpu"}
+        assert seen["calls"] == [passes, passes]
+        assert seen["whole"]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_processes_learn_what_one_learns(quick: Runs, name: str) -> None:
+    runs = quick(name)
+    _same(runs)
+    assert runs.moved > 1e-3
+    assert runs.apart < 1e-5
+
+
+def test_the_first_process_measures_for_all(quick: Runs) -> None:
+    for seen in quick("ddp").processes:
+        assert seen["figures"] == [{"rank": 0.0}, {"rank": 0.0}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_the_rest_of_what_runs_in_two_processes(slow: Runs, name: str) -> None:
+    """Layers run again, accumulation, adapters, shares of the loss, runs that were interrupted."""
+    runs = slow(name)
+    _same(runs)
+    assert runs.apart < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes_learn_what_one_learns(four: Runs, name: str) -> None:
+    """Weights and sequences shared at once, and weights shared twice over."""
+    runs = four(name)
+    _same(runs)
+    assert runs.apart < 1e-5
+
+
+def test_a_checkpoint_of_pieces_serves_in_plain_transformers(quick: Runs) -> None:
+    path = quick("fsdp").two / "model"
+    plain: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert plain.config.architectures == ["LlamaForCausalLM"]
+    model = loaded()[0]
+    model.load_state_dict(weights(path), strict=False)
+    ids = torch.arange(300)[None] % 1000
+    assert torch.equal(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "packed", "says"),
+    [
+        ("linear:8", {"cp": 2}, True, r"context parallel \(2\) and packing.*Do not pack"),
+        ("dynamic:8", {"cp": 2}, False, r"context parallel \(2\) and dynamic"),
+        ("alibi", {"cp": 2}, False, r"context parallel \(2\) and alibi"),
+        ("linear:8", {"sp": 2}, True, "hands SDPA no document mask.*flash_attention_2"),
+        ("linear:8", {"sp": 3}, False, "4 query heads.*Choose a size among"),
+        ("linear:8", {"sp": 2}, False, "training by DeepSpeed Ulysses is not there yet"),
+        ("linear:8", {"dp_shard": 2}, True, "take 2 processes.* there is 1: torchrun"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_up_front(
+    method: str, settings: dict[str, Any], packed: bool, says: str, tmp_path: Path
+) -> None:
+    model, tokenizer = longctx.load("demo", device="cpu")
+    longctx.extend(model, method)
+    with pytest.raises(RunError, match=says):
+        finetune(
+            model, tokenizer, Noise(), Training(**settings), output=tmp_path / "run", packed=packed
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_pieces_of_documents_and_of_models_are_refused_too(tmp_path: Path) -> None:
+    losses = Losses(contrastive=Contrastive())
+    with pytest.raises(RunError, match="contrastive: it compares tokens across a document"):
+        train(tmp_path / "a", Training(cp=2), packed=False, losses=losses)
+    with pytest.raises(RunError, match="needs a whole model in each process, and dp_shard=2"):
+        train(tmp_path / "b", Training(dp_shard=2), evaluate=counting())

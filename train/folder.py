@@ -1,0 +1,117 @@
+"""The folder of a run: what it is, its log, its checkpoints and its models; resumed, never mixed.
+
+    runs/x/run.json       what the run is: model, method, data, settings
+    runs/x/log.jsonl      a line for every update and evaluation
+    runs/x/checkpoints/   what it can be resumed from
+    runs/x/adapter/       LoRA's weights, where there are any
+    runs/x/model/         the model to serve
+
+A run is gone on with by the same settings alone, and never overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longctx.errors import RunError
+
+from .trainer import WHOLE, last_whole
+
+__all__ = ["RunFolder"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A folder that holds one run."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path, record: Mapping[str, Any], *, resume: bool, first: bool) -> RunFolder:
+        """Begin a run in a new folder, or go on with the one that is there.
+
+        Args:
+            path: the folder.
+            record: what the run is, as JSON; a run is resumed with the same alone.
+            resume: whether it may be there already.
+            first: whether this process writes for all.
+
+        Raises:
+            RunError: the folder holds something else, another run, or this one and `resume` is
+                off; or it cannot be written.
+        """
+        folder = cls(path)
+        wanted = json.loads(json.dumps(record))
+        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not folder.run.is_file()):
+            raise RunError(f"{path} holds something that is no run: choose another folder.")
+        if folder.run.is_file():
+            if not resume:
+                raise RunError(
+                    f"{path} holds a run already: pass resume (--resume) to go on with it, or "
+                    "choose another folder."
+                )
+            folder._refuse_other(wanted)
+        elif first:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                folder.run.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
+            except OSError as error:
+                raise RunError(f"cannot write to {path}: {error}") from error
+        return folder
+
+    def _refuse_other(self, wanted: dict[str, Any]) -> None:
+        try:
+            there: dict[str, Any] = json.loads(self.run.read_text())
+        except ValueError as error:
+            raise RunError(f"{self.run} is damaged ({error}): choose another folder.") from error
+        names = [n for n in sorted({*there, *wanted}) if there.get(n) != wanted.get(n)]
+        if names:
+            said = "; ".join(f"{n}: {there.get(n)} there, {wanted.get(n)} here" for n in names)
+            raise RunError(
+                f"{self.path} holds another run ({said}): ask for the same, or choose another "
+                "folder."
+            )
+
+    @property
+    def run(self) -> Path:
+        """What the run is."""
+        return self.path / "run.json"
+
+    @property
+    def log(self) -> Path:
+        """A line for every update and evaluation."""
+        return self.path / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What it can be resumed from."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The model to serve."""
+        return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """LoRA's weights."""
+        return self.path / "adapter"
+
+    def last_checkpoint(self, *, first: bool) -> Path | None:
+        """The latest whole checkpoint; what was not written to its end is removed.
+
+        Raises:
+            RunError: the models of a finished run are there.
+        """
+        if self.model.exists():
+            raise RunError(f"{self.path} is finished: its model is {self.model}.")
+        if first:
+            for path in self.checkpoints.glob("checkpoint-*"):
+                if not (path / WHOLE).exists():
+                    shutil.rmtree(path)
+        return last_whole(self.checkpoints)

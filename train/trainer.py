@@ -1,0 +1,256 @@
+"""transformers' Trainer with the house's batches, loss and refusals.
+
+It leaves loop, optimizer, checkpoints and distribution as they are, and changes five things: the
+loss is made inside the model's forward from the batch contract (`batch.py`, `forward.py`); updates
+are divided by the supervised tokens of each kind over all processes; a loss or gradient that is no
+number stops the run before it reaches the weights; checkpoints are marked when they are whole; and
+evaluation is whatever function is passed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments
+
+from longctx.errors import RunError
+
+from .batch import PADDING, Collator, unpacked_inputs
+from .encode import IGNORED
+from .feed import Feed
+from .forward import causal_of
+from .packed import PackedAttention
+from .settings import Gate
+
+__all__ = ["WHOLE", "Evaluate", "LongTrainer"]
+
+WHOLE = "whole"
+"""An empty file that the last thing written to a checkpoint leaves there."""
+
+Evaluate = Callable[[Any], Mapping[str, float]]
+"""Figures of a model by name, such as {"passkey@2048": 0.9, "perplexity@256": 34.0}."""
+
+Batch = dict[str, Tensor]
+
+
+class LongTrainer(Trainer):
+    """The Trainer of `finetune`, which sets it up and explains the settings."""
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        feed: Feed,
+        collate: Collator,
+        *,
+        packed: PackedAttention | None,
+        window: int | None,
+        evaluate: Evaluate | None = None,
+        gate: Gate | None = None,
+        **rest: Any,
+    ) -> None:
+        # An evaluation data set is asked for wherever there is evaluation; ours needs none.
+        sets: dict[str, Any] = {"train_dataset": feed, "eval_dataset": []}
+        super().__init__(model, args, data_collator=collate, **sets, **rest)
+        self.feed = feed
+        self.packed = packed
+        self.window = window
+        self.figures = evaluate
+        self.gate = gate or Gate()
+        self.loss_is_scaled_for_ga = True  # divided by the tokens of the whole update
+        self.stopped = ""
+        """Why the run ended before its time, if it did."""
+
+    # -- the loss ------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Run the model on a batch; see `forward.LossForward`."""
+        if self.get_cp_size() > 1:
+            call = self._ring_inputs(inputs)
+        else:
+            call = self.packed.inputs(inputs) if self.packed else unpacked_inputs(inputs)
+            call |= {
+                name: inputs[name]
+                for name in ("labels", "document_ids", "kind_ids")
+                if name in inputs
+            }
+        loss = model(**call, count=num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise RunError(self._no_number("loss", loss.detach()))
+        # Gradients are averaged over processes, and the count is of them all.
+        return loss * self.accelerator.num_processes
+
+    def _ring_inputs(self, inputs: Batch) -> dict[str, Any]:
+        """Each process's piece: one document from the start, so that causality is all there is."""
+        pieces = {name: piece for name, piece in inputs.items() if name != "shift_labels"}
+        return {**pieces, "labels": inputs["shift_labels"], "shifted": True, "use_cache": False}
+
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Any) -> Any:
+        """Under context parallel, what cuts a batch into pieces, and the batch."""
+        if self.get_cp_size() == 1:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        if bool((inputs["document_ids"] > 0).any()):
+            raise RunError("context parallel and several documents in a row: do not pack.")
+        names = ("input_ids", "position_ids", "kind_ids")
+        pieces = {name: inputs[name] for name in names if name in inputs}
+        # Before the cut: a token's next one may be in another piece.
+        pieces["shift_labels"] = functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        buffers = list(pieces.values())
+        cut = partial(
+            self.accelerator.maybe_context_parallel,
+            buffers=buffers,
+            buffer_seq_dims=[1] * len(buffers),
+            no_restore_buffers=set(buffers),
+        )
+        return cut, pieces
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
+        """Supervised tokens of each kind over all processes and accumulation steps: int64 [K].
+
+        Whole numbers, since FSDP rounds what is a float to bfloat16 on its way into the model.
+        """
+        kinds = len(self.feed.shares)
+        counts = torch.zeros(kinds + 1, dtype=torch.int64)
+        for batch in batch_samples:
+            self._refuse_beyond_window(batch["position_ids"])
+            learnt = batch["labels"][:, 1:] != IGNORED
+            of = batch.get("kind_ids", torch.zeros_like(batch["labels"]))[:, 1:]
+            counts[:kinds] += torch.bincount(of[learnt], minlength=kinds)
+            counts[kinds] += (batch["document_ids"] != PADDING).sum()
+        if self.args.world_size > 1:
+            gathered: Any = self.accelerator.gather(counts[None].to(device))
+            counts = gathered.sum(0).cpu()
+        counts //= self.get_cp_size()  # these processes hold the same rows
+        self.state.num_input_tokens_seen += int(counts[kinds])
+        return counts[:kinds].to(device)
+
+    def _refuse_beyond_window(self, position_ids: Tensor) -> None:
+        reached = int(position_ids.max()) + 1
+        if self.window is not None and reached > self.window:
+            raise RunError(
+                f"position {reached - 1:,} in a model with a window of {self.window:,} tokens: "
+                "extend it further (a larger factor), or train on shorter rows (max_length)."
+            )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = _full(super()._clip_grad_norm(model))
+        if not bool(torch.isfinite(torch.as_tensor(norm))):
+            raise RunError(self._no_number("gradient norm", norm))
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return _full(super()._get_grad_norm(model, grad_norm))
+
+    def _no_number(self, what: str, value: Any) -> str:
+        step = self.state.global_step
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        rows *= self.args.world_size // self.get_cp_size()
+        last = last_whole(Path(str(self.args.output_dir)))
+        kept = f"{last} is the last good checkpoint" if last else "no checkpoint was written yet"
+        return (
+            f"the {what} is {float(value)} in update {step + 1}, rows {step * rows:,} to "
+            f"{(step + 1) * rows - 1:,} of the feed: nothing was learnt from it, and {kept}. Lower "
+            "the learning rate, lengthen the warmup, or look at those rows (feed[i])."
+        )
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each process writes a part
+            if self.args.should_save:
+                (folder / WHOLE).touch()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not _of_the_disk(error):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            last = last_whole(folder.parent)
+            raise RunError(
+                f"cannot write {folder}: {error}. {last or 'Nothing'} is what there is to resume "
+                "from; make room and pass resume (--resume)."
+            ) from error
+
+    # -- evaluation ----------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Call the function that was passed, log its figures, and ask the gate."""
+        assert self.figures is not None
+        model = causal_of(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        training = model.training
+        model.eval()
+        try:
+            found = {f"eval_{name}": float(v) for name, v in self.figures(model).items()}
+        finally:
+            model.train(training)
+        # One process decides for all, lest they part at the gate.
+        found = broadcast_object_list([found])[0]
+        for name in (self.gate.short, self.gate.best):
+            if name is not None and f"eval_{name}" not in found:
+                names = ", ".join(key.removeprefix("eval_") for key in found)
+                raise RunError(f"the gate asks for {name!r}, the evaluation gives {names}.")
+        self.log(found)
+        self._ask_gate(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def evaluate_last(self) -> None:
+        """Evaluate the model as it is at the end, unless that was just done."""
+        done = [entry["step"] for entry in self.state.log_history if "loss" not in entry]
+        if done[-1:] != [self.state.global_step] or self.args.load_best_model_at_end:
+            self.evaluate()
+
+    def _ask_gate(self, found: Mapping[str, float]) -> None:
+        if self.gate.short is None:
+            return
+        key = f"eval_{self.gate.short}"
+        before = next(entry[key] for entry in self.state.log_history if key in entry)
+        sign = 1 if Gate.falls(self.gate.short) else -1
+        if sign * (found[key] - before) <= self.gate.worse * abs(before):
+            return
+        said = (
+            f"{self.gate.short} went from {before:.4g} to {found[key]:.4g} by update "
+            f"{self.state.global_step}, beyond the {self.gate.worse:.0%} that the gate allows"
+        )
+        if self.gate.action == "stop":
+            self.stopped = said
+            self.control.should_training_stop = True
+        if self.is_world_process_zero():
+            print(f"longctx: {said}", flush=True)
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The latest checkpoint that was written to its end."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{WHOLE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _full(norm: Any) -> Any:
+    """A norm over all processes, of which FSDP gives each its part."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _of_the_disk(error: Exception) -> bool:
+    """Whether a write failed; torch wraps what the disk says in a RuntimeError of its own."""
+    if isinstance(error, (OSError, SafetensorError)):
+        return True
+    words = ("PytorchStreamWriter", "unexpected pos", os.strerror(errno.ENOSPC))
+    return any(word in str(error) for word in words)
