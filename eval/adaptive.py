@@ -7,7 +7,7 @@ its prompts are used up is decided by its share.
 
 Over lengths the boundary is found by bisection. That takes it that what fails at a length fails at
 longer ones; a failure therefore counts only if the next longer length fails too, so that a dip is
-not taken for the end.
+not taken for the end. Where a length could not be measured, longer ones are not tried.
 
 Source: Wald, "Sequential Tests of Statistical Hypotheses" (1945), sections 3 and 5.
 """
@@ -26,7 +26,7 @@ from .task import Observation
 
 __all__ = ["Adaptive", "Verdict", "boundary"]
 
-Verdict = Literal["pass", "fail"]
+Verdict = Literal["pass", "fail", "not measured"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,9 @@ class Adaptive:
         hits = asked = 0
         for first in range(0, samples, self.step):
             answers = list(answer(order[first : first + self.step]))
-            if not answers:  # out of memory: more of the same would be too
-                return "fail"
+            # Out of memory, or a NaN in the logits: more of the same would not decide.
+            if not answers or any(observation.correct is None for observation in answers):
+                return "not measured"
             hits += sum(bool(observation.correct) for observation in answers)
             asked += len(answers)
             verdict = self.decide(hits, asked)
@@ -88,28 +89,29 @@ class Adaptive:
         return "pass" if hits >= self.threshold * asked else "fail"
 
 
-def boundary(lengths: Sequence[int], passes: Callable[[int], bool]) -> int | None:
-    """The longest length that passes, None if not even the shortest does; few are asked.
+def boundary(lengths: Sequence[int], measure: Callable[[int], Verdict]) -> int | None:
+    """The longest length that passes, None if none is known to; few are asked.
 
     A failing length counts as failed only if the next longer one fails too.
 
     Args:
         lengths: ascending.
-        passes: measures a length; asked at most once for each.
+        measure: asked at most once for each.
     """
-    known: dict[int, bool] = {}
+    known: dict[int, Verdict] = {}
 
-    def ask(index: int) -> bool:
+    def ask(index: int) -> Verdict:
         if index not in known:
-            known[index] = passes(lengths[index])
+            known[index] = measure(lengths[index])
         return known[index]
 
-    low, high = -1, len(lengths)  # passes, fails
+    low, high = -1, len(lengths)  # passes; fails, or was not measured
     while high - low > 1:
         middle = (low + high) // 2
-        if ask(middle):
+        verdict = ask(middle)
+        if verdict == "pass":
             low = middle
-        elif middle + 1 < high and ask(middle + 1):
+        elif verdict == "fail" and middle + 1 < high and ask(middle + 1) == "pass":
             low = middle + 1  # a dip
         else:
             high = middle

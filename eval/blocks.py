@@ -51,17 +51,17 @@ def exact(sizes: Sequence[int], target: int) -> tuple[int, ...] | None:
     return reached.get(target)
 
 
-def fit(sizes: Sequence[int], room: int, least: int) -> list[int] | None:
+def fit(sizes: Sequence[int], room: int) -> list[int] | None:
     """Indices of blocks that fill `room` tokens exactly: the first ones, then some that follow.
 
-    None if there are none with the first `least` among them.
+    None if none do.
 
-    >>> fit([5, 5, 5, 4, 7], 21, least=1)
+    >>> fit([5, 5, 5, 4, 7], 21)
     [0, 1, 3, 4]
     """
     sums = [0, *accumulate(sizes)]
     most = bisect_right(sums, room) - 1
-    for whole in range(most, max(least, most - _BACK) - 1, -1):
+    for whole in range(most, max(0, most - _BACK) - 1, -1):
         rest = exact(sizes[whole : whole + _AHEAD], room - sums[whole])
         if rest is not None:
             return [*range(whole), *(whole + index for index in rest)]

@@ -17,7 +17,16 @@ from typing import Any, TypeAlias, TypeVar
 from longctx.errors import RunError
 
 from .comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
-from .differences import Difference, Pair, answers_in_a_cell, nll, pair, pooled_answers
+from .differences import (
+    FIGURE,
+    Difference,
+    Pair,
+    answers_in_a_cell,
+    nll,
+    pair,
+    pooled_answers,
+    shares,
+)
 from .fingerprint import json_digest
 from .runs import Entry, Source, entries_of
 from .significance import holm
@@ -25,6 +34,8 @@ from .significance import holm
 __all__ = ["compare"]
 
 _LEVEL = 0.05  # adjusted p-values below it are called significant
+_IN_A_CELL = {"answers": answers_in_a_cell, "share": shares, "perplexity": nll}
+_POOLED = {"answers": pooled_answers, "share": shares, "perplexity": nll}
 _Key: TypeAlias = tuple[str, int, str]
 _Tested = TypeVar("_Tested", ComparedCell, PooledDifference)
 
@@ -49,11 +60,11 @@ def compare(runs: Mapping[str, Source]) -> Comparison:
         )
     _refuse_unlike(entries)
     tasks = tuple(
-        _task(name, entries) for name in dict.fromkeys(t for e in entries for t in e.specs)
+        _task(name, entries) for name in dict.fromkeys(t for e in entries for t in e.tasks)
     )
     lengths = tuple(sorted({length for entry in entries for length in entry.lengths}))
     pairs = {
-        (task.name, length, entry.name): _pairs(entries[0], entry, task.name, length)
+        (task.name, length, entry.name): _pairs(entries[0], entry, task, length)
         for task in tasks
         for length in lengths
         for entry in entries[1:]
@@ -97,11 +108,12 @@ def _refuse_unlike(entries: Sequence[Entry]) -> None:
                 "runs of one tokenizer."
             )
         for other in entries[: entries.index(entry)]:
-            for task in entry.specs.keys() & other.specs.keys():
-                if json_digest(entry.specs[task]) != json_digest(other.specs[task]):
+            for task in entry.tasks.keys() & other.tasks.keys():
+                one, two = other.tasks[task].spec, entry.tasks[task].spec
+                if json_digest(one) != json_digest(two):
                     raise RunError(
                         f"{other.name} and {entry.name} have different settings of {task}: "
-                        f"{_unlike(other.specs[task], entry.specs[task])}. Sweep both alike."
+                        f"{_unlike(one, two)}. Sweep both alike."
                     )
 
 
@@ -115,23 +127,23 @@ def _unlike(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 
 def _task(name: str, entries: Sequence[Entry]) -> ComparedTask:
-    has = [entry for entry in entries if name in entry.specs]
-    observations = (
-        o
+    has = [entry for entry in entries if name in entry.tasks]
+    answered = any(
+        o.correct is not None
         for entry in has
         for (task, _), cell in entry.cells.items()
         if task == name
         for o in cell.observations.values()
     )
-    # A report does not say which kind a task is; where answers are right or wrong, it is a share.
-    share = any(o.correct is not None for o in observations)
-    return ComparedTask(name, share, has[0].estimands[name])
+    task = has[0].tasks[name]
+    return ComparedTask(name, task.scale, task.higher_is_better, answered, task.estimand)
 
 
-def _pairs(base: Entry, entry: Entry, task: str, length: int) -> list[Pair] | str:
+def _pairs(base: Entry, entry: Entry, task: ComparedTask, length: int) -> list[Pair] | str:
     """What both have of a cell, or why that is nothing."""
+    place = task.name, length
     for side in (entry, base):
-        cell = side.cells.get((task, length))
+        cell = side.cells.get(place)
         if cell is None or not (cell.row.n or cell.row.failed):
             return f"not measured in {side.name}"
         if cell.row.failed:
@@ -141,9 +153,9 @@ def _pairs(base: Entry, entry: Entry, task: str, length: int) -> list[Pair] | st
                 f"results.jsonl of {side.name} holds {cell.mismatch}: finish it by the same "
                 "`longctx sweep` command, or sweep into a new folder"
             )
-    found = pair(base.cells[task, length].observations, entry.cells[task, length].observations)
-    if found and all(a.correct is None and not a.targets for a, _ in found):
-        return f"{task} has neither right answers nor target tokens: its values stand side by side"
+    found = pair(base.cells[place].observations, entry.cells[place].observations)
+    if task.kind == "share" and not all(FIGURE in o.detail for both in found for o in both):
+        return f"{task.name} has no figure for each prompt: its values stand side by side"
     return found or f"no prompt or window in common with {base.name}: other texts or lengths"
 
 
@@ -160,7 +172,7 @@ def _cell(
         measured = row is not None and bool(row.n or row.failed)
         unpaired = None if measured else f"not measured in {entry.name}"
     else:
-        found = answers_in_a_cell(pairs) if task.share else nll(pairs)
+        found = _IN_A_CELL[task.kind](pairs)
     return ComparedCell(
         task=task.name,
         length=length,
@@ -198,7 +210,7 @@ def _pool(
             if not used:
                 continue
             together = [one for these in used.values() for one in these]
-            difference = pooled_answers(together) if task.share else nll(together)
+            difference = _POOLED[task.kind](together)
             left_out = tuple(n for n in lengths if n not in used)
             pooled.append(_pooled(task.name, entry.name, tuple(used), left_out, difference))
     return pooled

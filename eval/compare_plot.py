@@ -10,18 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import (
-    FixedFormatter,
-    FixedLocator,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-    PercentFormatter,
-    StrMethodFormatter,
-)
 
 from .compare_table import change
-from .plot import mark_window
+from .plot import frame
 
 if TYPE_CHECKING:
     from .comparison import ComparedCell, ComparedTask, Comparison
@@ -69,27 +60,14 @@ def _lines(axes: Axes, comparison: Comparison, task: ComparedTask) -> None:
         if len(comparison.entries) <= _BANDS:
             low, high = [row.low for row in rows], [row.high for row in rows]
             axes.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.set_title(task.name, fontsize=11, loc="left")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(list(comparison.lengths)))
-    axes.xaxis.set_major_formatter(FixedFormatter([f"{n:,}" for n in comparison.lengths]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("length in tokens")
-    if task.share:
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylabel("found")
-    else:
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        wide = high > 10 * low
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylabel("perplexity")
-    mark_window(axes, comparison.original_window)
+    frame(
+        axes,
+        task.name,
+        comparison.lengths,
+        comparison.original_window,
+        share=task.value if task.share else None,
+    )
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _map(axes: Axes, comparison: Comparison, task: ComparedTask) -> None:
@@ -99,7 +77,7 @@ def _map(axes: Axes, comparison: Comparison, task: ComparedTask) -> None:
     reach = max(known, default=0.0) or 1.0
     shades = axes.imshow(
         [[cell.difference for cell in line] for line in cells],
-        cmap="RdBu" if task.share else "RdBu_r",
+        cmap="RdBu" if task.higher_is_better else "RdBu_r",
         vmin=-reach,
         vmax=reach,
         aspect="auto",
@@ -112,8 +90,7 @@ def _map(axes: Axes, comparison: Comparison, task: ComparedTask) -> None:
     axes.tick_params(length=0)
     axes.set_xlabel("length in tokens")
     axes.set_title("difference (* p < 0.05 after Holm)", fontsize=9, loc="left")
-    unit = "share found" if task.share else "NLL per token, nats"
-    axes.figure.colorbar(shades, ax=axes, label=unit)
+    axes.figure.colorbar(shades, ax=axes, label=task.unit)
 
 
 def _label(axes: Axes, x: int, y: int, cell: ComparedCell, share: bool, *, dark: bool) -> None:

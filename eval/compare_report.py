@@ -62,7 +62,7 @@ def write_comparison(comparison: Comparison, folder: Path, *, overwrite: bool) -
 def _report(comparison: Comparison) -> dict[str, Any]:
     whole: dict[str, Any] = _plain(dataclasses.asdict(comparison))
     for task, entry in zip(comparison.tasks, whole["tasks"], strict=True):
-        entry["compared"] = task.compared
+        entry |= {"share": task.share, "compared": task.compared}
     return {
         **whole,
         "regressions": list(comparison.regressions),

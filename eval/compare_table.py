@@ -48,22 +48,22 @@ def regressions(comparison: Comparison) -> tuple[str, ...]:
     window = comparison.original_window
     if window is None:
         return (f"{comparison.baseline} names no original window, so there is no inside.",)
-    shares = {task.name: task.share for task in comparison.tasks}
     found = {(one.task, one.entry): one for one in comparison.inside}
     sentences: list[str] = []
     for entry in comparison.entries[1:]:
-        for task, share in shares.items():
-            one = found.get((task, entry))
+        for task in comparison.tasks:
+            one = found.get((task.name, entry))
             if one is None:
                 said = f"nothing was compared at up to {window:,} tokens, so nothing is known."
             else:
-                said = _verdict(one, share=share)
-            sentences.append(f"{entry}, {task}: {said}")
+                said = _verdict(one, task)
+            sentences.append(f"{entry}, {task.name}: {said}")
     return tuple(sentences)
 
 
-def _verdict(one: PooledDifference, *, share: bool) -> str:
-    worse = one.difference < 0 if share else one.difference > 0
+def _verdict(one: PooledDifference, task: ComparedTask) -> str:
+    share, more = task.share, task.higher_is_better
+    worse = one.difference < 0 if more else one.difference > 0
     if math.isnan(one.p_value):
         head = "cannot be tested"
     elif one.significant:
@@ -77,15 +77,17 @@ def _verdict(one: PooledDifference, *, share: bool) -> str:
         head = "no cost shown"
     figures = f"{change(one.difference, share=share)}{' of perplexity' if not share else ''}"
     if math.isnan(one.low):
-        figures += f" (interval {one.interval}"
+        figures += f" (no interval{one.interval.removeprefix('none')}"
     else:
         figures += f" (95% {_spread(one.low, one.high, share=share)}"
     if not math.isnan(one.p_value):
         figures += f"; p = {_p(one.p_value)}, adjusted {_p(one.p_holm)}"
-    said = f"{head}: {figures}; {one.paired} pairs in {one.clusters} clusters"
+    said = (
+        f"{head}: {figures}; {one.paired} pairs in {one.clusters} cluster{'s' * (one.clusters > 1)}"
+    )
     said += f", lengths {', '.join(f'{n:,}' for n in one.lengths)})"
-    limit = one.low if share else one.high
-    if not one.significant and (limit < 0 if share else limit > 0):
+    limit = one.low if more else one.high
+    if not one.significant and (limit < 0 if more else limit > 0):
         said += f"; a cost of {change(limit, share=share)} is not excluded"
     if one.left_out:
         said += (
@@ -118,7 +120,8 @@ def _table(comparison: Comparison, task: ComparedTask) -> RenderableType:
     lines = (
         task.estimand,
         task.compared,
-        "under the baseline's values are their intervals, under the others the difference and its",
+        "under the baseline's values are their intervals, under the others the difference and its "
+        "interval",
         "* p below 0.05 after Holm's adjustment over all cells of the entry (all lengths: over its "
         "tasks)",
     )

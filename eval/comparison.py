@@ -9,7 +9,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
@@ -26,15 +26,46 @@ class ComparedTask:
     """A task that at least one entry has."""
 
     name: str
-    share: bool
-    """True: its value is a share of right answers, more is better. False: a perplexity."""
+    scale: Literal["share", "perplexity"]
+    higher_is_better: bool
+    answered: bool
+    """Whether its prompts have one right answer each."""
     estimand: str
     """What a cell's value estimates."""
 
     @property
+    def share(self) -> bool:
+        """Whether its value is a share (0 to 1)."""
+        return self.scale == "share"
+
+    @property
+    def kind(self) -> Literal["answers", "share", "perplexity"]:
+        """What is compared: right answers, a share of each prompt's own, or NLL."""
+        if self.share:
+            return "answers" if self.answered else "share"
+        return "perplexity"
+
+    @property
+    def value(self) -> str:
+        """What a cell's value is, in a word or two."""
+        return {"answers": "found", "share": "share", "perplexity": "perplexity"}[self.kind]
+
+    @property
+    def unit(self) -> str:
+        """What a difference is counted in."""
+        units = {"answers": "share found", "share": "share", "perplexity": "NLL per token, nats"}
+        return units[self.kind]
+
+    @property
     def compared(self) -> str:
         """What a difference is, and how it is tested."""
-        if self.share:
+        if self.kind == "share":
+            better = "more" if self.higher_is_better else "less"
+            return (
+                f"difference: mean share minus the baseline's, on the same prompts ({better} is "
+                "better); p and interval: t over documents. All lengths: every prompt counts alike"
+            )
+        if self.kind == "answers":
             return (
                 "difference: share found minus the baseline's, on the same prompts; p: exact "
                 "McNemar (takes the prompts of a cell for independent); interval: Bonett–Price "
@@ -56,14 +87,14 @@ class ComparedCell:
     length: int
     entry: str
     value: float
-    """Accuracy (0 to 1) or perplexity, over all observations of the entry."""
+    """A share (0 to 1) or perplexity, over all observations of the entry."""
     low: float
     """Lower end of its 95% interval."""
     high: float
     n: int
     """Observations behind the value."""
     difference: float
-    """From the baseline over the pairs: share of answers, or NLL per token in nats."""
+    """From the baseline over the pairs: of the share, or NLL per token in nats."""
     difference_low: float
     """Lower end of its 95% interval."""
     difference_high: float
@@ -171,10 +202,9 @@ class Comparison:
     def print(self, console: Console | None = None) -> None:
         """Print a table per task, the cost inside the old window, and what is missing."""
         from .compare_table import tables
+        from .table import show
 
-        console = console or Console()
-        for item in tables(self):
-            console.print(item)
+        show(tables(self), console)
 
     def write(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
         """Write compare.csv, .json, .parquet, .png and .svg; returns their paths.

@@ -1,9 +1,10 @@
 """How much two sweeps differ on the same prompts or the same target tokens.
 
 Differences are second − first. A share of answers within one cell: exact McNemar test and the
-interval of Bonett & Price. Pooled over cells, where one haystack comes again at each length, the
-clusters of prompts change sign together and the interval is t over clusters. NLL: t over documents
-for both p-value and interval. A bootstrap is not used: from the some ten documents of a sweep its
+interval of Bonett & Price. Pooled over cells, of which each haystack may have several prompts (at
+several lengths too where these share them), the clusters of prompts change sign together and the
+interval is t over clusters. NLL, and shares that each prompt has of its own: t over documents for
+both p-value and interval. A bootstrap is not used: from the some ten documents of a sweep its
 intervals are too narrow (`significance.cluster_bootstrap`), and from many both agree.
 """
 
@@ -23,6 +24,7 @@ from .stats import mean_interval
 from .task import Observation
 
 __all__ = [
+    "FIGURE",
     "Difference",
     "Pair",
     "answers_in_a_cell",
@@ -30,7 +32,11 @@ __all__ = [
     "nll",
     "pair",
     "pooled_answers",
+    "shares",
 ]
+
+FIGURE = "seq_rep_4"
+"""Where an observation without answer or targets has its share: in its details, by this name."""
 
 Pair: TypeAlias = tuple[Observation, Observation]
 
@@ -40,7 +46,7 @@ class Difference:
     """Second − first with its 95% interval; NaN where there is none."""
 
     value: float
-    """Share of answers (−1 to 1), or NLL per target token in nats."""
+    """Of a share (−1 to 1), or NLL per target token in nats."""
     low: float
     high: float
     interval: str
@@ -112,10 +118,15 @@ def pooled_answers(pairs: Sequence[Pair]) -> Difference:
 
 def nll(pairs: Sequence[Pair]) -> Difference:
     """Mean NLL per target token, every token counting alike; exp of it is a perplexity ratio."""
-    changes, targets = [b.nll - a.nll for a, b in pairs], [a.targets for a, _ in pairs]
-    low, high, interval, p = _t(changes, targets, [a.cluster for a, _ in pairs], "documents")
+    return _over_documents(pairs, [b.nll - a.nll for a, b in pairs], [a.targets for a, _ in pairs])
+
+
+def _over_documents(
+    pairs: Sequence[Pair], changes: Sequence[float], weights: Sequence[float]
+) -> Difference:
+    low, high, interval, p = _t(changes, weights, [a.cluster for a, _ in pairs], "documents")
     return Difference(
-        value=math.fsum(changes) / sum(targets),
+        value=math.fsum(changes) / sum(weights),
         low=low,
         high=high,
         interval=interval,
@@ -124,6 +135,12 @@ def nll(pairs: Sequence[Pair]) -> Difference:
         pairs=len(pairs),
         clusters=_clusters(pairs),
     )
+
+
+def shares(pairs: Sequence[Pair]) -> Difference:
+    """Mean of the share that each prompt has of its own, every prompt counting alike."""
+    changes = [b.detail[FIGURE] - a.detail[FIGURE] for a, b in pairs]
+    return _over_documents(pairs, changes, [1] * len(pairs))
 
 
 def bonett_price(only_first: int, only_second: int, n: int) -> tuple[float, float]:
@@ -152,7 +169,7 @@ def _t(
     mean, low, high = mean_interval(changes, weights, clusters)
     n = len(set(clusters))
     if n < 2:
-        return math.nan, math.nan, f"none: one of {what}", math.nan
+        return math.nan, math.nan, f"none: a single {what.removesuffix('s')}", math.nan
     error = (high - low) / 2 / float(stats.t.ppf(0.975, n - 1))
     if error <= 1e-12 * abs(mean):
         return math.nan, math.nan, f"none: all {n} {what} differ alike", math.nan

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -20,7 +19,6 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -32,6 +30,7 @@ from transformers import (
 from longctx.batches import shrinking
 from longctx.errors import DataError
 
+from .greedy import greedy
 from .repetition import distinct_n, diversity, loop_onset, rep_l, seq_rep_n, uniq
 from .stats import mean_interval
 from .task import Measured, Observation, Plan, Summary, Unit
@@ -157,7 +156,7 @@ class Repetition:
         def run(first: int, last: int) -> list[Observation]:
             seeds = [f"{self.seed}/{name}@{end}" for name, end in windows[first:last]]
             pick = _Pick(self.temperature, self.top_p, seeds)
-            said = _generate(model, prompts[first:last], self.new_tokens, ends, pick)
+            said = greedy(model, prompts[first:last], self.new_tokens, ends=ends, pick=pick)
             return [
                 self._observe(tokenizer, length, window, documents[window[0]], tokens, ends, broken)
                 for window, tokens, broken in zip(
@@ -250,45 +249,6 @@ class _Pick(LogitsProcessor):
             for generator in self._generators
         ])  # fmt: skip
         return logits - draws.log().to(logits)
-
-
-def _generate(
-    model: PreTrainedModel, prompts: Tensor, new_tokens: int, ends: set[int], pick: _Pick
-) -> Tensor:
-    """Return the tokens after prompts [B, S]; those after an end mean nothing."""
-    ids = prompts.to(model.device)
-    settings = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0),
-    )
-    with torch.no_grad(), _neutral(model):
-        out: Any = model.generate(  # pyright: ignore[reportCallIssue]
-            ids,  # pyright: ignore[reportArgumentType]
-            attention_mask=torch.ones_like(ids),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([pick]),
-        )
-    return out[:, ids.shape[1] :].cpu()
-
-
-@contextmanager
-def _neutral(model: PreTrainedModel) -> Generator[None]:
-    """Put the checkpoint's generation settings aside.
-
-    `generate` fills in from them whatever is unset, and None, which is how suppressed tokens or an
-    end of text are switched off, counts as unset.
-    """
-    kept = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = kept
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

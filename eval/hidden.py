@@ -19,6 +19,8 @@ from .texts import digest, texts_of
 
 __all__ = ["Hidden"]
 
+_HAYSTACKS = 5  # pieces of real text in a cell at least, where it has so many prompts
+
 
 @dataclass(frozen=True, slots=True)
 class Hidden(Retrieval):
@@ -26,8 +28,8 @@ class Hidden(Retrieval):
 
     depths: int | None = 10
     """So many depths, evenly from the beginning to the end of the haystack. Prompts go through them
-    in one haystack before the next haystack is begun. None draws each at random, in a haystack of
-    its own."""
+    in turn, with five different pieces of real text or more in all (if there are so many prompts).
+    None draws each at random, in a piece of its own."""
     haystack: Literal["grass", "text", "both"] = "both"
     """The repeated classical sentences, real text, or one after the other."""
     text: tuple[str, ...] = ()
@@ -59,13 +61,18 @@ class Hidden(Retrieval):
         texts = [
             digest("\f".join(h.documents)) for h in self._haystacks() if not isinstance(h, Grass)
         ]
-        return {**dataclasses.asdict(self), "text": texts}
+        return {**Retrieval.spec(self), "text": texts}
 
-    def place(self, index: int, longest: int | None) -> Place:
+    def place(self, index: int, length: int, longest: int | None) -> Place:
         """The kinds of haystack alternate; each goes through all depths."""
         kinds = self._haystacks()
-        seed = self.seed * 1_000_000
-        number, depth = turn_of(index // len(kinds), seed + index, self._grid())
+        seed = self.base(length)
+        grid, prompts = self._grid(), self._of_a_kind()
+        each = 1
+        if grid:
+            turns = -(-prompts // len(grid))
+            each = -(-min(prompts, _HAYSTACKS) // turns)
+        number, depth = turn_of(index // len(kinds), seed + index, grid, each)
         return Place(
             index=index,
             seed=seed + index,
@@ -151,7 +158,8 @@ class Hidden(Retrieval):
 
     def _grid(self) -> list[float]:
         """The depths of one haystack; none where they are random."""
-        if self.depths is None:
-            return []
-        kinds = 2 if self.haystack == "both" else 1
-        return depth_grid(self.depths, -(-self.samples // kinds))
+        return [] if self.depths is None else depth_grid(self.depths, self._of_a_kind())
+
+    def _of_a_kind(self) -> int:
+        """Prompts with one kind of haystack."""
+        return -(-self.samples // (2 if self.haystack == "both" else 1))

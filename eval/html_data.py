@@ -1,20 +1,16 @@
-"""Reading a sweep's folder back, and refusing one whose parts do not belong together.
-
-Unlike `Store` this takes no lock and changes nothing: a report may be written while a sweep runs.
-"""
+"""What a report shows of a sweep's folder; one whose parts do not belong together is refused."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import RunError
 
-from .records import Record, parts_of, read_records
+from .folder import mismatch, read_folder
+from .records import Record
 from .results import Row
 from .task import Observation
 
@@ -22,8 +18,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["SweepFolder", "read_sweep"]
-
-_REPORT, _RESULTS = "sweep.json", "results.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +60,9 @@ class SweepFolder:
         ]
 
     def is_share(self, task: str) -> bool:
-        """Whether the task's values are shares, to be shown in percent; a perplexity is above 1."""
-        values = [row.value for row in self.rows if row.task == task]
-        return all(value <= 1 for value in values if math.isfinite(value))
+        """Whether the task's values are shares, to be shown in percent; else perplexities."""
+        scales = {found["name"]: found["scale"] for found in self.report["tasks"]}
+        return scales[task] == "share"
 
     def is_answered(self, task: str) -> bool:
         """Whether its prompts have one right answer: those have depths and an effective length."""
@@ -113,80 +107,37 @@ class SweepFolder:
         return [self.folder / "tokens" / f"{key}.parquet" for key in keys]
 
 
-def read_sweep(folder: Path) -> SweepFolder:
+def read_sweep(path: Path) -> SweepFolder:
     """Read the folder that `longctx sweep --out` wrote.
 
     Raises:
-        RunError: no such folder, no report in it, a damaged file, or records that are not those
-            that the report was made from.
+        RunError: a folder that cannot be read as a sweep's, or records that are not those that its
+            report was made from.
     """
-    path = folder / _REPORT
-    if not path.is_file():
-        raise RunError(
-            f"{folder} holds no {_REPORT}: name the --out folder of a `longctx sweep` that ended "
-            "(the same command goes on where an interrupted one was)."
-        )
-    try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rows = tuple(Row(**_nan(row)) for row in report["rows"])
-        for name in (
-            "model",
-            "identity",
-            "original_window",
-            "lengths",
-            "methods",
-            "tasks",
-            "notes",
-            "records",
-        ):
-            report[name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} is no report of a sweep ({error!r}): run the same `longctx sweep` again with "
-            "--overwrite; known results are not computed again."
-        ) from error
-    results = parts_of(folder / _RESULTS)
-    found: dict[str, Record] = {}
-    for part in results:
-        found |= read_records(part, report["identity"])
-    notes: list[str] = []
-    if not results:
+    found = read_folder(path)
+    notes = list(found.notes)
+    sweep = SweepFolder(path, found.report, found.rows, found.records or ())
+    if found.records is None:
         notes.append(
-            f"{folder.name} holds no {_RESULTS}: depths, failed answers, repetition and how "
+            f"{path.name} holds no results.jsonl: depths, failed answers, repetition and how "
             "prompts were run are not known"
         )
-    chosen = tuple(found[key] for key in report["records"] if key in found)
-    sweep = SweepFolder(folder, report, rows, chosen)
-    if results:
+    else:
         _check(sweep)
     if missing := sweep.missing_tokens():
         notes.append(
-            f"{missing} files of token scores are missing from {folder.name}/tokens: loss by "
+            f"{missing} files of token scores are missing from {path.name}/tokens: loss by "
             "position is left out"
         )
-    return SweepFolder(folder, report, rows, sweep.records, tuple(notes))
-
-
-def _nan(row: dict[str, Any]) -> dict[str, Any]:
-    """A report has null where a figure is NaN; where null is a value of its own it stays."""
-    figures = ("value", "low", "high", "nll")
-    return {k: math.nan if v is None and k in figures else v for k, v in row.items()}
+    return dataclasses.replace(sweep, notes=tuple(notes))
 
 
 def _check(sweep: SweepFolder) -> None:
     for row in sweep.rows:
-        found = [o for o in sweep.observations(row.task, row.method) if o.length == row.length]
-        targets = sum(o.targets for o in found)
-        nll = math.fsum(o.nll for o in found) / targets if targets else math.nan
-        same = math.isclose(nll, row.nll, rel_tol=1e-9) or (math.isnan(nll) and math.isnan(row.nll))
-        if (len(found), targets) != (row.n, row.targets) or not same:
+        found = sweep.observations(row.task, row.method)
+        if wrong := mismatch(row, (o for o in found if o.length == row.length)):
             raise RunError(
-                f"{sweep.folder / _RESULTS} holds {_count(found)} of {row.task} under {row.method} "
-                f"at {row.length:,} tokens, {_REPORT} was made from {row.n}"
-                f"{'' if len(found) != row.n else ' others'}: run the same `longctx sweep` again "
-                "(known results are not computed again), or use a folder for each setting."
+                f"{sweep.folder} holds {wrong} ({row.task} under {row.method} at {row.length:,} "
+                "tokens): run the same `longctx sweep` again (known results are not computed "
+                "again), or use a folder for each setting."
             )
-
-
-def _count(found: Sequence[Any]) -> str:
-    return f"{len(found)} observation{'' if len(found) == 1 else 's'}"

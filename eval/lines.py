@@ -37,7 +37,6 @@ _QUESTION = (
     "Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {}? I need the number."
 )
 _PREFIX = "The <REGISTER_CONTENT> in line {} is <"  # whether brackets are repeated is not asked
-_TRIED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +96,9 @@ class Lines(LongEval):
             "record that fills the prompt to exactly that many tokens; interval: Wilson 95%"
         )
 
-    def place(self, index: int, longest: int | None) -> Place:
+    def place(self, index: int, length: int, longest: int | None) -> Place:
         """A line at each depth of one record, then the next record."""
-        seed = self.seed * 1_000_000
+        seed = self.base(length)
         record, depth = turn_of(index, seed + index, self._grid())
         return Place(
             index=index,
@@ -110,43 +109,57 @@ class Lines(LongEval):
         )
 
     def generate(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
-        """The line nearest to the place's depth, in a record of whole lines."""
+        """A line of its own for each depth, put there in a record of whole lines.
+
+        Raises:
+            DataError: too few lines for that, or more than there are.
+        """
         last, lines = _record(tokenizer, place.longest or length, place.haystack_seed)
         sizes = [len(line.ids) for line in lines]
         head, tail, answer = self._around(tokenizer, last)
         room = length - len(head) - len(tail) - len(answer) - len(last.ids)
         count = bisect_right(list(accumulate(sizes)), room)
-        wanted = round(place.depth * count)
-        # Near the end, a line may have to give way to those that make the length exact.
-        for row in [*range(wanted, max(wanted - _TRIED, -1), -1), count]:
-            asked = last if row == count else lines[row]
-            head, tail, answer = self._around(tokenizer, asked)
-            room = length - len(head) - len(tail) - len(answer) - len(last.ids)
-            chosen = fit(sizes, room, 1 if asked is last else row + 1)
-            if chosen is None:
-                continue
-            record = [*(lines[i] for i in chosen), last]
-            before = sum(len(line.ids) for line in record[: record.index(asked)])
-            ids = [*head, *(token for line in record for token in line.ids), *tail]
-            return Prompt(
-                input_ids=(*ids, *answer),
-                answer_start=len(ids),
-                answer=decode(tokenizer, answer),
-                key=f"{asked.content}>",
-                needle_starts=(len(head) + before,),
-                depth=before / sum(len(line.ids) for line in record if line is not asked),
-                haystack=f"lines@{place.haystack_seed}",
-                seed=place.seed,
-            )
+        least = max(len(self._grid()) - 1, 1)  # so that each depth has a line of its own
+        too_short = (
+            f"length={length} is too short for this prompt; it needs about "
+            f"{length - room + max(least + 1, 8) * max(sizes)} tokens, which whole lines can fill, "
+            "with one of its own for each depth. Ask for a longer one, or for fewer samples."
+        )
+        if count < least:
+            raise DataError(too_short)
+        row = round(place.depth * count)
+        asked = last if row == count else lines[row]
+        head, tail, answer = self._around(tokenizer, asked)
+        room = length - len(head) - len(tail) - len(answer) - len(last.ids)
+        others = list(lines)
+        if asked is not last:
+            del others[row]
+            room -= len(asked.ids)
+        sizes = [len(line.ids) for line in others]
         if room > sum(sizes):
             raise DataError(
                 f"length={length} asks for more lines than the {len(names())} names there are, "
                 f"which reach to about {length - room + sum(sizes)} tokens: ask for shorter ones."
             )
-        raise DataError(
-            f"length={length} is too short for this prompt; it needs about "
-            f"{length - room + 8 * max(sizes)} tokens, which whole lines can "
-            "fill. Ask for a longer one."
+        chosen = fit(sizes, room)
+        if chosen is None:
+            raise DataError(too_short)
+        record = [*(others[i] for i in chosen), last]
+        if asked is not last:
+            sums = [0, *accumulate(len(line.ids) for line in record)]
+            wanted = place.depth * sums[-1]
+            record.insert(min(range(len(record)), key=lambda i: abs(sums[i] - wanted)), asked)
+        before = sum(len(line.ids) for line in record[: record.index(asked)])
+        ids = [*head, *(token for line in record for token in line.ids), *tail]
+        return Prompt(
+            input_ids=(*ids, *answer),
+            answer_start=len(ids),
+            answer=decode(tokenizer, answer),
+            key=f"{asked.content}>",
+            needle_starts=(len(head) + before,),
+            depth=before / sum(len(line.ids) for line in record if line is not asked),
+            haystack=f"lines@{place.haystack_seed}",
+            seed=place.seed,
         )
 
     def _around(
@@ -165,6 +178,12 @@ class Lines(LongEval):
         found = text.find(f"line {name}:")
         if found < 0:
             raise DataError(f"{where}: its prompt holds no 'line {name}:', which it asks for.")
+        line = text[found:].partition("\n")[0]
+        if f"<{content}>" not in line:
+            raise DataError(
+                f"{where}: it expects {content}, but its prompt says {line!r:.80}: fetch the file "
+                "again, or delete that test case."
+            )
         return Case(text, _PREFIX.format(name), f"{content}>", space="", depth=found / len(text))
 
     def _grid(self) -> list[float]:

@@ -6,7 +6,6 @@ Source: Li et al., "How Long Can Open-Source LLMs Truly Promise on Context Lengt
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -65,8 +64,8 @@ class LongEval(Retrieval):
 
     def spec(self) -> dict[str, Any]:
         """Settings, and the file by its content."""
-        content = digest("\n".join(map(json.dumps, _read(self.file)))) if self.file else ""
-        return {**dataclasses.asdict(self), "file": content}
+        cases = [json.dumps(record) for _, record in _read(self.file)] if self.file else []
+        return {**Retrieval.spec(self), "file": digest("\n".join(cases)) if cases else ""}
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
@@ -84,7 +83,7 @@ class LongEval(Retrieval):
         ]
         if max(sizes) > max(lengths):
             raise DataError(
-                f"{self.file}:{sizes.index(max(sizes)) + 1} has {max(sizes)} tokens, more than the "
+                f"{self._where(sizes.index(max(sizes)))} has {max(sizes)} tokens, more than the "
                 f"longest length asked for, {max(lengths)}: add a length of {max(sizes)} or more."
             )
         units: list[Unit] = []
@@ -116,13 +115,14 @@ class LongEval(Retrieval):
         return Retrieval.part(self, length, indices, longest)
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
-        """A generated prompt, or line `place.index` (from 0) of the file."""
+        """A generated prompt, or test case `place.index` (from 0) of the file."""
         if self.file:
             return self._from_file(tokenizer, place.index)
         return self.generate(tokenizer, length, place)
 
     def _from_file(self, tokenizer: PreTrainedTokenizerBase, number: int) -> Prompt:
-        case = self.case(_read(self.file)[number], f"{self.file}:{number + 1}")
+        line, record = _read(self.file)[number]
+        case = self.case(record, self._where(number))
         # A frame around nothing, of which the text is put in the middle.
         head, tail = frame(tokenizer, "", "", case.answer_prefix, self.chat)
         text = case.text.strip() + tail.removeprefix("\n")
@@ -134,9 +134,13 @@ class LongEval(Retrieval):
             key=case.key,
             needle_starts=(),
             depth=case.depth,
-            haystack=f"{Path(self.file).name}:{number + 1}",
+            haystack=f"{Path(self.file).name}:{line}",
             seed=number,
         )
+
+    def _where(self, number: int) -> str:
+        """File and line of a test case."""
+        return f"{self.file}:{_read(self.file)[number][0]}"
 
 
 def field(record: dict[str, Any], name: str, kind: type, where: str) -> Any:
@@ -146,7 +150,7 @@ def field(record: dict[str, Any], name: str, kind: type, where: str) -> Any:
         DataError: it is missing, empty or of another type.
     """
     value = record.get(name)
-    if not isinstance(value, kind) or value in ("", []):
+    if type(value) is not kind or value in ("", []):  # True is an int too
         said = "has no" if name not in record else f"has {value!r:.40} as"
         raise DataError(
             f"{where} {said} {name!r} (fields: {', '.join(record)}): expected a test case of "
@@ -156,8 +160,8 @@ def field(record: dict[str, Any], name: str, kind: type, where: str) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _read(file: str) -> tuple[dict[str, Any], ...]:
-    """The records of a JSON-lines file.
+def _read(file: str) -> tuple[tuple[int, dict[str, Any]], ...]:
+    """The records of a JSON-lines file, each with the number of its line; blank lines are none.
 
     Raises:
         DataError: not there, empty, or a line that is no JSON object.
@@ -170,20 +174,24 @@ def _read(file: str) -> tuple[dict[str, Any], ...]:
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; pass JSON lines.") from error
+    if not text.strip():
+        raise DataError(f"{file} is empty: fetch it again.")
     lines = text.rstrip().split("\n")
-    records: list[dict[str, Any]] = []
+    records: list[tuple[int, dict[str, Any]]] = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             cut_off = number == len(lines) and not text.endswith("\n")
             raise DataError(
                 f"{file}:{number} breaks off: fetch the file again, or delete that line."
-                if cut_off and line
+                if cut_off
                 else f"{file}:{number} is no JSON ({error.msg}, column {error.colno}): pass JSON "
                 "lines, one test case each."
             ) from error
         if not isinstance(record, dict):
             raise DataError(f"{file}:{number} is {record!r:.40}: expected a JSON object.")
-        records.append(cast(dict[str, Any], record))
+        records.append((number, cast(dict[str, Any], record)))
     return tuple(records)

@@ -5,6 +5,10 @@ all. LongPPL takes the key tokens only: those whose log-probability under an eva
 than `gain` nats from the long context (log p(x | long) − log p(x | short)) and exceeds `floor` with
 it. Every model is scored on the same ones.
 
+There is no command for it; in Python:
+
+    from longctx.eval import Perplexity, key_tokens, long_ppl, sweep
+
     result = sweep(model, tokenizer, [Perplexity(stride=32)], "1k:16k", methods=..., results=...)
     tokens = result.per_token()
     keys = key_tokens(tokens, evaluator="none", long=16384, short=1024)

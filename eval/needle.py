@@ -5,6 +5,8 @@ Source: Kamradt, "Needle In A Haystack: pressure testing LLMs" (2023), whose nee
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,6 +17,7 @@ from longctx.errors import DataError
 
 from .hidden import Hidden
 from .retrieval import Place
+from .task import Plan
 
 __all__ = ["Needle"]
 
@@ -71,6 +74,19 @@ class Needle(Hidden):
     def asked(self) -> str:
         """What is to be returned."""
         return "answers in the needle's words"
+
+    def plan(
+        self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
+    ) -> Plan:
+        """As for any retrieval task; answers that are no part of their needle are told."""
+        plan = Hidden.plan(self, tokenizer, lengths, length_invariant=length_invariant)
+        told = [
+            f"needle: the answer {answer!r} is no part of its needle {needle!r}, so that no words "
+            "of the needle lead to it: the model must give it after 'The answer is'"
+            for needle, answer in dict.fromkeys(zip(self.needle, self.answer, strict=True))
+            if answer not in needle
+        ]
+        return dataclasses.replace(plan, notes=(*plan.notes, *told))
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
         """A needle at the place's depth; over the haystacks, each needle comes to each depth."""

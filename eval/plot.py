@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,7 +26,7 @@ from .variants import Variant
 if TYPE_CHECKING:
     from .results import SweepResult
 
-__all__ = ["COLOURS", "DASHES", "MARKERS", "draw", "mark_window"]
+__all__ = ["COLOURS", "DASHES", "MARKERS", "draw", "frame", "mark_window"]
 
 # Okabe & Ito 2008: told apart with every kind of colour vision. Black is the model as it came.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -92,26 +94,46 @@ def _line(
 
 
 def _frame(axes: Axes, result: SweepResult, task: Task) -> None:
-    axes.set_title(task.name, fontsize=11, loc="left")
+    label = "found" if task.higher_is_better else "share, less is better"
+    share = label if task.scale == "share" else None
+    frame(axes, task.name, result.lengths, result.original_window, share=share)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+
+
+def frame(
+    axes: Axes, title: str, lengths: Sequence[int], window: int | None, *, share: str | None
+) -> None:
+    """Put the axes around lines of values by length.
+
+    Args:
+        axes: with the lines drawn.
+        title: above them.
+        lengths: in tokens, each with a tick.
+        window: that the model was trained with, if it is known.
+        share: label of values from 0 to 1; None: perplexities, on a logarithmic axis if there
+            are any.
+    """
+    axes.set_title(title, fontsize=11, loc="left")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(list(result.lengths)))
-    axes.xaxis.set_major_formatter(FixedFormatter([_tokens(n) for n in result.lengths]))
+    axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
+    axes.xaxis.set_major_formatter(FixedFormatter([_tokens(n) for n in lengths]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("length in tokens")
-    if task.scale == "share":
+    if share is not None:
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylabel("found" if task.higher_is_better else "share, less is better")
+        axes.set_ylabel(share)
     else:
-        axes.set_yscale("log")
+        values = [value for line in axes.lines for value in np.asarray(line.get_ydata())]
+        if any(math.isfinite(value) and value > 0 for value in values):
+            axes.set_yscale("log")
         low, high = axes.get_ylim()
-        wide = high > 10 * low
+        wide = high > 10 * low > 0
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylabel("perplexity")
-    mark_window(axes, result.original_window)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    mark_window(axes, window)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -25,10 +25,33 @@ __all__ = [
     "header_of",
     "load_record",
     "parts_of",
-    "read_records",
+    "read_parts",
 ]
 
 _VERSION = 2
+_NUMBER = (int, float)
+_OBSERVATION: dict[str, tuple[type, ...]] = {
+    "length": (int,),
+    "item": (str,),
+    "cluster": (str,),
+    "nll": _NUMBER,
+    "targets": (int,),
+    "correct": (bool, type(None)),
+    "detail": (dict,),
+}
+_RECORD: dict[str, tuple[type, ...]] = {
+    "key": (str,),
+    "method": (str,),
+    "task": (str,),
+    "lengths": (list,),
+    "tokens": (int,),
+    "seconds": _NUMBER,
+    "how": (str,),
+    "observations": (list,),
+    "failed": (str, type(None)),
+    "per_token": (bool,),
+}
+"""Types that JSON gives for each field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +86,25 @@ def parts_of(path: Path) -> list[Path]:
     return [part for part in (path, *sorted(others)) if part.exists()]
 
 
-def read_records(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:
+def read_parts(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:
+    """The records of a results file and its parts by key.
+
+    Of several in one file the last counts. A process that failed does not hide what another found.
+
+    Raises:
+        RunError: a file of another model or tokenizer, or one that is no results file or damaged.
+        OSError: one cannot be read.
+    """
+    found: dict[str, Record] = {}
+    for part in parts_of(path):
+        for key, record in _read_records(part, identity).items():
+            known = found.get(key)
+            if known is None or known.failed is not None or record.failed is None:
+                found[key] = record
+    return found
+
+
+def _read_records(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:
     """The records of one file by key, in the order of the file; of several the last counts.
 
     Raises:
@@ -128,14 +169,29 @@ def _null(values: dict[str, Any]) -> None:
 
 
 def load_record(value: dict[str, Any]) -> Record:
-    """Read a record from what JSON gives; a null is NaN."""
+    """Read a record from what JSON gives; a null is NaN.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: a field that is missing, unknown or of
+            another type.
+    """
+    _check(value, _RECORD)
     observations: list[Observation] = []
     for fields in value["observations"]:
-        for name in [key for key, found in fields["detail"].items() if found is None]:
-            fields["detail"][name] = math.nan
         if fields["nll"] is None:
             fields["nll"] = math.nan
+        _check(fields, _OBSERVATION)
+        for name in [key for key, found in fields["detail"].items() if found is None]:
+            fields["detail"][name] = math.nan
         observations.append(Observation(**fields))
     value["lengths"] = tuple(value["lengths"])
     value["observations"] = tuple(observations)
     return Record(**value)
+
+
+def _check(value: dict[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
+    for name, found in value.items():
+        expected = kinds.get(name, ())
+        if type(found) not in expected:  # True is no number
+            names = " or ".join(kind.__name__ for kind in expected) or "no such field"
+            raise ValueError(f"{name} is {found!r:.40}, expected {names}")

@@ -62,19 +62,22 @@ def write_report(result: SweepResult, folder: Path, *, overwrite: bool) -> list[
     ]
     if not overwrite:
         refuse_lost_cells(folder, result.identity, cells)
-    frame, figure = result.frame(), draw(result)
+    frame = result.frame()
     text = json.dumps(_report(result, cells), indent=1, allow_nan=False)
-    # The JSON last: it is what marks a folder as taken.
-    writers: dict[str, Callable[[Path], Any]] = {
+    figures: dict[str, Callable[[Path], Any]] = {
         "sweep.csv": lambda path: frame.to_csv(path, index=False),
         "sweep.parquet": lambda path: frame.to_parquet(path, index=False),
-        "sweep.png": lambda path: figure.savefig(path, format="png", dpi=150),
-        "sweep.svg": lambda path: figure.savefig(path, format="svg"),
         _REPORT: lambda path: path.write_text(text, encoding="utf-8"),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [write_whole(folder / name, writer) for name, writer in writers.items()]
+        paths = [write_whole(folder / name, writer) for name, writer in figures.items()]
+        picture = draw(result)  # the figures are there whatever becomes of it
+        plots: dict[str, Callable[[Path], Any]] = {
+            "sweep.png": lambda path: picture.savefig(path, format="png", dpi=150),
+            "sweep.svg": lambda path: picture.savefig(path, format="svg"),
+        }
+        return paths + [write_whole(folder / name, writer) for name, writer in plots.items()]
     except OSError as error:
         kept = f"; the results are in {result.results}, not lost" if result.results else ""
         raise RunError(
@@ -92,7 +95,13 @@ def _report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
         "lengths": result.lengths,
         "methods": [{"label": v.label, "method": v.record()} for v in result.variants],
         "tasks": [
-            {"name": task.name, "estimand": task.estimand, "spec": task.spec()}
+            {
+                "name": task.name,
+                "estimand": task.estimand,
+                "scale": task.scale,
+                "higher_is_better": task.higher_is_better,
+                "spec": task.spec(),
+            }
             for task in result.tasks
         ],
         "notes": result.notes,

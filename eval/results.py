@@ -193,11 +193,9 @@ class SweepResult:
 
     def print(self, console: Console | None = None) -> None:
         """Print a table per task, with what it estimates under it."""
-        from .table import tables
+        from .table import show, tables
 
-        console = console or Console()
-        for item in tables(self):
-            console.print(item)
+        show(tables(self), console)
 
     def write(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
         """Write sweep.csv, .json, .parquet, .png and .svg; returns their paths.

@@ -31,6 +31,8 @@ from .task import Measured, Observation, Plan, Summary, Unit
 
 __all__ = ["Place", "Retrieval", "depth_grid", "turn_of"]
 
+_PROMPTS = 2  # counted up when the same settings give other prompts: old results are not reused
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -57,13 +59,15 @@ def depth_grid(depths: int | None, prompts: int) -> list[float]:
     return [i / (n - 1) for i in range(n)]
 
 
-def turn_of(turn: int, seed: int, grid: Sequence[float]) -> tuple[int, float]:
-    """The haystack and depth of one prompt: all depths of `grid` in one haystack, then the next.
+def turn_of(turn: int, seed: int, grid: Sequence[float], each: int = 1) -> tuple[int, float]:
+    """The haystack and depth of one prompt: all depths of `grid` in turn, then all of them again.
 
+    The depths of one turn are dealt out to `each` haystacks, deep and shallow ones to every one.
     Without a grid, each prompt has a haystack of its own and `seed` draws its depth.
     """
     if grid:
-        return turn // len(grid), grid[turn % len(grid)]
+        turns, place = divmod(turn, len(grid))
+        return turns * each + place % each, grid[place]
     return turn, Random(f"depth/{seed}").random()
 
 
@@ -78,16 +82,17 @@ class Retrieval(ABC):
     chat: bool | None = None
     """Put the prompt into the tokenizer's chat template; None: if it has one."""
     share_lengths: bool = False
-    """Let all lengths share their haystacks, whose beginnings are then run once for all: cheaper,
-    but lengths are no longer independent of each other, and an interruption loses all of them."""
+    """Let all lengths share their keys and haystacks, whose beginnings are then run once for all:
+    cheaper, but lengths are no longer independent of each other, and an interruption loses all of
+    them. Otherwise each length draws its own."""
 
     name: ClassVar[str]
     scale: ClassVar[Literal["share", "perplexity"]] = "share"
     higher_is_better: ClassVar[bool] = True
 
     @abstractmethod
-    def place(self, index: int, longest: int | None) -> Place:
-        """What prompt `index` is drawn with; `longest` of all lengths matters if they share."""
+    def place(self, index: int, length: int, longest: int | None) -> Place:
+        """What prompt `index` of a length is drawn with; `longest` of all matters if they share."""
 
     @abstractmethod
     def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
@@ -102,9 +107,14 @@ class Retrieval(ABC):
         if self.samples < 1:
             raise DataError(f"samples={self.samples}: expected at least one prompt per length.")
 
+    def base(self, length: int) -> int:
+        """The first seed of a length; up to a million follow that no other length or seed has."""
+        own = 0 if self.share_lengths else length
+        return own * 10**12 + self.seed * 10**6
+
     def spec(self) -> dict[str, Any]:
-        """All settings."""
-        return dataclasses.asdict(self)
+        """All settings, and which prompts they give."""
+        return {**dataclasses.asdict(self), "prompts": _PROMPTS}
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
@@ -113,7 +123,7 @@ class Retrieval(ABC):
         longest = max(lengths)
         for length, count in ((longest, 2), (min(lengths), self.samples)):
             for index in range(min(self.samples, count)):  # haystacks alternate between two kinds
-                self.prompt(tokenizer, length, self.place(index, longest))
+                self.prompt(tokenizer, length, self.place(index, length, longest))
         everything = range(self.samples)
         if self.share_lengths and length_invariant:
             whole = self.part(longest, everything, longest)
@@ -157,12 +167,12 @@ class Retrieval(ABC):
     ) -> list[tuple[int, Place, Prompt]]:
         """The prompts of a unit, each with its length and place."""
         longest: int | None = unit.spec.get("longest")
-        places = [self.place(index, longest) for index in unit.spec["prompts"]]
-        return [
-            (length, place, self.prompt(tokenizer, length, place))
+        places = [
+            (length, self.place(index, length, longest))
             for length in unit.lengths
-            for place in places
+            for index in unit.spec["prompts"]
         ]
+        return [(length, place, self.prompt(tokenizer, length, place)) for length, place in places]
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:
         """The share of answers found; NaN where any prompt's logits held a NaN."""
@@ -170,10 +180,11 @@ class Retrieval(ABC):
         if not answers or None in answers:
             return Summary(math.nan, math.nan, math.nan, "none")
         hits = sum(map(bool, answers))
-        clusters = len({o.cluster for o in observations})
+        haystacks = len({o.detail.get("haystack", o.cluster) for o in observations})
         name = "Wilson 95%"
-        if clusters < len(answers):
-            name += f", as if its prompts from {clusters} haystacks were independent"
+        if haystacks < len(answers):
+            several = f"{haystacks} haystack{'s' * (haystacks > 1)}"
+            name += f", as if its {len(answers)} prompts from {several} were independent"
         return Summary(hits / len(answers), *wilson(hits, len(answers)), name)
 
     def cluster(self, place: Place, prompt: Prompt) -> str:
@@ -204,6 +215,7 @@ class Retrieval(ABC):
         if not math.isnan(total):
             correct = said == list(prompt.answer_ids)
             detail["argmax"] = tokenizer.decode(said)  # given the right tokens before each
+            detail["argmax_ids"] = said
         return Observation(
             length, str(place.index), self.cluster(place, prompt), total, len(said), correct, detail
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .adaptive import Adaptive, boundary
+from .adaptive import Adaptive, Verdict, boundary
 from .engine import Engine, Job, cost
 from .progress import Progress
 from .ranks import Ranks
@@ -36,9 +36,8 @@ class Run:
         with Progress(total, shown=progress and self.ranks.first) as bar:
             for turn, job in enumerate(jobs):
                 with job.variant.applied(self.engine.model, replace=replace):
-                    if self._adapts(
-                        job
-                    ):  # each step depends on the last: whole jobs are shared out
+                    # Where each step depends on the last, whole jobs are shared out.
+                    if self._adapts(job):
                         bar.at(f"{job.variant.label} {job.task.name}")
                         if self.ranks.mine(turn):
                             self._walk(job, self.engine.run)
@@ -75,24 +74,37 @@ class Run:
         if adaptive is None or not isinstance(task, Retrieval):
             return [record for unit in job.plan.units for record in ask(job, unit)], []
         found: list[Record] = []
+        lost: list[int] = []
 
-        def passes(length: int) -> bool:
+        def measure(length: int) -> Verdict:
             def answer(indices: Sequence[int]) -> list[Observation]:
                 records = ask(job, task.part(length, indices, self.lengths[-1]))
                 found.extend(records)
                 return [o for record in records for o in record.observations]
 
-            return adaptive.ask(task.samples, task.seed, answer) == "pass"
+            verdict = adaptive.ask(task.samples, task.seed, answer)
+            if verdict == "not measured":
+                lost.append(length)
+            return verdict
 
-        reached = boundary(self.lengths, passes)
+        reached = boundary(self.lengths, measure)
         asked = sum(len(record.observations) for record in found)
         tokens, planned = (sum(unit.tokens for unit in units) for units in (found, job.plan.units))
-        limit = f"{reached:,} tokens" if reached else f"less than {self.lengths[0]:,} tokens"
         return found, [
-            f"{task.name} under {job.variant.label}: reads to {limit} at a share of "
-            f"{adaptive.threshold:.0%} ± {adaptive.margin:.0%} (error {adaptive.error:.0%}; "
+            f"{task.name} under {job.variant.label}: {_reach(reached, self.lengths, lost)} at a "
+            f"share of {adaptive.threshold:.0%} ± {adaptive.margin:.0%} (error "
+            f"{adaptive.error:.0%}; "
             f"shorter lengths that were not asked are taken to pass); {asked} of "
             f"{task.samples * len(self.lengths)} prompts asked (intervals do not allow for the "
             f"early stop), {tokens:,} tokens forwarded where "
             f"all prompts have {planned:,}"
         ]
+
+
+def _reach(reached: int | None, lengths: Sequence[int], lost: Sequence[int]) -> str:
+    """How far a model reads, where some lengths could not be measured."""
+    begun = 0 if reached is None else lengths.index(reached) + 1
+    if begun < len(lengths) and lengths[begun] in lost:
+        known = f"reads to {reached:,} tokens at least" if reached else "how far it reads is open"
+        return f"{known} ({', '.join(f'{n:,}' for n in sorted(lost))} tokens: not measured)"
+    return f"reads to {reached:,} tokens" if reached else f"reads less than {lengths[0]:,} tokens"

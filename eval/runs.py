@@ -6,21 +6,20 @@ that is still writing there is not disturbed.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from longctx.errors import RunError, nearest
 
-from .records import Record, parts_of, read_records
+from .folder import mismatch, read_folder
+from .records import Record
 from .results import Row, SweepResult
 from .task import Observation
 
-__all__ = ["Cell", "Entry", "Source", "entries_of"]
+__all__ = ["Cell", "Entry", "Source", "TaskSettings", "entries_of"]
 
 Source: TypeAlias = str | os.PathLike[str] | SweepResult
 """A folder that `longctx sweep --out` wrote, "FOLDER#METHOD", or a result in memory."""
@@ -38,6 +37,17 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
+class TaskSettings:
+    """A task as a sweep had it."""
+
+    spec: dict[str, Any]
+    """Its settings, as JSON."""
+    estimand: str
+    scale: Literal["share", "perplexity"]
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One method of one run."""
 
@@ -48,9 +58,7 @@ class Entry:
     """Its digest."""
     original_window: int | None
     lengths: tuple[int, ...]
-    specs: Mapping[str, Any]
-    """Settings of each task, as JSON."""
-    estimands: Mapping[str, str]
+    tasks: Mapping[str, TaskSettings]
     cells: Mapping[tuple[str, int], Cell]
     """By task and length."""
     notes: tuple[str, ...]
@@ -66,8 +74,7 @@ class _Swept:
     original_window: int | None
     lengths: tuple[int, ...]
     methods: tuple[str, ...]
-    specs: dict[str, Any]
-    estimands: dict[str, str]
+    tasks: dict[str, TaskSettings]
     rows: tuple[Row, ...]
     records: tuple[Record, ...]
     notes: tuple[str, ...]
@@ -126,8 +133,7 @@ def _entry(name: str, swept: _Swept, method: str) -> Entry:
         tokenizer=swept.identity["tokenizer"],
         original_window=swept.original_window,
         lengths=swept.lengths,
-        specs=swept.specs,
-        estimands=swept.estimands,
+        tasks=swept.tasks,
         cells={(row.task, row.length): _cell(row, records) for row in rows},
         notes=swept.notes,
     )
@@ -141,19 +147,7 @@ def _cell(row: Row, records: Sequence[Record]) -> Cell:
         for o in record.observations
         if o.length == row.length
     }
-    mismatch = None
-    if row.failed is None and row.n != len(found):
-        mismatch = f"{len(found)} observations where the report's figure has {row.n}"
-    elif row.failed is None and row.n and not _is_mean(row.nll, found.values()):
-        mismatch = "other observations than the report's figure is taken over"
-    return Cell(row, found, mismatch)
-
-
-def _is_mean(nll: float, observations: Iterable[Observation]) -> bool:
-    """Whether a reported NLL comes from these observations: they may be of other settings."""
-    found = list(observations)
-    targets = sum(o.targets for o in found)
-    return not targets or math.isclose(nll, math.fsum(o.nll for o in found) / targets)
+    return Cell(row, found, mismatch(row, found.values()))
 
 
 def _of_result(result: SweepResult) -> _Swept:
@@ -163,8 +157,10 @@ def _of_result(result: SweepResult) -> _Swept:
         original_window=result.original_window,
         lengths=result.lengths,
         methods=tuple(variant.label for variant in result.variants),
-        specs={task.name: task.spec() for task in result.tasks},
-        estimands={task.name: task.estimand for task in result.tasks},
+        tasks={
+            task.name: TaskSettings(task.spec(), task.estimand, task.scale, task.higher_is_better)
+            for task in result.tasks
+        },
         rows=result.rows,
         records=result.records,
         notes=(),
@@ -172,66 +168,26 @@ def _of_result(result: SweepResult) -> _Swept:
 
 
 def _of_folder(folder: Path) -> _Swept:
-    if not folder.is_dir():
-        raise RunError(f"no folder {folder}: expected one that `longctx sweep --out` wrote.")
-    path = folder / "sweep.json"
-    if not path.exists():
-        raise RunError(
-            f"{folder} holds no sweep.json, which a sweep writes at its end: finish it by the same "
-            "`longctx sweep` command, or name another folder."
-        )
-    try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        identity = {str(key): str(value) for key, value in report["identity"].items()}
-        records, notes = _read_records(folder, identity)
-        # Another sweep into this folder leaves records that this report is not about.
-        own = set(report.get("records", records))
-        return _Swept(
-            model=str(report["model"]),
-            identity=identity,
-            original_window=report["original_window"],
-            lengths=tuple(report["lengths"]),
-            methods=tuple(str(method["label"]) for method in report["methods"]),
-            specs={task["name"]: task["spec"] for task in report["tasks"]},
-            estimands={task["name"]: task["estimand"] for task in report["tasks"]},
-            rows=tuple(_row(fields) for fields in report["rows"]),
-            records=tuple(record for key, record in records.items() if key in own),
-            notes=notes,
-        )
-    except RunError:
-        raise
-    except OSError as error:
-        raise RunError(f"cannot read {folder}: {error}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{path} is no report of a sweep ({error!r}): write it anew by the same `longctx "
-            "sweep` command, which does not compute known results again."
-        ) from error
-
-
-def _row(fields: dict[str, Any]) -> Row:
-    """A row of sweep.json, where NaN and infinity are null."""
-    for key in ("value", "low", "high", "nll"):
-        if fields[key] is None:
-            fields[key] = math.nan
-    return Row(**fields)
-
-
-def _read_records(
-    folder: Path, identity: dict[str, str]
-) -> tuple[dict[str, Record], tuple[str, ...]]:
-    """The records of all processes of a sweep by key (the last one counts), and notes."""
-    first = folder / "results.jsonl"
-    if not first.exists():
+    found = read_folder(folder)
+    if found.records is None:
         raise RunError(
             f"{folder} holds a report but no results.jsonl, where the single answers are that a "
             "comparison pairs: put it back, or sweep again."
         )
-    found: dict[str, Record] = {}
-    notes: list[str] = []
-    for path in parts_of(first):
-        found |= read_records(path, identity)
-        cut = path.read_bytes().rpartition(b"\n")[2]
-        if cut:
-            notes.append(f"{path}: the last line is cut off ({len(cut)} bytes) and left out")
-    return found, tuple(notes)
+    report = found.report
+    return _Swept(
+        model=str(report["model"]),
+        identity=report["identity"],
+        original_window=report["original_window"],
+        lengths=tuple(report["lengths"]),
+        methods=tuple(str(method["label"]) for method in report["methods"]),
+        tasks={
+            task["name"]: TaskSettings(
+                task["spec"], task["estimand"], task["scale"], task["higher_is_better"]
+            )
+            for task in report["tasks"]
+        },
+        rows=found.rows,
+        records=found.records,
+        notes=found.notes,
+    )

@@ -26,8 +26,7 @@ from .records import (
     dump_record,
     header_of,
     load_record,
-    parts_of,
-    read_records,
+    read_parts,
 )
 
 if TYPE_CHECKING:
@@ -94,13 +93,8 @@ class Store:
 
     def reload(self) -> None:
         """Read what all processes have written."""
-        if self.path is None:
-            return
-        for part in parts_of(self.path):
-            for key, record in read_records(part, self.identity).items():
-                known = self._records.get(key)
-                if known is None or known.failed is not None or record.failed is None:
-                    self._records[key] = record
+        if self.path is not None:
+            self._records = read_parts(self.path, self.identity)
 
     def last(self, key: str) -> Record | None:
         """The record under `key`, failed or not."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longctx.errors import ModelError, RunError, nearest
+from longctx.errors import DataError, ModelError, RunError, nearest
 from longctx.methods import Method
 from longctx.model import learned_positions
 
@@ -33,7 +33,7 @@ from .report import refuse_lost_cells
 from .results import SweepResult, cell_key, rows_of
 from .run import Run
 from .store import Store
-from .task import Task
+from .task import Plan, Task
 from .topics import Topics
 from .variable_tracking import VariableTracking
 from .variants import original_window, variants_of
@@ -116,7 +116,7 @@ def sweep(
     identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
     variants = variants_of(model, methods, replace=replace)
     plans = {
-        (task.name, invariant): task.plan(tokenizer, sizes, length_invariant=invariant)
+        (task.name, invariant): _plan(task, tokenizer, sizes, invariant)
         for task in chosen
         for invariant in {variant.length_invariant for variant in variants}
     }
@@ -195,6 +195,15 @@ def _tasks(tasks: Sequence[Task | str]) -> list[Task]:
     if not chosen:
         raise RunError(f"no task to sweep: pass some of {', '.join(TASKS)}.")
     return chosen
+
+
+def _plan(
+    task: Task, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], invariant: bool
+) -> Plan:
+    try:
+        return task.plan(tokenizer, lengths, length_invariant=invariant)
+    except DataError as error:
+        raise DataError(f"task {task.name}: {error}") from error
 
 
 def _refuse_beyond_table(model: PreTrainedModel, lengths: Sequence[int]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +18,9 @@ from .task import Task
 if TYPE_CHECKING:
     from .results import Row, SweepResult
 
-__all__ = ["figure", "tables"]
+__all__ = ["figure", "show", "spread", "tables"]
+
+_WIDEST = 10_000  # columns, more than any table has
 
 
 def tables(result: SweepResult) -> list[RenderableType]:
@@ -23,6 +28,24 @@ def tables(result: SweepResult) -> list[RenderableType]:
     return [_table(result, task) for task in result.tasks] + [
         Text(note, style="yellow") for note in result.notes
     ]
+
+
+def show(items: Sequence[RenderableType], console: Console | None = None) -> None:
+    """Print one under the other; no table is cut off where the width is that of no terminal."""
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            free = console.options.update(max_width=_WIDEST)
+            widths = [
+                Measurement.get(console, free, part).maximum
+                for item in items
+                if isinstance(item, Group)
+                for part in item.renderables
+                if isinstance(part, Table)
+            ]
+            console = Console(width=max([console.width, *widths]))
+    for item in items:
+        console.print(item)
 
 
 def figure(row: Row, *, share: bool) -> str:
@@ -60,6 +83,7 @@ def _table(result: SweepResult, task: Task) -> RenderableType:
     for length in result.lengths:
         table.add_column(f"{length:,}", justify="right", no_wrap=True)
     failures: dict[str, None] = {}
+    intervals: dict[str, dict[int, None]] = defaultdict(dict)
     beyond = False
     for variant in result.variants:
         cells: list[Text] = []
@@ -72,9 +96,13 @@ def _table(result: SweepResult, task: Task) -> RenderableType:
                 failures[f"{row.method} at {length:,}: {row.failed}"] = None
             elif interval := spread(row, share=share):
                 cell.append(f"\n{interval} ", style="dim")
+                intervals[row.interval][length] = None
             cells.append(cell)
         table.add_row(variant.label, *cells)
     lines = [Text(task.estimand, style="dim")]
+    for name, where in intervals.items():
+        lengths = f" at {', '.join(f'{n:,}' for n in where)}" if len(intervals) > 1 else ""
+        lines.append(Text(f"interval{lengths}: {name}", style="dim"))
     if beyond:
         lines.append(Text("* beyond the window that the model claims", style="dim"))
     lines += [Text(failure, style="red") for failure in failures]

@@ -142,9 +142,9 @@ class Topics(LongEval):
             "conversation that fills the prompt to exactly that many tokens; interval: Wilson 95%"
         )
 
-    def place(self, index: int, longest: int | None) -> Place:
+    def place(self, index: int, length: int, longest: int | None) -> Place:
         """A conversation of its own."""
-        seed = self.seed * 1_000_000 + index
+        seed = self.base(length) + index
         return Place(index, seed, seed, longest if self.share_lengths else None)
 
     def generate(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.assembly import Prompt
 
+from .greedy import greedy
 from .records import Record
 from .retrieval import Retrieval
 from .task import Unit
@@ -19,7 +20,11 @@ __all__ = ["Verification", "generated", "verify"]
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """How many answers were generated too, and which came out otherwise."""
+    """How many answers were generated too, and which came out otherwise.
+
+    The scores know what greedy decoding says up to its first wrong token: so far the two must be
+    the same, token by token. Answers whose logits held a NaN have no score and are left out.
+    """
 
     method: str
     task: str
@@ -30,7 +35,10 @@ class Verification:
     @property
     def note(self) -> str:
         """What goes under the table."""
-        told = f"{self.task} under {self.method}: {self.checked} answers were generated too"
+        where = f"{self.task} under {self.method}"
+        if not self.checked:
+            return f"{where}: no answer has a score to be checked"
+        told = f"{where}: {self.checked} answers were generated too"
         if not self.disagreements:
             return f"{told}, all as scored"
         return f"{told}, {len(self.disagreements)} NOT as scored: {'; '.join(self.disagreements)}"
@@ -46,7 +54,12 @@ def verify(
     count: int,
 ) -> Verification:
     """Generate `count` answers, evenly over all prompts, and compare each with its score."""
-    scored = {(o.length, o.item): o.correct for record in records for o in record.observations}
+    scored = {
+        (o.length, o.item): o
+        for record in records
+        for o in record.observations
+        if o.correct is not None
+    }
     cases = [
         (length, str(place.index), prompt)
         for unit in units
@@ -57,29 +70,26 @@ def verify(
     chosen = [cases[i * len(cases) // count] for i in range(count)]
     wrong: list[str] = []
     for length, item, prompt in chosen:
-        answer = generated(model, prompt)
-        found = answer == prompt.answer_ids
-        if found != scored[length, item]:
+        answer, said = generated(model, prompt), tuple(scored[length, item].detail["argmax_ids"])
+        known = _known(said, prompt.answer_ids)
+        if answer[:known] != said[:known]:
             wrong.append(
-                f"prompt {item} at {length}: scored {scored[length, item]}, generated "
-                f"{tokenizer.decode(list(answer))!r} for {prompt.answer!r}"
+                f"prompt {item} at {length}: scored {tokenizer.decode(list(said[:known]))!r}, "
+                f"generated {tokenizer.decode(list(answer[:known]))!r} for {prompt.answer!r}"
             )
     return Verification(method, task.name, count, tuple(wrong))
 
 
+def _known(said: Sequence[int], answer: Sequence[int]) -> int:
+    """Tokens that greedy decoding begins with, if `said` is the argmax with the answer in place."""
+    for place, (one, right) in enumerate(zip(said, answer, strict=True)):
+        if one != right:
+            return place + 1
+    return len(answer)
+
+
 def generated(model: PreTrainedModel, prompt: Prompt) -> tuple[int, ...]:
     """What greedy `generate` says in as many tokens as the answer has."""
-    ids = torch.tensor([prompt.input_ids[: prompt.answer_start]], device=model.device)
-    # Named one by one, since `generate` fills in from the checkpoint what is left out.
-    greedy = GenerationConfig(
-        max_new_tokens=len(prompt.answer_ids),
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        pad_token_id=0,
-    )
-    with torch.no_grad():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    tokens: list[int] = out[0, ids.shape[1] :].tolist()  # pyright: ignore[reportArgumentType, reportCallIssue]
+    ids = torch.tensor([prompt.input_ids[: prompt.answer_start]])
+    tokens: list[int] = greedy(model, ids, len(prompt.answer_ids))[0].tolist()
     return tuple(tokens)

@@ -62,6 +62,7 @@ def assemble(
     haystack_seed: int | None = None,
     longest: int | None = None,
     chat: bool | None = None,
+    shorter: str = "",
 ) -> Prompt:
     """Hide sentences in a haystack and ask for what they say.
 
@@ -82,6 +83,7 @@ def assemble(
             begin their haystack at the same place, so that a cache of it can be shared; None
             draws from all places that have room for this prompt alone.
         chat: use the chat template; None means if the tokenizer has one.
+        shorter: ends the advice for a length that is too short: how to make the sentences shorter.
 
     Raises:
         DataError: a length below the minimum (named), a haystack that is too short for the
@@ -95,8 +97,7 @@ def assemble(
     if size < 0:
         raise DataError(
             f"length={length} is too short for this prompt; it needs at least {length - size} "
-            "tokens before any haystack. Ask for a longer one, or shorten its sentences "
-            "(wording=SHORT)."
+            f"tokens before any haystack. Ask for a longer one{shorter}."
         )
     hay = tokenise(tokenizer, haystack)
     reach = room if longest is None else max(room, min(longest, len(hay.ids)))

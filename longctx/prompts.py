@@ -162,4 +162,5 @@ def passkey(
         haystack_seed=haystack_seed,
         longest=longest,
         chat=chat,
+        shorter="" if wording == SHORT else ", or in Python shorter sentences (wording=SHORT)",
     )

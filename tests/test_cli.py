@@ -71,6 +71,15 @@ def test_doctor_exits_1_on_a_problem(checkpoint: Path, capsys: pytest.CaptureFix
         (["sweep", "{base}", "--methods", "yran", "--out", "{out}"], "did you mean 'yarn'"),
         (["sweep", "{base}", "--lengths", "4x", "--out", "{out}"], "'4x' is no length"),
         (["sweep", "demo", "--lengths", "20", "--out", "{out}"], "too short"),
+        (["sweep", "demo", "--lengths", "20", "--out", "{out}"], "task passkey: length=20"),
+        (
+            ["sweep", "demo", "--tasks", "lines", "--haystack", "grass", "--out", "{out}"],
+            "--haystack is for the tasks passkey, multi_key",
+        ),
+        (
+            ["sweep", "demo", "--tasks", "lines", "--lines-file", "x", "--share-lengths"],
+            "--share-lengths is for prompts that are drawn",
+        ),
         (["sweep", "{base}", "--text", "./nowhere", "--out", "{out}"], "./nowhere"),
     ],
 )

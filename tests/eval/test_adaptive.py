@@ -11,10 +11,11 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 
 from longctx.errors import RunError
 from longctx.eval import Adaptive, Measured, Observation, Passkey, Unit, sweep
-from longctx.eval.adaptive import boundary
+from longctx.eval.adaptive import Verdict, boundary
 from longctx.prompts import SHORT
 
 LENGTHS = (400, 600, 800, 1000, 1200, 1400)
@@ -66,7 +67,9 @@ def test_a_cell_that_stays_open_is_decided_by_its_share() -> None:
     rule = Adaptive(step=4)
     assert rule.ask(10, 0, answers([True] * 8 + [False] * 2)) == "pass"
     assert rule.ask(10, 0, answers([True] * 7 + [False] * 3)) == "fail"
-    assert rule.ask(10, 0, lambda _: []) == "fail", "what could not be measured does not pass"
+    assert rule.ask(10, 0, lambda _: []) == "not measured", "which is no failure to read"
+    nan = Observation(9, "0", "c", math.nan, 1, None)
+    assert rule.ask(10, 0, lambda _: [nan]) == "not measured"
 
 
 def test_the_order_is_random_and_the_same_again() -> None:
@@ -89,11 +92,11 @@ def test_the_boundary_of_every_course_without_two_failures_in_a_row() -> None:
     for course in product((True, False), repeat=6):
         asked: list[int] = []
 
-        def passes(length: int, course: Any = course, asked: Any = asked) -> bool:
+        def measure(length: int, course: Any = course, asked: Any = asked) -> Verdict:
             asked.append(length)
-            return course[length]
+            return "pass" if course[length] else "fail"
 
-        found = boundary(range(6), passes)
+        found = boundary(range(6), measure)
         assert len(asked) == len(set(asked))
         if found is not None:
             assert course[found]
@@ -107,11 +110,11 @@ def test_few_lengths_are_asked() -> None:
     for limit in range(65):
         asked: list[int] = []
 
-        def passes(length: int, limit: int = limit, asked: Any = asked) -> bool:
+        def measure(length: int, limit: int = limit, asked: Any = asked) -> Verdict:
             asked.append(length)
-            return length < limit
+            return "pass" if length < limit else "fail"
 
-        assert boundary(range(64), passes) == (limit - 1 if limit else None)
+        assert boundary(range(64), measure) == (limit - 1 if limit else None)
         assert len(asked) <= 13  # two for each of six halvings, and one
 
 
@@ -120,10 +123,13 @@ class Known(Passkey):
     """Passkeys that are found up to a length, and mostly not beyond; no model is run."""
 
     limit: int = 900
+    memory: int = 10_000
     asked_for: list[int] = field(default_factory=list[int], compare=False)
 
     def measure(self, model: Any, tokenizer: Any, unit: Unit, **settings: Any) -> Measured:
         (length,) = unit.lengths
+        if length > self.memory:
+            raise torch.OutOfMemoryError("out of memory")
         share = 1.0 if length <= self.limit else 0.1
         found = tuple(
             Observation(
@@ -161,6 +167,22 @@ def test_a_sweep_asks_less_and_says_so(model: Any, tokenizer: Any, tmp_path: Pat
     again = run()
     assert len(task.asked_for) == asked, "what is known is not asked again"
     assert again.rows == result.rows
+
+
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (900, "reads to 800 tokens at least (1,000, 1,200 tokens: not measured) at a share"),
+        (300, "how far it reads is open (400, 800 tokens: not measured) at a share"),
+    ],
+)
+def test_what_could_not_be_measured_is_no_limit(
+    model: Any, tokenizer: Any, memory: int, said: str
+) -> None:
+    task = Known(samples=20, haystack="grass", wording=SHORT, memory=memory)
+    result = sweep(model, tokenizer, [task], LENGTHS, adaptive=Adaptive(), progress=False)
+    (note,) = result.notes
+    assert said in note
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ def test_blocks_are_cut_between_lines() -> None:
 def test_sums() -> None:
     assert blocks.exact([], 0) == ()
     assert blocks.exact([3, 3], 4) is None
-    assert blocks.fit([3, 3], 7, least=0) is None
-    assert blocks.fit([5, 5], 4, least=1) is None
+    assert blocks.fit([3, 3], 7) is None
+    assert blocks.fit([5, 5], 4) is None
 
 
 def test_a_tokenizer_that_joins_lines_is_refused() -> None:

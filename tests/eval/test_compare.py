@@ -20,10 +20,21 @@ from scipy import stats
 
 from longctx.cli_compare import Compare
 from longctx.errors import RunError
-from longctx.eval import Observation, Passkey, Perplexity, Row, SweepResult, Task, sweep
+from longctx.eval import (
+    Observation,
+    Passkey,
+    Perplexity,
+    Repetition,
+    Row,
+    SweepResult,
+    Task,
+    sweep,
+)
 from longctx.eval.compare import compare
+from longctx.eval.compare_plot import draw
 from longctx.eval.comparison import Comparison
 from longctx.eval.differences import bonett_price
+from longctx.eval.html_data import read_sweep
 from longctx.eval.records import Record
 from longctx.eval.results import rows_of
 from longctx.eval.variants import Variant
@@ -194,8 +205,8 @@ def test_the_cost_inside_the_old_window_is_said_in_words(comparison: Comparison)
 @pytest.mark.parametrize(
     ("later", "verdict"),
     [
-        ([True] * 8, "no cost shown: 0 pts (interval none: no pair differs; p = 1"),
-        ([False] * 8, "yes, it costs: −100 pts (interval none: all 8 clusters differ alike"),
+        ([True] * 8, "no cost shown: 0 pts (no interval: no pair differs; p = 1"),
+        ([False] * 8, "yes, it costs: −100 pts (no interval: all 8 clusters differ alike"),
         ([False] * 3 + [True] * 5, "undecided (so few clusters differ that no p below 0.25 is"),
     ],
 )
@@ -366,6 +377,14 @@ def test_the_files_of_further_processes_are_read(copy: Path) -> None:
     assert not compare({"run": copy}).missing
 
 
+def test_a_failure_of_another_process_hides_no_success(copy: Path) -> None:
+    header, *lines = (copy / "results.jsonl").read_text().splitlines()
+    failed = {**json.loads(lines[0]), "observations": [], "failed": "out of memory"}
+    (copy / "results.1of2.jsonl").write_text("\n".join([header, json.dumps(failed), ""]))
+    assert not compare({"run": copy}).missing
+    assert not [record.key for record in read_sweep(copy).records if record.failed]
+
+
 def _no_report(folder: Path) -> None:
     (folder / "sweep.json").unlink()
 
@@ -376,6 +395,12 @@ def _no_results(folder: Path) -> None:
 
 def _bad_report(folder: Path) -> None:
     (folder / "sweep.json").write_text('{"model": "m"}')
+
+
+def _old_report(folder: Path) -> None:
+    report = json.loads((folder / "sweep.json").read_text())
+    del report["tasks"][0]["higher_is_better"]
+    (folder / "sweep.json").write_text(json.dumps(report))
 
 
 def _bad_line(folder: Path) -> None:
@@ -401,6 +426,7 @@ def _other_model(folder: Path) -> None:
         (_no_report, "holds no sweep.json, which a sweep writes at its end"),
         (_no_results, "holds a report but no results.jsonl"),
         (_bad_report, "sweep.json is no report of a sweep"),
+        (_old_report, "does not say what the figures of perplexity are: run the same"),
         (_bad_line, "results.jsonl, line 2, is no result of a sweep"),
         (_bad_header, "results.jsonl is no results file"),
         (_other_model, r"results.jsonl holds the results of another model \(x, this"),
@@ -441,9 +467,15 @@ def test_the_files_hold_the_same_figures(comparison: Comparison, tmp_path: Path)
         comparison.write(tmp_path / "file")
 
 
-def test_the_map_marks_what_is_significant() -> None:
-    from longctx.eval.compare_plot import draw
+def test_no_perplexity_at_all_is_drawn_too() -> None:
+    lost = {256: [math.nan] * 4}
+    runs = [swept({"none": {"perplexity": windows(n)}}, tasks=[READ]) for n in (BASE_NLL, lost)]
+    later = dataclasses.replace(runs[1], lengths=(256,))
+    assert draw(compare({"none": later, "base": runs[0]})).axes[0].get_yscale() == "log"
+    assert draw(compare({"none": later, "same": later})).axes[0].get_yscale() == "linear"
 
+
+def test_the_map_marks_what_is_significant() -> None:
     many = "abcdefgh"
     base = swept({"none": {"passkey": answers({256: [True] * 8, 512: [True] * 8}, many)}})
     late = swept({"none": {"passkey": answers({256: [False] * 8, 512: [True] * 8}, many)}})
@@ -463,6 +495,46 @@ def test_the_table_says_what_it_shows(comparison: Comparison) -> None:
         assert wanted in text
     for wanted in (ASKED.estimand, "exact McNemar", "t over documents", *comparison.regressions):
         assert wanted in text
+
+
+def test_every_column_is_printed_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    many = {n: [True, False] * 4 for n in range(256, 256 * 13, 256)}
+    runs = [swept({"none": {"passkey": answers(many)}}, tasks=[ASKED]) for _ in range(2)]
+    compare({"base": runs[0], "an entry of a long name": runs[1]}).print()
+    shown = capsys.readouterr().out
+    assert "an entry of a long name" in shown
+    assert "3,072" in shown
+    assert "the difference and its interval" in " ".join(shown.split())
+
+
+WRITTEN = {"less": [0.1, 0.2, 0.15, 0.3], "more": [0.3, 0.5, 0.35, 0.4]}
+
+
+def test_repetition_is_a_share_of_which_less_is_better() -> None:
+    def wrote(shares: Sequence[float]) -> SweepResult:
+        found = [
+            Observation(256, f"{name}@0", name, 0.0, 0, detail={"seq_rep_4": share})
+            for name, share in zip("abcd", shares, strict=True)
+        ]
+        return swept({"none": {"repetition": found}}, tasks=[Repetition()])
+
+    found = compare({"base": wrote(WRITTEN["less"]), "new": wrote(WRITTEN["more"])})
+    row = found.row("repetition", 256, "new")
+    known: Any = stats.ttest_rel(WRITTEN["more"], WRITTEN["less"])
+    assert row.difference == pytest.approx(0.2)
+    assert row.p_value == pytest.approx(known.pvalue)
+    out = io.StringIO()
+    found.print(Console(file=out, width=300))
+    assert "39%" in out.getvalue()
+    assert "less is better" in out.getvalue()
+    assert "yes, it costs: +20 pts" in found.regressions[0]
+    back = compare({"base": wrote(WRITTEN["more"]), "new": wrote(WRITTEN["less"])})
+    assert "no, it gains: −20 pts" in back.regressions[0]
+    values, _, *_ = draw(found).axes
+    assert values.get_yscale() == "linear"
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

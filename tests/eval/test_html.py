@@ -13,6 +13,7 @@ import pytest
 from longctx.cli_report import Report
 from longctx.errors import RunError
 from longctx.eval.html import write_html
+from longctx.eval.html_data import read_sweep
 from longctx.eval.stats import wilson
 
 from .runs import NASTY, WINDOW, write_run
@@ -155,6 +156,23 @@ def test_nothing_points_outside_the_file(page: _Page) -> None:
     assert len(page.text) < 6_000_000
 
 
+def test_what_a_figure_is_stands_in_the_report(folder: Path, tmp_path: Path) -> None:
+    sweep = read_sweep(folder)
+    assert [sweep.is_share(task) for task in sweep.tasks] == [True, False, True]
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / "sweep.json"
+    report = json.loads(path.read_text())
+    for row in report["rows"]:
+        if row["task"] == "perplexity":
+            row["value"] = 0.9  # below 1, yet no share
+    path.write_text(json.dumps(report))
+    assert not read_sweep(tmp_path / "run").is_share("perplexity")
+    del report["tasks"][2]["scale"]
+    path.write_text(json.dumps(report))
+    with pytest.raises(RunError, match=r"does not say what the figures of repetition are: run the"):
+        read_sweep(tmp_path / "run")
+
+
 def test_two_runs_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
     write_run(tmp_path / "other", methods=("none",), lengths=(256, 512))
     (path,) = write_html([folder, tmp_path / "other"], tmp_path / "report.html")
@@ -190,7 +208,7 @@ def test_plots_lie_beside_the_page(folder: Path, tmp_path: Path) -> None:
 
 def test_bad_input_is_told(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    with pytest.raises(RunError, match=r"holds no sweep\.json: name the --out"):
+    with pytest.raises(RunError, match=r"holds no sweep\.json, which a sweep writes"):
         write_html([tmp_path], out)
     with pytest.raises(RunError, match="no run to report"):
         write_html([], out)
@@ -218,7 +236,7 @@ def test_damaged_folders_are_told(tmp_path: Path) -> None:
     report.write_text(whole)
 
     results.write_text("".join([lines[0], *lines[2:]]))
-    with pytest.raises(RunError, match="holds 0 observations of passkey under none at 256 tokens"):
+    with pytest.raises(RunError, match=r"holds 0 observations .*passkey under none at 256 tok"):
         write_html([folder], out)
 
     results.write_text("".join([lines[0], lines[1][:40] + "\n", *lines[2:]]))
@@ -231,7 +249,7 @@ def test_damaged_folders_are_told(tmp_path: Path) -> None:
 
     changed = lines[1].replace('"nll": 0.', '"nll": 9.')
     results.write_text("".join([lines[0], changed, *lines[2:]]))
-    with pytest.raises(RunError, match=r"was made from 20 others: run the same"):
+    with pytest.raises(RunError, match=r"holds other observations than .*: run the same"):
         write_html([folder], out)
     results.write_text("".join(lines))
 

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import longctx
 from longctx.errors import DataError
 from longctx.eval import Lines
 from longctx.prompts import split_of
@@ -23,7 +24,7 @@ def test_properties() -> None:
 
 def test_a_reader_can_answer() -> None:
     prompts = prompts_of(Lines(samples=10), 4000)
-    assert [p.key for p in prompts[:2]] == ["82820>", "59785>"], (
+    assert [p.key for p in prompts[:2]] == ["25832>", "47015>"], (
         "golden: recorded results hang on it"
     )
     for prompt in prompts:
@@ -59,9 +60,29 @@ def test_lengths_share_records_when_told() -> None:
     assert first(False, 2000)[:1100] != first(False, 4000)[:1100]
 
 
-@pytest.mark.parametrize("length", range(900, 960, 7))
+@pytest.mark.parametrize("length", range(1010, 1070, 7))
 def test_few_lines_make_any_length(length: int) -> None:
-    assert {len(p.input_ids) for p in prompts_of(Lines(samples=5), length)} == {length}
+    prompts = prompts_of(Lines(samples=5), length)
+    assert {len(p.input_ids) for p in prompts} == {length}
+    assert len({p.input_ids for p in prompts}) == 5
+
+
+@pytest.mark.parametrize("length", [640, 700, 1024])
+def test_no_prompt_comes_twice_and_each_is_at_its_depth(length: int) -> None:
+    _, tokenizer = longctx.load("demo")
+    task = Lines(samples=20)
+    prompts = prompts_of(task, length, tokenizer)
+    assert len({prompt.input_ids for prompt in prompts}) == 20
+    lines = len(LINE.findall(str(tokenizer.decode(list(prompts[0].input_ids)))))
+    for index, prompt in enumerate(prompts):
+        wanted = task.place(index, length, None).depth
+        assert abs(prompt.depth - wanted) < 1 / lines, index
+
+
+def test_fewer_lines_than_depths_are_refused() -> None:
+    with pytest.raises(DataError, match=r"length=997 is too short .* or for fewer samples"):
+        prompts_of(Lines(samples=10), 997)
+    assert len(prompts_of(Lines(samples=1), 997)) == 1
 
 
 def test_settings_out_of_range() -> None:

@@ -79,6 +79,15 @@ def test_what_a_reader_sees(lines_file: Path, tmp_path: Path) -> None:
     assert topics.spec() != Topics().spec()
 
 
+def test_blank_lines_are_no_test_cases(lines_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "gaps.jsonl"
+    path.write_text(lines_file.read_text().replace("\n", "\n\n"))
+    gaps, plain = Lines(file=str(path)), Lines(file=str(lines_file))
+    assert gaps.spec() == plain.spec()
+    with pytest.raises(DataError, match=r"gaps.jsonl:3 has \d+ tokens"):
+        gaps.plan(byte_tokenizer(), (300, 400), length_invariant=True)
+
+
 def test_what_does_not_fit_is_refused(lines_file: Path) -> None:
     task = Lines(file=str(lines_file))
     with pytest.raises(DataError, match=r"lines.jsonl:2 has \d+ tokens, more than the longest"):
@@ -90,7 +99,11 @@ def test_what_does_not_fit_is_refused(lines_file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "x.jsonl:1 is no JSON"),
+        ("", "x.jsonl is empty: fetch it again"),
+        ("\n \n", "x.jsonl is empty"),
+        ("\n\n[]\n", r"x.jsonl:3 is \[\]: expected a JSON object"),
+        (json.dumps({**lines_case(4), "expected_number": 45}), "expects 45, but its prompt says"),
+        (json.dumps({**lines_case(4), "expected_number": True}), "has True as 'expected_number'"),
         ('{"prompt": "a"', "x.jsonl:1 breaks off: fetch the file again"),
         ('{"prompt": }\n', "x.jsonl:1 is no JSON .*column"),
         ("[]\n", r"x.jsonl:1 is \[\]: expected a JSON object"),

@@ -22,7 +22,7 @@ def test_properties(values: Any, texts: tuple[str, ...]) -> None:
 
 def test_a_reader_can_answer() -> None:
     first, last = prompts_of(MultiKey(samples=2, haystack="grass", keys=3), 1500)
-    assert (first.key, last.key) == ("4541683", "2994712"), "golden: recorded results hang on it"
+    assert (first.key, last.key) == ("6413127", "3782806"), "golden: recorded results hang on it"
     for prompt in (first, last):
         text = text_of(prompt)
         asked = text.partition("What is the special magic number for ")[2].partition(" ")[0]
@@ -34,7 +34,7 @@ def test_a_reader_can_answer() -> None:
 
 
 def test_one_haystack_has_the_same_other_keys() -> None:
-    _, middle, last = prompts_of(MultiKey(samples=3, haystack="grass"), 2000)
+    middle, last = prompts_of(MultiKey(samples=10, haystack="grass"), 2000)[2::5]
     first_other = min(middle.needle_starts)
     assert first_other < middle.needle_starts[0]
     assert shared(middle, last) > first_other + 60, "its sentence is the same too"

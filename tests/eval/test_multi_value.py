@@ -20,10 +20,13 @@ def test_properties(texts: tuple[str, ...]) -> None:
     check_too_short(task)
 
 
-@pytest.mark.parametrize("length", [1500, 800])
-def test_values_are_asked_for_in_the_order_of_the_text(length: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "golden"),
+    [(1500, "4169461, 4580389, and 4705163"), (800, "1596084, 1705615, and 8081351")],
+)
+def test_values_are_asked_for_in_the_order_of_the_text(length: int, golden: str) -> None:
     prompts = prompts_of(MultiValue(samples=10, haystack="grass", values=3), length)
-    assert prompts[0].key == "5158352, 1733989, and 4840889", "golden: recorded results hang on it"
+    assert prompts[0].key == golden, "golden: recorded results hang on it"
     for prompt in prompts:
         text = text_of(prompt)
         hidden = re.findall(r"\nOne of the special magic numbers for [a-z-]+ is: (\d+)\.\n", text)

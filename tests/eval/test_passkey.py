@@ -11,7 +11,7 @@ import torch
 
 from longctx.errors import DataError
 from longctx.eval import Observation, Passkey
-from longctx.prompts import SHORT, Grass, Prompt, passkey, split_of
+from longctx.prompts import SHORT, Prompt, split_of
 
 from .conftest import byte_model, byte_tokenizer
 
@@ -35,9 +35,7 @@ def prompts_of(task: Passkey, length: int = LENGTH) -> list[Prompt]:
 def knowing() -> Any:
     """A model that answers with the first prompt's key, whatever it is asked."""
     model = byte_model()
-    prompt = passkey(
-        byte_tokenizer(), LENGTH, depth=0, seed=0, haystack=Grass(), haystack_seed=0, wording=SHORT
-    )
+    prompt = prompts_of(TASK)[0]
     ids = torch.tensor([prompt.input_ids])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(150):
@@ -98,6 +96,37 @@ def test_few_samples_still_reach_from_end_to_end(
     assert Passkey(**settings)._grid() == depths  # pyright: ignore[reportPrivateUsage]
 
 
+def test_lengths_draw_their_own_keys_and_haystacks_unless_they_share(
+    texts: tuple[str, ...],
+) -> None:
+    task = Passkey(samples=8, haystack="text", text=texts, wording=SHORT)
+    short, long = prompts_of(task, 500), prompts_of(task, 600)
+    assert not {p.key for p in short} & {p.key for p in long}
+    assert not {p.haystack for p in short} & {p.haystack for p in long}
+    task = dataclasses.replace(task, share_lengths=True)
+    units = [task.part(length, range(8), 600) for length in (500, 600)]
+    short, long = ([p for *_, p in task.cases(byte_tokenizer(), unit)] for unit in units)
+    assert [(p.key, p.haystack) for p in short] == [(p.key, p.haystack) for p in long]
+
+
+@pytest.mark.parametrize(
+    ("samples", "depths", "haystacks"), [(10, 10, 5), (20, 10, 6), (50, 10, 5), (3, 3, 3)]
+)
+def test_real_text_comes_from_several_places(
+    samples: int, depths: int, haystacks: int, texts: tuple[str, ...]
+) -> None:
+    task = Passkey(samples=samples, depths=depths, haystack="text", text=texts, wording=SHORT)
+    places = [task.place(index, LENGTH, None) for index in range(samples)]
+    assert len({place.haystack_seed for place in places}) == haystacks
+    assert len({(place.haystack_seed, place.depth) for place in places}) == samples
+
+
+def test_grass_counts_as_one_haystack(model: Any) -> None:
+    observations = observe(dataclasses.replace(TASK, samples=3), model)
+    name = TASK.summarise(observations).interval
+    assert name == "Wilson 95%, as if its 3 prompts from 1 haystack were independent"
+
+
 def test_random_depths_differ_and_are_the_same_again(model: Any) -> None:
     task = Passkey(samples=5, depths=None, haystack="grass", wording=SHORT)
     first, again = observe(task, model), observe(task, model)
@@ -134,8 +163,10 @@ def test_the_plan_fails_early_and_the_spec_follows_the_text(
 ) -> None:
     plan = TASK.plan(tokenizer, (LENGTH, 800), length_invariant=True)
     assert [(unit.lengths, unit.tokens) for unit in plan.units] == [((400,), 2400), ((800,), 4800)]
-    with pytest.raises(DataError, match="length=100 is too short for this prompt; it needs"):
+    with pytest.raises(DataError, match=r"length=100 is too short for .* a longer one\.$"):
         TASK.plan(tokenizer, (100, 800), length_invariant=True)
+    with pytest.raises(DataError, match=r"or in Python shorter sentences \(wording=SHORT\)"):
+        Passkey(haystack="grass").plan(tokenizer, (100, 800), length_invariant=True)
     real = Passkey(haystack="text", text=texts, wording=SHORT)
     with pytest.raises(DataError, match="has 6504 tokens, the prompt needs 19955"):
         real.plan(tokenizer, (400, 20_000), length_invariant=True)

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib.image
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 
 from longctx.errors import RunError
@@ -98,6 +99,7 @@ def test_the_table_says_what_it_shows(result: SweepResult) -> None:
     assert "none at 1,200: out of memory at 1200 tokens" in text
     assert result.tasks[1].estimand in text
     assert "a note" in text
+    assert "interval: made up" in text
 
 
 def test_a_larger_report_takes_the_place_of_a_smaller_one(
@@ -127,6 +129,27 @@ def test_another_model_report_is_refused(
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(RunError, match="is no report of a sweep"):
         result.write(tmp_path)
+
+
+def test_a_sweep_without_any_figure_is_written(texts: tuple[str, ...], tmp_path: Path) -> None:
+    model = byte_model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    task = Perplexity(last=64, windows=3, text=texts)
+    result = sweep(model, byte_tokenizer(), [task], "300,600", progress=False)
+    assert len(result.write(tmp_path)) == 5
+
+
+def test_figures_are_there_whatever_becomes_of_the_plot(
+    result: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("longctx.eval.plot.draw", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        result.write(tmp_path)
+    assert {p.suffix for p in tmp_path.glob("sweep.*")} == {".csv", ".parquet", ".json"}
 
 
 def test_a_folder_that_cannot_be_written_is_said(result: SweepResult, tmp_path: Path) -> None:

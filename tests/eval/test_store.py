@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -107,6 +108,21 @@ def test_other_files_are_refused_and_kept(tmp_path: Path, first: str) -> None:
     with pytest.raises(RunError, match="is no results file of this release"):
         Store(path, IDENTITY)
     assert path.read_text() == first
+
+
+@pytest.mark.parametrize("name", ["key", "lengths", "tokens", "failed"])
+def test_a_field_of_another_type_is_named_by_its_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "r.jsonl"
+    Store(path, IDENTITY).put(record())
+    header, good = path.read_text().splitlines()
+    spoilt: list[Any] = [{**json.loads(good), name: 1.5}]
+    for field, value in (("correct", "yes"), ("nll", "bad"), ("targets", True), ("more", 1)):
+        spoilt.append(json.loads(good))
+        spoilt[-1]["observations"][0][field] = value
+    for line in spoilt:
+        path.write_text("\n".join([header, json.dumps(line), ""]))
+        with pytest.raises(RunError, match=r"line 2, is no result of a sweep \(\w+ is .*expected"):
+            Store(path, IDENTITY)
 
 
 @pytest.mark.parametrize("line", ["[1]", "{}", "nonsense", '{"key": 1}'])

@@ -24,7 +24,7 @@ def test_properties(texts: tuple[str, ...]) -> None:
 def test_a_reader_can_follow(chains: int) -> None:
     task = VariableTracking(samples=6, haystack="grass", hops=3, chains=chains)
     prompts = prompts_of(task, 1300)
-    assert prompts[0].key.startswith("SSKEB, VAR RFDJZ, VAR CYIOX"), (
+    assert prompts[0].key.startswith("FBHGU, VAR OKNLH, VAR LOSBZ"), (
         "golden: recorded results hang on it"
     )
     for prompt in prompts:

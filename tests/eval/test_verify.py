@@ -9,7 +9,7 @@ import pytest
 
 import longctx
 from longctx.eval import Passkey, sweep
-from longctx.eval.verify import generated, verify
+from longctx.eval.verify import Verification, generated, verify
 from longctx.prompts import SHORT
 
 from .conftest import byte_model, byte_tokenizer
@@ -47,13 +47,28 @@ def test_a_disagreement_is_told(texts: tuple[str, ...]) -> None:
     result = sweep(model, tokenizer, [task], (400,), progress=False)
     units = task.plan(tokenizer, (400,), length_invariant=True).units
     (record,) = result.records
-    first = dataclasses.replace(record.observations[0], correct=not record.observations[0].correct)
-    lying = dataclasses.replace(record, observations=(first, *record.observations[1:]))
-    check = verify(model, tokenizer, "none", task, units, [lying], 100)
+    first, *others = record.observations
+    assert first.correct is False
+    said = first.detail["argmax_ids"]
+
+    def checked(detail: dict[str, Any], **how: Any) -> Verification:
+        changed = dataclasses.replace(first, detail=detail, **how)
+        lying = dataclasses.replace(record, observations=(changed, *others))
+        return verify(model, tokenizer, "none", task, units, [lying], 100)
+
+    check = checked({"argmax_ids": [said[0] + 1, *said[1:]]})
     assert check.checked == 12
     (told,) = check.disagreements
-    assert told.startswith("prompt 0 at 400: scored True, generated ")
+    assert told.startswith("prompt 0 at 400: scored '"), "wrong in both, yet not the same"
     assert "1 NOT as scored: prompt 0" in check.note
+    assert not checked({"argmax_ids": [*said[:-1], said[-1] + 1]}).disagreements, (
+        "after a miss the two go on from different texts"
+    )
+    check = checked({}, correct=None, nll=float("nan"))
+    assert (check.checked, check.disagreements) == (11, ()), "NaN is no answer to be checked"
+    alone = dataclasses.replace(record, observations=())
+    note = verify(model, tokenizer, "none", task, units, [alone], 100).note
+    assert note == "passkey under none: no answer has a score to be checked"
 
 
 def test_settings_of_the_checkpoint_do_not_reach_generation(texts: tuple[str, ...]) -> None:
@@ -62,9 +77,10 @@ def test_settings_of_the_checkpoint_do_not_reach_generation(texts: tuple[str, ..
     (unit,) = task.plan(tokenizer, (400,), length_invariant=True).units
     prompts = [prompt for _, _, prompt in task.cases(tokenizer, unit)]
     plain = [generated(model, prompt) for prompt in prompts]
-    assert max(map(len, plain)) == len(prompts[0].answer_ids)  # an EOS may end one earlier
+    assert {len(answer) for answer in plain} == {len(prompts[0].answer_ids)}
     settings: Any = model.generation_config
     settings.repetition_penalty, settings.no_repeat_ngram_size = 5.0, 1
     settings.do_sample, settings.temperature, settings.num_beams = True, 9.0, 3
+    settings.suppress_tokens, settings.bad_words_ids = [plain[0][0]], [[plain[1][0]]]
     assert [generated(model, prompt) for prompt in prompts] == plain
     assert longctx.patch_of(model) is None

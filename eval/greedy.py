@@ -1,0 +1,70 @@
+"""Greedy generation as the model has it, whatever settings its checkpoint ships with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+
+__all__ = ["greedy"]
+
+
+def greedy(
+    model: PreTrainedModel,
+    prompts: Tensor,
+    new_tokens: int,
+    *,
+    ends: Collection[int] = (),
+    pick: LogitsProcessor | None = None,
+) -> Tensor:
+    """Return the tokens that follow prompts [B, S], each the argmax, on the CPU.
+
+    Args:
+        model: in place.
+        prompts: token ids without padding.
+        new_tokens: so many at most; fewer if all rows came to an end.
+        ends: tokens that end a row; what comes after one means nothing.
+        pick: changes the logits that the argmax is taken of.
+    """
+    ids = prompts.to(model.device)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=0),
+    )
+    with torch.no_grad(), _neutral(model):
+        out: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            ids,  # pyright: ignore[reportArgumentType]
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([] if pick is None else [pick]),
+        )
+    return out[:, ids.shape[1] :].cpu()
+
+
+@contextmanager
+def _neutral(model: PreTrainedModel) -> Generator[None]:
+    """Put the checkpoint's generation settings aside.
+
+    `generate` fills in from them whatever is unset, and None, which is how suppressed tokens or an
+    end of text are switched off, counts as unset.
+    """
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = kept
