@@ -52,5 +52,6 @@ class Inspect:
         options: dict[str, Any] = {"salvage": self.salvage, "split": self.split}
         prepared = prepare(self.data, tokenizer, settings, **options)
         print(prepared.report)
-        inspect_samples(iter(prepared.dataset), tokenizer, count=self.count, stretch=self.stretch)
+        rows: Any = prepared.dataset
+        inspect_samples(rows, tokenizer, count=self.count, stretch=self.stretch)
         return 0

@@ -65,13 +65,12 @@ class Finetuned:
     """Where it is and who can load it."""
     updates: int
     tokens: int
-    """Tokens seen, padding not counted, over all processes."""
+    """Seen, padding not counted, over all processes."""
     losses: tuple[float, ...]
     """Of each update, in nats per supervised token."""
     before: dict[str, float]
-    """Figures of the evaluation before training; empty without one."""
+    """Figures before training; empty without an evaluation."""
     after: dict[str, float]
-    """And after it."""
     stopped: str
     """Why it ended before its time; empty if it did not."""
 
@@ -223,8 +222,8 @@ def finetune(
     }
     saved: Any = save_served(whole, tokenizer, folder, done) if first else None
     saved = broadcast_object_list([saved])[0]
-    curve = tuple(float(entry["loss"]) for entry in history if "loss" in entry)
-    return Finetuned(whole, saved, losses=curve, **done)
+    losses_seen = tuple(entry["loss"] for entry in history if "loss" in entry)
+    return Finetuned(whole, saved, losses=losses_seen, **done)
 
 
 def _collator(
