@@ -133,7 +133,7 @@ def finetune(
         raise RunError(
             f"an evaluation needs a whole model in each process, and dp_shard={training.dp_shard}, "
             f"cp={training.cp} leave none: train without (--evaluate and nothing after it), and "
-            "measure the saved model (longctx eval)."
+            "measure the saved model (longctx sweep)."
         )
     check_contract(
         Setup.of(

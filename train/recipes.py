@@ -99,7 +99,7 @@ class Recipe:
 LONGCHAT_16K = Recipe()
 """Positions condensed by 8 (2k → 16k), all weights, conversations of up to 16,384 tokens.
 
-Source: Li et al. 2023, LongChat; its learning rate and warmup share."""
+Source: Li et al. 2023, LongChat, whose learning rate it has."""
 
 YARN_POSE = Recipe(
     method="yarn:target=16384",
