@@ -187,6 +187,8 @@ class Train:
         if first:
             print(patch.report() if patch else "no method: the model is trained as it came")
             print("\n".join(str(part.report) for part in prepared))
+            if recipe.drawn:
+                print("rows are drawn from these at random, in stretches of each update's length")
         if self.dry_run:
             return 0
         known = patch.report().original_window if patch else old

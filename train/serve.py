@@ -38,9 +38,11 @@ def save_served(
     (folder.model / "README.md").write_text(model_card(model, saved, record, done))
     off = _difference(model, saved)
     if not off <= 1e-4 * (1 if model.dtype == torch.float32 else 100):
+        # Else the run would pass for finished.
+        aside = folder.model.rename(folder.model.with_name("model-refused"))
         raise RunError(
-            f"{saved.path} was written, but reloaded its logits are off by {off:.3g} (relative to "
-            "their largest): do not serve it; the run's checkpoints are whole."
+            f"{aside}: reloaded, its logits are off by {off:.3g} (relative to their largest). Do "
+            "not serve it; the run's checkpoints are whole."
         )
     return saved
 

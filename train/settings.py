@@ -96,7 +96,7 @@ class Gate:
     worse: float = 0.1
     """By which share it may."""
     action: Literal["stop", "warn"] = "stop"
-    """What happens beyond: the run ends with its best checkpoint, or a line is printed."""
+    """What happens beyond: the run ends there and is saved, or a line is printed."""
     best: str | None = None
     """Figure by which the best checkpoint is chosen, higher is better unless it is a perplexity;
     None for the last checkpoint."""

@@ -214,6 +214,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert train(tmp_path / "run", resume=True).losses == whole[1].losses
 
 
+def test_a_model_that_reloads_otherwise_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longctx.train.serve._difference", lambda model, saved: 0.5)
+    with pytest.raises(RunError, match=r"model-refused: reloaded, its logits are off by 0\.5"):
+        train(tmp_path / "run", replace(STEPS, steps=2))
+    assert not (tmp_path / "run" / "model").exists()
+    monkeypatch.undo()
+    assert train(tmp_path / "run", replace(STEPS, steps=2), resume=True).saved.plain
+
+
 def test_positions_beyond_the_window_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"position 2,048 in a model with a window of 2,048 tokens"):
         train(tmp_path / "run", replace(STEPS, steps=1), Noise(lengths=(2049,)))
