@@ -20,8 +20,10 @@ from .comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
 from .differences import (
     FIGURE,
     Difference,
+    Interval,
     Pair,
     answers_in_a_cell,
+    check_interval,
     nll,
     pair,
     pooled_answers,
@@ -40,18 +42,20 @@ _Key: TypeAlias = tuple[str, int, str]
 _Tested = TypeVar("_Tested", ComparedCell, PooledDifference)
 
 
-def compare(runs: Mapping[str, Source]) -> Comparison:
+def compare(runs: Mapping[str, Source], *, interval: Interval = "t") -> Comparison:
     """Compare sweeps with each other, cell by cell and pooled, on the inputs they share.
 
     Args:
         runs: by name, each a folder that `longctx sweep --out` wrote, "FOLDER#METHOD" for one of
             its methods, or a `SweepResult`. A run of several methods gives an entry for each,
             `name/method`; of a single run its methods are compared. The first is the baseline.
+        interval: of the differences; see `differences.Interval`. Tests are the same under both.
 
     Raises:
         RunError: fewer than two entries, folders that hold no sweep, other tokenizers or task
             settings, or nothing in common.
     """
+    check_interval(interval)
     entries = entries_of(runs)
     if len(entries) < 2:
         raise RunError(
@@ -60,7 +64,8 @@ def compare(runs: Mapping[str, Source]) -> Comparison:
         )
     _refuse_unlike(entries)
     tasks = tuple(
-        _task(name, entries) for name in dict.fromkeys(t for e in entries for t in e.tasks)
+        _task(name, entries, interval)
+        for name in dict.fromkeys(t for e in entries for t in e.tasks)
     )
     lengths = tuple(sorted({length for entry in entries for length in entry.lengths}))
     pairs = {
@@ -126,7 +131,7 @@ def _unlike(first: dict[str, Any], second: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-def _task(name: str, entries: Sequence[Entry]) -> ComparedTask:
+def _task(name: str, entries: Sequence[Entry], interval: Interval) -> ComparedTask:
     has = [entry for entry in entries if name in entry.tasks]
     answered = any(
         o.correct is not None
@@ -136,7 +141,7 @@ def _task(name: str, entries: Sequence[Entry]) -> ComparedTask:
         for o in cell.observations.values()
     )
     task = has[0].tasks[name]
-    return ComparedTask(name, task.scale, task.higher_is_better, answered, task.estimand)
+    return ComparedTask(name, task.scale, task.higher_is_better, answered, task.estimand, interval)
 
 
 def _pairs(base: Entry, entry: Entry, task: ComparedTask, length: int) -> list[Pair] | str:
@@ -172,7 +177,7 @@ def _cell(
         measured = row is not None and bool(row.n or row.failed)
         unpaired = None if measured else f"not measured in {entry.name}"
     else:
-        found = _IN_A_CELL[task.kind](pairs)
+        found = _IN_A_CELL[task.kind](pairs, task.interval)
     return ComparedCell(
         task=task.name,
         length=length,
@@ -210,7 +215,7 @@ def _pool(
             if not used:
                 continue
             together = [one for these in used.values() for one in these]
-            difference = _POOLED[task.kind](together)
+            difference = _POOLED[task.kind](together, task.interval)
             left_out = tuple(n for n in lengths if n not in used)
             pooled.append(_pooled(task.name, entry.name, tuple(used), left_out, difference))
     return pooled

@@ -15,6 +15,8 @@ from rich.console import Console
 
 from longctx.errors import RunError
 
+from .differences import Interval
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -32,6 +34,8 @@ class ComparedTask:
     """Whether its prompts have one right answer each."""
     estimand: str
     """What a cell's value estimates."""
+    interval: Interval
+    """Of its differences."""
 
     @property
     def share(self) -> bool:
@@ -59,23 +63,30 @@ class ComparedTask:
     @property
     def compared(self) -> str:
         """What a difference is, and how it is tested."""
+        drawn = self.interval == "bootstrap"
+        if self.kind == "answers":
+            over = (
+                "interval: BCa bootstrap over haystacks, 95%"
+                if drawn
+                else "interval: Bonett–Price 95%, and t over haystacks for all lengths"
+            )
+            return (
+                "difference: share found minus the baseline's, on the same prompts; p: exact "
+                "McNemar (takes the prompts of a cell for independent), and sign flips of "
+                f"haystacks for all lengths, where every prompt counts alike; {over}"
+            )
+        over = "p: t over documents; interval: BCa bootstrap over documents, 95%"
+        over = over if drawn else "p and interval: t over documents"
         if self.kind == "share":
             better = "more" if self.higher_is_better else "less"
             return (
                 f"difference: mean share minus the baseline's, on the same prompts ({better} is "
-                "better); p and interval: t over documents. All lengths: every prompt counts alike"
-            )
-        if self.kind == "answers":
-            return (
-                "difference: share found minus the baseline's, on the same prompts; p: exact "
-                "McNemar (takes the prompts of a cell for independent); interval: Bonett–Price "
-                "95%. All lengths: every prompt counts alike; p by sign flips and interval by t, "
-                "both over haystacks"
+                f"better); {over}. All lengths: every prompt counts alike"
             )
         return (
             "difference: of the mean NLL per token from the baseline's, on the same target tokens, "
-            "shown as the change of perplexity in percent; p and interval: t over documents, so "
-            "they speak of documents like these. All lengths: every token counts alike"
+            f"shown as the change of perplexity in percent; {over}, so they speak of documents "
+            "like these. All lengths: every token counts alike"
         )
 
 

@@ -4,8 +4,11 @@ Differences are second − first. A share of answers within one cell: exact McNe
 interval of Bonett & Price. Pooled over cells, of which each haystack may have several prompts (at
 several lengths too where these share them), the clusters of prompts change sign together and the
 interval is t over clusters. NLL, and shares that each prompt has of its own: t over documents for
-both p-value and interval. A bootstrap is not used: from the some ten documents of a sweep its
-intervals are too narrow (`significance.cluster_bootstrap`), and from many both agree.
+both p-value and interval.
+
+Every interval can be a bootstrap of whole haystacks or documents instead, which takes no
+distribution for granted. It is not the default, since from the some ten documents of a sweep it is
+too narrow (`significance.cluster_bootstrap`), and from many both agree.
 """
 
 from __future__ import annotations
@@ -13,22 +16,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from scipy import stats
 
 from longctx.errors import RunError
 
-from .significance import mcnemar, sign_flip
+from .significance import mcnemar, paired_bootstrap, sign_flip
 from .stats import mean_interval
 from .task import Observation
 
 __all__ = [
     "FIGURE",
     "Difference",
+    "Interval",
     "Pair",
     "answers_in_a_cell",
     "bonett_price",
+    "check_interval",
     "nll",
     "pair",
     "pooled_answers",
@@ -39,6 +44,9 @@ FIGURE = "seq_rep_4"
 """Where an observation without answer or targets has its share: in its details, by this name."""
 
 Pair: TypeAlias = tuple[Observation, Observation]
+Interval = Literal["t", "bootstrap"]
+"""Of a difference: by a t distribution (answers in a cell: Bonett & Price's), or by BCa bootstrap
+of whole haystacks or documents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +87,25 @@ def pair(first: Mapping[str, Observation], second: Mapping[str, Observation]) ->
     return pairs
 
 
-def answers_in_a_cell(pairs: Sequence[Pair]) -> Difference:
-    """Share of right answers in one cell; takes its prompts for independent."""
-    found = mcnemar([_right(a) for a, _ in pairs], [_right(b) for _, b in pairs])
+def check_interval(interval: str) -> None:
+    """Refuse a kind of interval that there is not (RunError)."""
+    if interval not in get_args(Interval):
+        raise RunError(f"interval={interval!r}: expected {' or '.join(get_args(Interval))}.")
+
+
+def answers_in_a_cell(pairs: Sequence[Pair], interval: Interval = "t") -> Difference:
+    """Share of right answers in one cell; the test takes its prompts for independent."""
+    before, after = [_right(a) for a, _ in pairs], [_right(b) for _, b in pairs]
+    found = mcnemar(before, after)
     low, high = bonett_price(found.only_first, found.only_second, len(pairs))
+    name = "Bonett–Price 95%"
+    if interval == "bootstrap":
+        low, high, name = _bootstrap(before, after, [1] * len(pairs), _names(pairs))
     return Difference(
         value=found.difference,
         low=low,
         high=high,
-        interval="Bonett–Price 95%",
+        interval=name,
         p_value=found.p_value,
         test=f"exact McNemar, {found.only_first + found.only_second} prompts differ",
         pairs=len(pairs),
@@ -95,19 +113,22 @@ def answers_in_a_cell(pairs: Sequence[Pair]) -> Difference:
     )
 
 
-def pooled_answers(pairs: Sequence[Pair]) -> Difference:
+def pooled_answers(pairs: Sequence[Pair], interval: Interval = "t") -> Difference:
     """Share of right answers over several cells, every prompt counting alike."""
     before, after = [_right(a) for a, _ in pairs], [_right(b) for _, b in pairs]
-    clusters = [a.cluster for a, _ in pairs]
+    clusters, weights = _names(pairs), [1] * len(pairs)
     found = sign_flip(before, after, clusters)
-    changes = [b - a for a, b in zip(before, after, strict=True)]
-    low, high, interval, _ = _t(changes, [1] * len(pairs), clusters, "clusters")
+    if interval == "bootstrap":
+        low, high, name = _bootstrap(before, after, weights, clusters)
+    else:
+        changes = [b - a for a, b in zip(before, after, strict=True)]
+        low, high, name, _ = _t(changes, weights, clusters, "clusters")
     low, high = max(low, -1.0), min(high, 1.0)  # NaN, coming first, stays
     return Difference(
         value=found.difference,
         low=low,
         high=high,
-        interval=interval,
+        interval=name,
         p_value=found.p_value,
         test=f"sign flips of {found.clusters} clusters, {found.informative} of which differ",
         pairs=found.pairs,
@@ -116,31 +137,40 @@ def pooled_answers(pairs: Sequence[Pair]) -> Difference:
     )
 
 
-def nll(pairs: Sequence[Pair]) -> Difference:
+def nll(pairs: Sequence[Pair], interval: Interval = "t") -> Difference:
     """Mean NLL per target token, every token counting alike; exp of it is a perplexity ratio."""
-    return _over_documents(pairs, [b.nll - a.nll for a, b in pairs], [a.targets for a, _ in pairs])
+    before, after = [a.nll for a, _ in pairs], [b.nll for _, b in pairs]
+    return _over_documents(pairs, before, after, [a.targets for a, _ in pairs], interval)
+
+
+def shares(pairs: Sequence[Pair], interval: Interval = "t") -> Difference:
+    """Mean of the share that each prompt has of its own, every prompt counting alike."""
+    before, after = ([o.detail[FIGURE] for o in side] for side in zip(*pairs, strict=True))
+    return _over_documents(pairs, before, after, [1] * len(pairs), interval)
 
 
 def _over_documents(
-    pairs: Sequence[Pair], changes: Sequence[float], weights: Sequence[float]
+    pairs: Sequence[Pair],
+    before: Sequence[float],
+    after: Sequence[float],
+    weights: Sequence[float],
+    interval: Interval,
 ) -> Difference:
-    low, high, interval, p = _t(changes, weights, [a.cluster for a, _ in pairs], "documents")
+    names = _names(pairs)
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    low, high, name, p = _t(changes, weights, names, "documents")
+    if interval == "bootstrap":
+        low, high, name = _bootstrap(before, after, weights, names)
     return Difference(
         value=math.fsum(changes) / sum(weights),
         low=low,
         high=high,
-        interval=interval,
+        interval=name,
         p_value=p,
         test=f"t over {_clusters(pairs)} documents",
         pairs=len(pairs),
         clusters=_clusters(pairs),
     )
-
-
-def shares(pairs: Sequence[Pair]) -> Difference:
-    """Mean of the share that each prompt has of its own, every prompt counting alike."""
-    changes = [b.detail[FIGURE] - a.detail[FIGURE] for a, b in pairs]
-    return _over_documents(pairs, changes, [1] * len(pairs))
 
 
 def bonett_price(only_first: int, only_second: int, n: int) -> tuple[float, float]:
@@ -177,10 +207,22 @@ def _t(
     return low, high, f"t over {n} {what}, 95%", p
 
 
+def _bootstrap(
+    before: Sequence[float], after: Sequence[float], weights: Sequence[float], names: Sequence[str]
+) -> tuple[float, float, str]:
+    """Interval of the weighted mean change, and its name."""
+    found = paired_bootstrap(before, after, names, weights=weights)
+    return found.low, found.high, found.interval
+
+
 def _right(observation: Observation) -> int:
     assert observation.correct is not None, "cells with NaN are reported as failed, not compared"
     return int(observation.correct)
 
 
+def _names(pairs: Iterable[Pair]) -> list[str]:
+    return [a.cluster for a, _ in pairs]
+
+
 def _clusters(pairs: Iterable[Pair]) -> int:
-    return len({a.cluster for a, _ in pairs})
+    return len(set(_names(pairs)))

@@ -86,17 +86,16 @@ class Estimate:
     seed: int
 
 
-def mcnemar(first: ArrayLike, second: ArrayLike, *, mid_p: bool = False) -> McNemar:
+def mcnemar(first: ArrayLike, second: ArrayLike) -> McNemar:
     """Compare accuracies on identical prompts by the exact test of those where they differ.
 
-    Source: McNemar 1947 with binomial probabilities; mid-p: Fagerland et al. 2013. If neither is
-    better, a prompt that only one answers is as likely the one's as the other's. Assumes
-    independent prompts: see `sign_flip` where they share haystacks. p is 1 without a difference.
+    Source: McNemar 1947 with binomial probabilities. If neither is better, a prompt that only one
+    answers is as likely the one's as the other's. Assumes independent prompts: see `sign_flip`
+    where they share haystacks. p is 1 without a difference.
 
     Args:
         first: correct (1) or not (0) per prompt.
         second: of the other method, in the same order.
-        mid_p: count the observed table half: nearer to the nominal level, which it can exceed.
 
     Raises:
         DataError: no prompts, unequal numbers, or outcomes that are neither 0 nor 1.
@@ -109,9 +108,6 @@ def mcnemar(first: ArrayLike, second: ArrayLike, *, mid_p: bool = False) -> McNe
     both, n = int((a * b).sum()), only_first + only_second
     fewer = min(only_first, only_second)
     p = min(1.0, 2 * float(stats.binom.cdf(fewer, n, 0.5)))
-    if mid_p and n:
-        observed = float(stats.binom.pmf(fewer, n, 0.5))
-        p -= observed if only_first != only_second else observed / 2  # of two tails, or the middle
     return McNemar(both, only_first, only_second, len(a) - both - n, (b - a).sum() / len(a), p)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -33,6 +34,9 @@ class Compare:
     """Folder for the comparison; default: it is printed only."""
     overwrite: bool = False
     """Replace a comparison that is there."""
+    interval: Literal["t", "bootstrap"] = "t"
+    """Of the differences: t (answers in a cell: Bonett-Price), or BCa bootstrap over haystacks or
+    documents, of which it takes some twenty or more."""
 
     def run(self) -> int:
         """Read, compare, print and write."""
@@ -41,7 +45,7 @@ class Compare:
 
         if self.out is not None and not self.overwrite:
             refuse_taken_comparison(self.out)
-        comparison = compare(_named(self.runs))
+        comparison = compare(_named(self.runs), interval=self.interval)
         comparison.print()
         if self.out is not None:
             paths = comparison.write(self.out, overwrite=self.overwrite)

@@ -153,6 +153,28 @@ def test_a_cell_of_text_is_a_paired_t_test_over_documents(comparison: Comparison
     assert row.value == pytest.approx(math.exp(np.mean(LATER_NLL[256])))
 
 
+def test_intervals_can_be_a_bootstrap_of_documents_and_haystacks(comparison: Comparison) -> None:
+    runs = {"base": one(BASE, BASE_NLL), "new": one(LATER, LATER_NLL, model="other")}
+    drawn = compare(runs, interval="bootstrap")
+    change = np.subtract(LATER_NLL[256], BASE_NLL[256])
+    cell = stats.bootstrap((change,), np.mean, method="BCa", n_resamples=9_999, rng=1)
+    row, before = drawn.row("perplexity", 256, "new"), comparison.row("perplexity", 256, "new")
+    low, high = cell.confidence_interval
+    assert (row.difference_low, row.difference_high) == pytest.approx((low, high), abs=0.01)
+    assert row.interval == "BCa bootstrap over 4 clusters, 95%"
+    assert (row.difference, row.p_value) == (before.difference, before.p_value)
+    assert row.difference_high - row.difference_low < before.difference_high - before.difference_low
+    right = np.subtract(LATER[512], BASE[512], dtype=float)
+    cell = stats.bootstrap((right,), np.mean, method="BCa", n_resamples=9_999, rng=1)
+    row = drawn.row("passkey", 512, "new")
+    assert (row.difference_low, row.difference_high) == pytest.approx(cell.confidence_interval)
+    assert all(one.interval.startswith("BCa bootstrap over") for one in drawn.pooled)
+    assert all("bootstrap" in task.compared for task in drawn.tasks)
+    assert not any("bootstrap" in task.compared for task in comparison.tasks)
+    with pytest.raises(RunError, match="expected t or bootstrap"):
+        compare(runs, interval="wald")  # pyright: ignore[reportArgumentType]
+
+
 def test_holm_is_over_all_cells_of_an_entry(comparison: Comparison) -> None:
     rows = [row for row in comparison.rows if row.entry == "new"]
     ranked = sorted(rows, key=lambda row: row.p_value)
