@@ -214,7 +214,11 @@ class LongTrainer(Trainer):
 
     def evaluate_last(self) -> None:
         """Evaluate the model as it is at the end, unless that was just done."""
-        done = [entry["step"] for entry in self.state.log_history if "loss" not in entry]
+        done = [
+            entry["step"]
+            for entry in self.state.log_history
+            if any(name.startswith("eval_") for name in entry)
+        ]
         if done[-1:] != [self.state.global_step] or self.args.load_best_model_at_end:
             self.evaluate()
 

@@ -257,6 +257,12 @@ def test_figures_before_between_and_after(tmp_path: Path) -> None:
     assert "| passkey@2048 | 1 | 0.25 |" in (tmp_path / "run/model/README.md").read_text()
 
 
+def test_figures_before_and_after_where_none_are_asked_for_between(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", evaluate=counting())
+    assert done.before == {"perplexity@256": 11.0, "passkey@2048": 1.0}
+    assert done.after == {"perplexity@256": 12.0, "passkey@2048": 0.5}
+
+
 def test_the_gate_stops_a_run_that_forgets_its_old_window(tmp_path: Path) -> None:
     gate = Gate(short="perplexity@256", worse=0.1)
     done = train(tmp_path / "run", replace(STEPS, evaluate_every=2), evaluate=counting(), gate=gate)
