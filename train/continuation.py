@@ -1,12 +1,16 @@
 """A loss on what the model itself says: it continues a prefix, and unlearns its repetitions.
 
-loss = SequenceUnlikelihood()(model, batch["input_ids"][:, :50])
-loss.backward()
+settings = SequenceUnlikelihood()
+if settings.has_turn(step):
+    loss = settings(model, settings.prefixes(batch, step))
+    loss.backward()
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -16,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from longctx.errors import RunError
 
+from .encode import IGNORED
 from .head import Head, anchor, head_of, prepared, projection
 from .penalties import repeated, repetition
 
@@ -42,10 +47,49 @@ class SequenceUnlikelihood:
     """n."""
     tokens: int = 100
     """N, how far a prefix is continued; an end token stops it before."""
+    prefix: int = 50
+    """Tokens that are continued."""
+    share: float = 0.5
+    """Of the updates that have this loss, and no other."""
 
     def __post_init__(self) -> None:
         if not self.alpha > 0 or self.ngram < 1 or self.tokens < 2 * self.ngram:
             raise RunError(f"{self}: expected α > 0, n ≥ 1 and at least 2n tokens to continue.")
+        if self.prefix < 1 or not 0 < self.share <= 1:
+            raise RunError(f"{self}: expected a prefix of 1 or more and a share above 0, up to 1.")
+
+    def has_turn(self, step: int) -> bool:
+        """Whether an update has this loss; by chance, and the same in every process and run."""
+        return Random(f"sequence/{step}").random() < self.share
+
+    def prefixes(self, batch: Mapping[str, Tensor], step: int) -> Tensor:
+        """Take from each document the tokens before a random one that is learnt: int64 [N, P].
+
+        P is `self.prefix`, or less where no document has so many tokens before what is learnt;
+        documents that have fewer are left out. N is 0 where nothing is learnt.
+
+        Args:
+            batch: input_ids, labels and document_ids, [B, S].
+            step: chooses the places.
+        """
+        rng = Random(f"prefix/{step}")
+        found: list[tuple[Tensor, list[int]]] = []  # a document, and how much precedes its targets
+        for ids, labels, numbers in zip(
+            *(batch[name] for name in ("input_ids", "labels", "document_ids")), strict=True
+        ):
+            for number in numbers.unique().tolist():
+                own = numbers == number
+                places = (labels[own][1:] != IGNORED).nonzero().flatten() + 1
+                if len(places):
+                    found.append((ids[own], places.tolist()))
+        size = min(self.prefix, max((places[-1] for _, places in found), default=0))
+        kept = [
+            document[place - size : place]
+            for document, places in found
+            if (fitting := [place for place in places if place >= size])
+            for place in (rng.choice(fitting),)
+        ]
+        return torch.stack(kept) if kept else batch["input_ids"][:0, :0]
 
     def __call__(
         self, model: PreTrainedModel, prefix: Tensor, *, head: Head | None = None

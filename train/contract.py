@@ -45,6 +45,8 @@ class Setup:
     """Whether batches carry the ids that masks are made from."""
     whole_document_losses: tuple[str, ...] = ()
     """Losses that must see whole documents (`Losses.whole_document`)."""
+    fully_sharded: bool = False
+    """Whether no process holds the whole model (FSDP)."""
 
     @classmethod
     def of(
@@ -57,6 +59,7 @@ class Setup:
         custom_positions: bool = False,
         document_ids: bool = True,
         whole_document_losses: Iterable[str] = (),
+        fully_sharded: bool = False,
     ) -> Setup:
         """Take heads, attention and methods from a model; the rest as given."""
         config: Any = text_config(model)
@@ -74,6 +77,7 @@ class Setup:
             custom_positions=custom_positions,
             document_ids=document_ids,
             whole_document_losses=tuple(whole_document_losses),
+            fully_sharded=fully_sharded,
         )
 
 
@@ -98,7 +102,12 @@ def check_contract(setup: Setup) -> None:
     Raises:
         RunError: names what does not go together and the way out; all of them at once.
     """
-    problems = [*_positions(setup), *_context_parallel(setup), *_sequence_parallel(setup)]
+    problems = [
+        *_positions(setup),
+        *_sharded(setup),
+        *_context_parallel(setup),
+        *_sequence_parallel(setup),
+    ]
     if problems:
         raise RunError("\n".join(problems))
 
@@ -114,6 +123,15 @@ def _positions(setup: Setup) -> Iterable[str]:
         yield (
             "packed documents without document ids: they would see each other. Batch with "
             "longctx.train.batch.Collator, which adds document_ids, or do not pack."
+        )
+
+
+def _sharded(setup: Setup) -> Iterable[str]:
+    if setup.fully_sharded and "sequence" in setup.whole_document_losses:
+        yield (
+            "sequence-level unlikelihood and shared weights (dp_shard, FSDP): the model continues "
+            "texts of its own, for which each process needs it whole. Leave the loss out, or let "
+            "every process hold the model."
         )
 
 

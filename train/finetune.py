@@ -118,10 +118,8 @@ def finetune(
         ModelError: a model whose head or attention the trainer does not know.
         DataError: rows that do not fit.
     """
-    training = training or Training()
-    positions = positions or FullLength()
-    losses = losses or Losses()
-    gate = gate or Gate()
+    training, gate = training or Training(), gate or Gate()
+    positions, losses = positions or FullLength(), losses or Losses()
     if evaluate is None and (gate.short or gate.best or training.evaluate_every):
         raise RunError("a gate or an evaluation every so often needs `evaluate`, a function.")
     if gate.best and not training.evaluate_every:
@@ -143,6 +141,7 @@ def finetune(
             packed=packed,
             custom_positions=positions.custom,
             whole_document_losses=losses.whole_document,
+            fully_sharded=is_sharded(training),
         )
     )
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -184,6 +183,7 @@ def finetune(
             feed,
             _collator(training, positions, tokenizer),
             packed=attention,
+            sequence=losses.sequence,
             window=reach(model),
             evaluate=evaluate,
             gate=gate,
@@ -229,10 +229,9 @@ def finetune(
 def _collator(
     training: Training, positions: Positions, tokenizer: PreTrainedTokenizerBase
 ) -> Collator:
-    pad: Any = tokenizer.pad_token_id
-    # Ring attention cuts a row into 2·cp pieces.
-    multiple = 2 * training.cp if training.cp > 1 else 1
-    return Collator(positions, pad_id=int(pad or 0), multiple=multiple, seed=training.seed)
+    pad: Any = tokenizer.pad_token_id or 0
+    multiple = 2 * training.cp if training.cp > 1 else 1  # the pieces of ring attention
+    return Collator(positions, pad_id=int(pad), multiple=multiple, seed=training.seed)
 
 
 def _arguments(

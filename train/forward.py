@@ -2,11 +2,13 @@
 
     loss_forward = LossForward.on(model, Losses())
     loss = model(**inputs, labels=batch["labels"], document_ids=batch["document_ids"], count=count)
+    loss = model(prefixes=prefixes)           # sequence-level unlikelihood of their continuations
     loss_forward.remove()
 
 The loss is made inside `forward`, where wrappers (DDP, FSDP, autocast) expect it and where the
-head's sharded weight is whole. A call without `count` runs the model's own forward, so evaluation
-and generation between steps are what they were. The instance is changed, never its class.
+head's sharded weight is whole. A call with neither `count` nor `prefixes` runs the model's own
+forward, so evaluation and generation between steps are what they were. The instance is changed,
+never its class.
 """
 
 from __future__ import annotations
@@ -65,8 +67,12 @@ class LossForward:
             document_ids: Tensor | None = None,
             kind_ids: Tensor | None = None,
             shifted: bool = False,
+            prefixes: Tensor | None = None,
             **inputs: Any,
         ) -> Any:
+            if prefixes is not None:
+                assert losses.sequence is not None
+                return losses.sequence(self, prefixes, head=head)
             if count is None:
                 return native(*args, labels=labels, **inputs)
             assert labels is not None

@@ -28,6 +28,7 @@ from torch.nn import functional
 from longctx.errors import RunError
 
 from .batch import PADDING
+from .continuation import SequenceUnlikelihood
 from .encode import IGNORED
 from .head import CHUNK, Head, Kernel, anchor, cross_entropy, prepared
 from .penalties import contrast, token_losses
@@ -100,6 +101,9 @@ class Losses:
     """Token-level unlikelihood; None for none."""
     contrastive: Contrastive | None = None
     """SimCTG's contrastive loss; None for none."""
+    sequence: SequenceUnlikelihood | None = None
+    """In a share of the updates, in place of all others: unlikelihood of the model's own
+    repetitions. The trainer's business (`forward.py`), not that of a call."""
     chunk: int = CHUNK
     """Rows projected at a time."""
     kernel: Kernel = "auto"
@@ -108,7 +112,8 @@ class Losses:
     @property
     def whole_document(self) -> tuple[str, ...]:
         """Losses that must see whole documents, for `contract.Setup`."""
-        return tuple(n for n in ("unlikelihood", "contrastive") if getattr(self, n) is not None)
+        names = ("unlikelihood", "contrastive", "sequence")
+        return tuple(name for name in names if getattr(self, name) is not None)
 
     def __call__(
         self,
@@ -185,9 +190,10 @@ class Losses:
                 f"hidden states {[*hidden.shape]} and labels {[*labels.shape]}: expected "
                 "[batch, tokens, size] and [batch, tokens]."
             )
-        if self.whole_document and (document_ids is None or shifted):
+        compared = [name for name in self.whole_document if name != "sequence"]
+        if compared and (document_ids is None or shifted):
             raise RunError(
-                f"{' and '.join(self.whole_document)} needs whole documents: pass "
+                f"{' and '.join(compared)} needs whole documents: pass "
                 "document_ids=batch['document_ids'] and unshifted labels."
             )
         if self.unlikelihood is not None and input_ids is None:

@@ -66,11 +66,12 @@ class Log(TrainerCallback):
         entry["tokens"] = state.num_input_tokens_seen
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        if "loss" not in entry:
+        found = [name for name in ("loss", "sequence_loss") if name in entry]
+        if not found:
             return
         seconds = time.monotonic() - self.began
         rate = (state.num_input_tokens_seen - self.before[0]) / max(seconds, 1e-9)
-        what = f"loss {entry['loss']:.3f}, {rate:,.0f} tokens/s"
+        what = f"{found[0].replace('_', ' ')} {entry[found[0]]:.3f}, {rate:,.0f} tokens/s"
         self.bar.update(self.task, completed=state.global_step, description=what)
         due = time.monotonic() - self.said > _EVERY or state.global_step == state.max_steps
         if self.shown and not self.console.is_terminal and due:

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 from longctx.errors import RunError
 
 from .batch import PADDING, Collator, unpacked_inputs
+from .continuation import SequenceUnlikelihood
 from .encode import IGNORED
 from .feed import Feed
 from .forward import causal_of
@@ -55,6 +56,7 @@ class LongTrainer(Trainer):
         collate: Collator,
         *,
         packed: PackedAttention | None,
+        sequence: SequenceUnlikelihood | None = None,
         window: int | None,
         evaluate: Evaluate | None = None,
         gate: Gate | None = None,
@@ -65,6 +67,7 @@ class LongTrainer(Trainer):
         super().__init__(model, args, data_collator=collate, **sets, **rest)
         self.feed = feed
         self.packed = packed
+        self.sequence = sequence
         self.window = window
         self.figures = evaluate
         self.gate = gate or Gate()
@@ -82,6 +85,8 @@ class LongTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """Run the model on a batch; see `forward.LossForward`."""
+        if self.sequence is not None and self.sequence.has_turn(self.state.global_step):
+            return self._continued(model, inputs)
         if self.get_cp_size() > 1:
             call = self._ring_inputs(inputs)
         else:
@@ -91,11 +96,23 @@ class LongTrainer(Trainer):
                 for name in ("labels", "document_ids", "kind_ids")
                 if name in inputs
             }
-        loss = model(**call, count=num_items_in_batch)
-        if not bool(torch.isfinite(loss)):
-            raise RunError(self._no_number("loss", loss.detach()))
+        loss = self._finite(model(**call, count=num_items_in_batch))
         # Gradients are averaged over processes, and the count is of them all.
         return loss * self.accelerator.num_processes
+
+    def _continued(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """Sequence-level unlikelihood, averaged over processes and accumulation steps."""
+        assert self.sequence is not None
+        prefixes = self.sequence.prefixes(inputs, self.state.global_step)
+        share = 1 / self.args.gradient_accumulation_steps
+        if not len(prefixes):  # the model runs all the same, lest other processes wait for it
+            prefixes, share = inputs["input_ids"][:1, :1], 0.0
+        return self._finite(model(prefixes=prefixes)) * share
+
+    def _finite(self, loss: Tensor) -> Tensor:
+        if not bool(torch.isfinite(loss)):
+            raise RunError(self._no_number("loss", loss.detach()))
+        return loss
 
     def _ring_inputs(self, inputs: Batch) -> dict[str, Any]:
         """Each process's piece: one document from the start, so that causality is all there is."""
@@ -169,6 +186,13 @@ class LongTrainer(Trainer):
             f"{(step + 1) * rows - 1:,} of the feed: nothing was learnt from it, and {kept}. Lower "
             "the learning rate, lengthen the warmup, or look at those rows (feed[i])."
         )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; an update of sequence-level unlikelihood must not pass for cross-entropy."""
+        step = self.state.global_step - 1
+        if "loss" in logs and self.sequence is not None and self.sequence.has_turn(step):
+            logs = {"sequence_loss": logs["loss"], **{k: logs[k] for k in logs if k != "loss"}}
+        super().log(logs, *args, **kwargs)
 
     # -- checkpoints ---------------------------------------------------------------------------
 

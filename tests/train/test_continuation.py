@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longctx.errors import RunError
 from longctx.train.continuation import SequenceUnlikelihood
+from longctx.train.encode import IGNORED
 from longctx.train.penalties import repeated
 
 from ..families import build, tokens
@@ -94,6 +95,39 @@ def test_nothing_repeated_is_a_loss_of_zero(model: Any) -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+def test_prefixes_end_where_something_is_learnt_and_stay_in_their_document() -> None:
+    ids = torch.arange(2 * 30).reshape(2, 30)
+    numbers = torch.tensor([[0] * 20 + [1] * 10, [0] * 25 + [-1] * 5])
+    labels = torch.where(numbers < 0, IGNORED, ids)
+    labels[0, :12] = IGNORED  # learnt: 12 … 19 of the first document, 21 … 29 of the second
+    batch = {"input_ids": ids, "labels": labels, "document_ids": numbers}
+    ends = set[tuple[int, ...]]()
+    for step in range(60):
+        found = SequenceUnlikelihood(prefix=8).prefixes(batch, step)
+        assert found.shape == (3, 8)
+        assert torch.equal(found.diff(), torch.ones(3, 7, dtype=torch.int64))
+        first, second, third = (found[:, -1] + 1).tolist()
+        assert 12 <= first <= 19
+        assert 28 <= second <= 29
+        assert 38 <= third <= 54
+        ends.add((first, second, third))
+    assert len(ends) > 20
+    assert torch.equal(found, SequenceUnlikelihood(prefix=8).prefixes(batch, 59))
+    # 24 tokens before a learnt one: only the longest document has as many
+    assert SequenceUnlikelihood(prefix=24).prefixes(batch, 0).tolist() == [list(range(30, 54))]
+    assert SequenceUnlikelihood(prefix=99).prefixes(batch, 0).shape == (1, 24)
+    labels.fill_(IGNORED)
+    assert len(SequenceUnlikelihood().prefixes(batch, 0)) == 0
+
+
+def test_its_turn_comes_as_often_as_its_share_says() -> None:
+    turns = [SequenceUnlikelihood(share=0.3).has_turn(step) for step in range(2_000)]
+    assert sum(turns) / 2_000 == pytest.approx(0.3, abs=0.03)
+    assert all(SequenceUnlikelihood(share=1.0).has_turn(step) for step in range(50))
+
+
 def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(RunError, match="a share above 0"):
+        SequenceUnlikelihood(share=0.0)
     with pytest.raises(RunError, match="2n tokens"):
         SequenceUnlikelihood(ngram=8, tokens=10)

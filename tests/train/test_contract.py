@@ -57,6 +57,11 @@ FINE = Setup(heads=12, kv_heads=4)
             r"4 key/value heads.*\[1, 2, 4, 12\]",
             {"sequence_parallel": 12},
         ),
+        (
+            {"fully_sharded": True, "whole_document_losses": ("sequence",)},
+            "shared weights",
+            {"fully_sharded": False},
+        ),
         ({"sequence_parallel": 2, "attention_method": "alibi"}, "alibi", {"sequence_parallel": 1}),
         (
             {"sequence_parallel": 2, "length_variant_method": "dynamic"},

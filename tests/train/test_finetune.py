@@ -23,9 +23,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import longctx
 from longctx.errors import RunError
+from longctx.train.batch import Collator
+from longctx.train.continuation import SequenceUnlikelihood
 from longctx.train.encode import IGNORED
 from longctx.train.feed import Feed
 from longctx.train.finetune import Finetuned, finetune
+from longctx.train.losses import Losses
 from longctx.train.settings import Gate, Training
 
 STEPS = Training(steps=6, batch_size=2, learning_rate=1e-3, warmup=1, save_every=2)
@@ -113,6 +116,27 @@ def test_accumulated_rows_are_the_rows_of_one_batch(
 ) -> None:
     done = train(tmp_path / "run", replace(STEPS, batch_size=1, accumulate=2))
     assert done.losses == pytest.approx(whole[1].losses, abs=1e-5)
+
+
+def test_updates_of_sequence_unlikelihood_take_turns_and_are_logged_apart(tmp_path: Path) -> None:
+    settings = SequenceUnlikelihood(tokens=30, prefix=20)
+    turns = [settings.has_turn(step) for step in range(6)]
+    assert 0 < sum(turns) < 6
+    model, _ = loaded()
+    batch = Collator()([Noise()[2 * turns.index(True)], Noise()[2 * turns.index(True) + 1]])
+    done = train(
+        tmp_path / "run", replace(STEPS, learning_rate=1e-9), losses=Losses(sequence=settings)
+    )
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    logged = {entry["step"]: entry for entry in log if "grad_norm" in entry}
+    assert [("sequence_loss" in logged[n + 1], "loss" in logged[n + 1]) for n in range(6)] == [
+        (turn, not turn) for turn in turns
+    ]
+    assert len(done.losses) == 6 - sum(turns)
+    first = turns.index(True)
+    expected = settings(model, settings.prefixes(batch, first))
+    assert logged[first + 1]["sequence_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert expected > 0
 
 
 def test_checkpointed_activations_change_nothing(
