@@ -101,6 +101,8 @@ def _table(result: SweepResult, task: Task) -> RenderableType:
         table.add_row(variant.label, *cells)
     lines = [Text(task.estimand, style="dim")]
     for name, where in intervals.items():
+        if task.estimand.endswith(f"interval: {name}"):
+            continue
         lengths = f" at {', '.join(f'{n:,}' for n in where)}" if len(intervals) > 1 else ""
         lines.append(Text(f"interval{lengths}: {name}", style="dim"))
     if beyond:

@@ -100,6 +100,7 @@ def test_the_table_says_what_it_shows(result: SweepResult) -> None:
     assert result.tasks[1].estimand in text
     assert "a note" in text
     assert "interval: made up" in text
+    assert text.count("interval: t over documents, 95%") == 1, "said once, by what the value is"
 
 
 def test_a_larger_report_takes_the_place_of_a_smaller_one(
