@@ -84,7 +84,7 @@ class Train:
     """Tokens of a row, and the length that is learnt."""
     overflow: Literal["continue", "drop", "cut"] | None = None
     """A longer conversation goes on as a further sample, is dropped there, or is cut."""
-    positions: Literal["full", "schedule", "pose", "random"] | None = None
+    positions: Literal["full", "schedule", "schedule-pose", "pose", "random"] | None = None
     """Full length; lengths that grow; or windows on long positions (pose, random)."""
     window: int | None = None
     """Tokens of a document under pose and random, and at the start of a schedule."""
@@ -104,6 +104,8 @@ class Train:
     """With adapters, train the embeddings whole."""
     unlikelihood: float | None = None
     """Weight of the token-level unlikelihood loss."""
+    sequence_unlikelihood: float | None = None
+    """Weight of sequence-level unlikelihood, which has half of the updates to itself."""
     contrastive: float | None = None
     """Margin of SimCTG's contrastive loss."""
 
@@ -218,6 +220,7 @@ class Train:
     def _recipe(self) -> Recipe:
         """The recipe with what was given in its place."""
         from longctx.train.adapters import Lora
+        from longctx.train.continuation import SequenceUnlikelihood
         from longctx.train.losses import Contrastive, Losses, Unlikelihood
         from longctx.train.recipes import RECIPES
 
@@ -238,6 +241,9 @@ class Train:
         losses = Losses(
             unlikelihood=None if self.unlikelihood is None else Unlikelihood(self.unlikelihood),
             contrastive=None if self.contrastive is None else Contrastive(self.contrastive),
+            sequence=None
+            if self.sequence_unlikelihood is None
+            else SequenceUnlikelihood(self.sequence_unlikelihood),
         )
         training = replace(base.training, report_to=self.report_to, **given(*_TRAINING))
         changed = given(*_RECIPE) | ({"shifted": True} if self.shifted else {})

@@ -31,7 +31,7 @@ __all__ = [
     "Recipe",
 ]
 
-Policy = Literal["full", "schedule", "pose", "random"]
+Policy = Literal["full", "schedule", "schedule-pose", "pose", "random"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,8 @@ class Recipe:
     """What becomes of longer conversations; see `encode.Settings`."""
     positions: Policy = "full"
     """Every document at its full length; lengths that double from `window` to `max_length`
-    (schedule); or windows of `window` tokens on positions up to `max_length` (pose, random)."""
+    (schedule), the shorter on positions up to there (schedule-pose); or windows of `window` tokens
+    on positions up to `max_length` (pose, random)."""
     window: int = 2_048
     """Tokens of a document under pose and random, and at the start of a schedule."""
     pack: bool = True
@@ -76,7 +77,7 @@ class Recipe:
     @property
     def drawn(self) -> bool:
         """Whether rows are drawn at the step's length, instead of taken once an epoch."""
-        return self.positions == "schedule" or self.retrieval > 0
+        return self.positions in ("schedule", "schedule-pose") or self.retrieval > 0
 
     @property
     def document_tokens(self) -> int:
@@ -89,10 +90,11 @@ class Recipe:
             return PoSE(self.window, self.max_length)
         if self.positions == "random":
             return RandomPositions(self.window, self.max_length)
-        if self.positions == "schedule":
+        if self.positions in ("schedule", "schedule-pose"):
             # Long enough at the shortest to learn what the longer ones then only have to carry.
-            full = max(1, steps * 11 // 20)
-            return LengthSchedule(self.window, self.max_length, full, hold=steps * 3 // 20)
+            full, hold = max(1, steps * 11 // 20), steps * 3 // 20
+            chunks = 1 if self.positions == "schedule" else 2
+            return LengthSchedule(self.window, self.max_length, full, hold, chunks)
         return FullLength()
 
 

@@ -42,13 +42,13 @@ class Passkeys:
     tokenizer: PreTrainedTokenizerBase
     texts: Texts
     """Haystack; none of it must be in what the evaluation hides its keys in."""
-    grass: float = 0.5
+    grass: float = 0.25
     """Share of prompts in filler sentences instead: an easier haystack, from which it is learnt."""
     fillers: tuple[Grass, ...] = FILLERS
     """What stands in for the evaluation's filler sentences."""
     pairs: tuple[int, ...] = (1,)
     """Keys to a prompt, drawn from these; with several, one of them is asked for by its name."""
-    shorter: float = 0.25
+    shorter: float = 0.1
     """Share of documents shorter than asked for, so that what short ones taught is not lost."""
     roomy: int = 256
     """Tokens from which on prompts may have several keys and the introduction."""
@@ -60,7 +60,8 @@ class Passkeys:
             DataError: too short for the sentences (about 50 tokens) or too long for the texts.
         """
         roomy = length >= self.roomy
-        depth, seed = rng.random(), rng.randrange(2**48)
+        # The ends as often as all between: the farthest keys are the hardest, and the rarest.
+        depth, seed = rng.betavariate(0.5, 0.5), rng.randrange(2**48)
         filler = self.fillers[seed % len(self.fillers)]
         return passkey(
             self.tokenizer,
