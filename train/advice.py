@@ -144,7 +144,7 @@ def _measures(anatomy: Anatomy, settings: PlanSettings) -> Iterator[Measure]:
         rows = {"batch_size": 1, "accumulate": s.accumulate * s.batch_size}
         yield Measure("one row at a time, accumulated to the same update", rows)
     whole = s.gpus // (s.cp * s.sp)
-    if whole > s.dp_shard:
+    if whole > s.dp_shard and s.sp == 1:
         name = f"weights, gradients and states over {whole} GPUs (FSDP), at the cost of traffic"
         yield Measure(name, {"dp_shard": whole})
     if s.checkpointing == "none":
@@ -171,7 +171,8 @@ def _shared_sequences(anatomy: Anatomy, settings: PlanSettings) -> Iterator[Meas
     s = settings
     name = "sp" if s.sp > 1 else "cp"
     for size in range(getattr(s, name) + 1, s.gpus + 1):
-        changes = {name: size, "dp_shard": s.gpus // size, "pack": False}
+        shards = 1 if name == "sp" else s.gpus // size
+        changes = {name: size, "dp_shard": shards, "pack": False}
         if s.gpus % size or s.max_length < 2 * size:
             continue
         measure = Measure(

@@ -16,7 +16,10 @@ from longctx.errors import RunError
 from longctx.methods import Method
 from longctx.model import text_config, window
 
-__all__ = ["Setup", "check_contract", "reach"]
+__all__ = ["FLASH", "Setup", "check_contract", "reach"]
+
+FLASH = "flash_attention_2"
+"""transformers' name of the attention that takes documents and windows without a mask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,8 @@ class Setup:
     """Key/value heads."""
     attention: str = "sdpa"
     """transformers' attention implementation."""
+    sliding: bool = False
+    """Whether layers see a stretch of the sequence alone (sliding windows, chunks)."""
     attention_method: str | None = None
     """Name of the method that holds the attention slot (alibi, …), if any."""
     length_variant_method: str | None = None
@@ -56,20 +61,29 @@ class Setup:
         context_parallel: int = 1,
         sequence_parallel: int = 1,
         packed: bool = False,
+        shifted: bool = False,
         custom_positions: bool = False,
         document_ids: bool = True,
         whole_document_losses: Iterable[str] = (),
         fully_sharded: bool = False,
     ) -> Setup:
-        """Take heads, attention and methods from a model; the rest as given."""
+        """Take heads, attention and methods from a model, but S²-Attn, which is put on later."""
         config: Any = text_config(model)
         methods = _methods(model)
         heads = int(config.num_attention_heads)
+        attending = (m.name for m in methods if "attention" in m.slots)
+        kinds = getattr(config, "layer_types", None)
+        sliding = (
+            any(kind != "full_attention" for kind in kinds)
+            if kinds
+            else bool(getattr(config, "sliding_window", None))
+        )
         return cls(
             heads=heads,
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             attention=str(config._attn_implementation),
-            attention_method=next((m.name for m in methods if "attention" in m.slots), None),
+            sliding=sliding,
+            attention_method="shifted" if shifted else next(attending, None),
             length_variant_method=next((m.name for m in methods if not m.length_invariant), None),
             context_parallel=context_parallel,
             sequence_parallel=sequence_parallel,
@@ -133,6 +147,12 @@ def _sharded(setup: Setup) -> Iterable[str]:
             "texts of its own, for which each process needs it whole. Leave the loss out, or let "
             "every process hold the model."
         )
+    if setup.fully_sharded and setup.sequence_parallel > 1:
+        yield (
+            f"sequence parallel ({setup.sequence_parallel}) and shared weights (dp_shard, FSDP): "
+            "DeepSpeed runs the one and FSDP the other. Keep one (dp_shard=1: DeepSpeed shares the "
+            "optimizer's states by itself), or share sequences by ring attention (cp)."
+        )
 
 
 def _context_parallel(setup: Setup) -> Iterable[str]:
@@ -173,7 +193,18 @@ def _sequence_parallel(setup: Setup) -> Iterable[str]:
     size = setup.sequence_parallel
     if size <= 1:
         return
-    if setup.packed and not setup.attention.startswith("flash_attention"):
+    if setup.attention not in ("sdpa", FLASH) and not setup.attention_method:
+        yield (
+            f"sequence parallel ({size}) and attention {setup.attention!r}: DeepSpeed Ulysses is "
+            f"put around SDPA or flash-attn. Load the model with attn='sdpa' or {FLASH!r}."
+        )
+    if setup.sliding and setup.attention != FLASH:
+        yield (
+            f"sequence parallel ({size}), layers with a sliding window and attention "
+            f"{setup.attention!r}: DeepSpeed Ulysses hands SDPA no mask, so they would see the "
+            f"whole sequence. Load the model with attn={FLASH!r}, or share weights (dp_shard)."
+        )
+    if setup.packed and setup.attention != FLASH:
         yield (
             f"sequence parallel ({size}), packing and attention {setup.attention!r}: DeepSpeed "
             "Ulysses hands SDPA no document mask, so documents would see each other. Load the "

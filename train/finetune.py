@@ -7,7 +7,7 @@
 
 The engine is transformers' Trainer (`trainer.py`). An interrupted run goes on with `resume=True`
 from its last checkpoint, with the rows it has not seen. Under torchrun every process makes the
-same call: `Training(dp_shard=…, cp=…)` shares weights and sequences, else each has a whole model.
+same call: `Training(dp_shard=…, cp=…, sp=…)` shares weights and sequences, else each has all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from longctx.errors import RunError
 
 from .adapters import Lora, add_lora, merged, save_adapter
 from .batch import Collator
-from .contract import Setup, check_contract, reach
+from .contract import FLASH, Setup, check_contract, reach
 from .feed import Feed
 from .folder import RunFolder
 from .forward import LossForward, causal_of
@@ -48,6 +48,7 @@ from .serve import save_served
 from .settings import Gate, Training
 from .sharding import gathered, hollow, is_sharded, parallel_arguments, plugin_arguments
 from .trainer import Evaluate, LongTrainer
+from .ulysses import precision
 
 __all__ = ["Finetuned", "finetune"]
 
@@ -133,19 +134,19 @@ def finetune(
             f"cp={training.cp} leave none: train without (--evaluate and nothing after it), and "
             "measure the saved model (longctx sweep)."
         )
-    check_contract(
-        Setup.of(
-            model,
-            context_parallel=training.cp,
-            sequence_parallel=training.sp,
-            packed=packed,
-            custom_positions=positions.custom,
-            whole_document_losses=losses.whole_document,
-            fully_sharded=is_sharded(training),
-        )
+    setup = Setup.of(
+        model,
+        context_parallel=training.cp,
+        sequence_parallel=training.sp,
+        packed=packed,
+        shifted=shifted,
+        custom_positions=positions.custom,
+        whole_document_losses=losses.whole_document,
+        fully_sharded=is_sharded(training),
     )
+    check_contract(setup)
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    parallel = parallel_arguments(training, started)
+    parallel = parallel_arguments(training, started, setup.attention)
     state = PartialState(cpu=model.device.type == "cpu", timeout=_PATIENCE)
     first = state.is_main_process
     # Joins the other processes: what the first one begins, the others find there.
@@ -172,7 +173,8 @@ def finetune(
     trained: Any = model if lora is None else add_lora(model, lora, seed=training.seed)
     empty = hollow(trained) if is_sharded(training) else None
     during = extend(model, "shifted") if shifted else None
-    attention = packed_attention(model) if packed else None
+    kernel = FLASH if training.sp > 1 and setup.attention == FLASH else "auto"
+    attention = packed_attention(model, kernel) if packed or kernel == FLASH else None
     loss_forward = LossForward.on(trained, losses, feed.shares)
     log = Log(folder.log, shown=progress and first)
     cached = causal_of(trained).config.use_cache  # which the Trainer turns off for good
@@ -230,7 +232,7 @@ def _collator(
     training: Training, positions: Positions, tokenizer: PreTrainedTokenizerBase
 ) -> Collator:
     pad: Any = tokenizer.pad_token_id or 0
-    multiple = 2 * training.cp if training.cp > 1 else 1  # the pieces of ring attention
+    multiple = 2 * training.cp if training.cp > 1 else training.sp  # pieces of equal length
     return Collator(positions, pad_id=int(pad), multiple=multiple, seed=training.seed)
 
 
@@ -244,7 +246,7 @@ def _arguments(
     gate: Gate,
 ) -> TrainingArguments:
     device = causal_of(model).device.type
-    processes = int(os.environ.get("WORLD_SIZE", "1")) // training.cp
+    processes = int(os.environ.get("WORLD_SIZE", "1")) // (training.cp * training.sp)
     rows = training.batch_size * training.accumulate * processes
     steps = training.steps or max(1, len(feed) // rows)
     if steps * rows > len(feed):
@@ -274,7 +276,6 @@ def _arguments(
         adam_beta2=training.beta2,
         max_grad_norm=training.max_grad_norm,
         optim=training.optimizer,
-        bf16=half,
         use_cpu=device == "cpu",
         seed=training.seed,
         save_steps=training.save_every if best is None else every or training.save_every,
@@ -292,7 +293,7 @@ def _arguments(
         disable_tqdm=True,
         train_sampling_strategy="sequential",
         dataloader_pin_memory=device == "cuda",
-        **parallel,
+        **precision(parallel, half=half),
     )
     if arguments.fsdp_plugin_args is not None:
         arguments.fsdp_plugin_args |= plugin_arguments(training, half=half)

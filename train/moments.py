@@ -132,9 +132,12 @@ def moments_of(anatomy: Anatomy, settings: PlanSettings) -> tuple[Moment, ...]:
     held = regime.compute if s.half_base else FLOAT
     weights = (held * frozen + FLOAT * trained.all) / shards
     states = rule.state * (trained.all - trained.embedding) + rule.embedding * trained.embedding
-    states /= shards
+    # ZeRO 1 shares states, and a copy of the weights that they belong to, over all.
+    zero = s.sp > 1
+    updated = s.gpus if zero else shards
+    states = (states + FLOAT * trained.all * zero) / updated
     if s.device == "cuda":
-        update = rule.whole * trained.all / shards
+        update = rule.whole * trained.all / updated
     else:
         update = rule.largest * trained.largest
 

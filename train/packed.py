@@ -158,10 +158,14 @@ class PackedAttention:
         common = {name: batch[name] for name in ("input_ids", "position_ids")}
         common["use_cache"] = False  # pyright: ignore[reportArgumentType]
         if self.kernel == "flash_attention_2":
-            return {**common, **_varlen(ids)}
+            return {**common, **self.borders(batch)}
         if self.kernel == "flex_attention":
             return {**common, "attention_mask": _block_masks(ids, self.model)}
         return {**common, "attention_mask": ids[:, None, None].int()}
+
+    def borders(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Where documents end, as flash-attn takes it, also beside pieces of the batch."""
+        return _varlen(batch["document_ids"])
 
     def remove(self) -> None:
         """Put back what was there; what was changed by others since is left alone."""

@@ -74,7 +74,8 @@ class PlanSettings:
     cp: int = 1
     """Processes that share a sequence by ring attention, and the weights with it."""
     sp: int = 1
-    """Processes that share a sequence by exchanging heads; the weights are not shared by it."""
+    """Processes that share a sequence by exchanging heads; all processes then share the optimizer's
+    states (ZeRO 1), and none the weights."""
 
     @property
     def half_base(self) -> bool:
@@ -198,6 +199,7 @@ def plan(
             context_parallel=settings.cp,
             sequence_parallel=settings.sp,
             packed=settings.pack,
+            fully_sharded=settings.dp_shard * settings.cp > 1,
             attention="flash_attention_2" if settings.sp > 1 else "sdpa",
         )
     )

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from longctx.errors import RunError
 
 from .settings import Training
+from .ulysses import ulysses_arguments
 
 __all__ = ["gathered", "hollow", "is_sharded", "parallel_arguments", "plugin_arguments"]
 
@@ -30,28 +31,25 @@ def is_sharded(training: Training) -> bool:
     return training.dp_shard * training.cp > 1
 
 
-def parallel_arguments(training: Training, processes: int) -> dict[str, Any]:
+def parallel_arguments(training: Training, processes: int, attention: str) -> dict[str, Any]:
     """What transformers' TrainingArguments take for weights, sequences and activations.
 
     Args:
         training: how many processes share weights and sequences, and whether layers are run again.
         processes: that were started.
+        attention: transformers' attention implementation of the model.
 
     Raises:
-        RunError: a number of processes that does not fit, or sequence parallel.
+        RunError: a number of processes that does not fit, or what is not installed.
     """
     from accelerate.utils import ParallelismConfig
 
-    if training.sp > 1:
-        raise RunError(
-            f"sp={training.sp}: training by DeepSpeed Ulysses is not there yet. Share sequences by "
-            f"ring attention (cp={training.sp}, without packing), or weights alone (dp_shard)."
-        )
     if not is_sharded(training):
+        arguments = ulysses_arguments(training, processes, attention) if training.sp > 1 else {}
         if training.checkpointing == "none":
-            return {}
+            return arguments
         offload = {"offload": True} if training.checkpointing == "offload" else {}
-        return {
+        return arguments | {
             "activation_checkpointing": True,
             "activation_checkpointing_kwargs": {"use_reentrant": False, **offload},
         }

@@ -13,6 +13,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from longctx.errors import RunError
@@ -32,7 +32,9 @@ from .encode import IGNORED
 from .feed import Feed
 from .forward import causal_of
 from .packed import PackedAttention
+from .pieces import SharedRows, model_inputs, piece, whole_inputs
 from .settings import Gate
+from .ulysses import Aside, borrowed
 
 __all__ = ["WHOLE", "Evaluate", "LongTrainer"]
 
@@ -63,7 +65,10 @@ class LongTrainer(Trainer):
         **rest: Any,
     ) -> None:
         # An evaluation data set is asked for wherever there is evaluation; ours needs none.
-        sets: dict[str, Any] = {"train_dataset": feed, "eval_dataset": []}
+        shared: Any = args.parallelism_config
+        size = shared.sp_size if shared else 1
+        rows = SharedRows(feed, size, args.per_device_train_batch_size) if size > 1 else feed
+        sets: dict[str, Any] = {"train_dataset": rows, "eval_dataset": []}
         super().__init__(model, args, data_collator=collate, **sets, **rest)
         self.feed = feed
         self.packed = packed
@@ -72,8 +77,16 @@ class LongTrainer(Trainer):
         self.figures = evaluate
         self.gate = gate or Gate()
         self.loss_is_scaled_for_ga = True  # divided by the tokens of the whole update
+        self.aside: Aside = nullcontext  # for whole sequences under sequence parallel
         self.stopped = ""
         """Why the run ended before its time, if it did."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; under sequence parallel, with DeepSpeed in place meanwhile."""
+        if self.get_sp_size() == 1:
+            return super().train(*args, **kwargs)
+        with borrowed(self.accelerator, causal_of(self.model)) as self.aside:
+            return super().train(*args, **kwargs)
 
     # -- the loss ------------------------------------------------------------------------------
 
@@ -87,8 +100,8 @@ class LongTrainer(Trainer):
         """Run the model on a batch; see `forward.LossForward`."""
         if self.sequence is not None and self.sequence.has_turn(self.state.global_step):
             return self._continued(model, inputs)
-        if self.get_cp_size() > 1:
-            call = self._ring_inputs(inputs)
+        if self.sharers > 1:
+            call = model_inputs(inputs)
         else:
             call = self.packed.inputs(inputs) if self.packed else unpacked_inputs(inputs)
             call |= {
@@ -97,8 +110,18 @@ class LongTrainer(Trainer):
                 if name in inputs
             }
         loss = self._finite(model(**call, count=num_items_in_batch))
-        # Gradients are averaged over processes, and the count is of them all.
-        return loss * self.accelerator.num_processes
+        # Gradients are averaged over processes, and the count is of them all; DeepSpeed adds them
+        # up over those that share a sequence.
+        return loss * (self.accelerator.num_processes // self.get_sp_size())
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Learn from a batch; what is returned is averaged over processes and logged."""
+        return super().training_step(*args, **kwargs) * self.get_sp_size()
+
+    @property
+    def sharers(self) -> int:
+        """Processes that share a sequence, by ring attention or by exchanging heads."""
+        return self.get_cp_size() * self.get_sp_size()
 
     def _continued(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Sequence-level unlikelihood, averaged over processes and accumulation steps."""
@@ -114,29 +137,22 @@ class LongTrainer(Trainer):
             raise RunError(self._no_number("loss", loss.detach()))
         return loss
 
-    def _ring_inputs(self, inputs: Batch) -> dict[str, Any]:
-        """Each process's piece: one document from the start, so that causality is all there is."""
-        pieces = {name: piece for name, piece in inputs.items() if name != "shift_labels"}
-        return {**pieces, "labels": inputs["shift_labels"], "shifted": True, "use_cache": False}
-
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: Any) -> Any:
-        """Under context parallel, what cuts a batch into pieces, and the batch."""
-        if self.get_cp_size() == 1:
+        """Where a sequence is shared, what cuts a batch into pieces, and the batch."""
+        if self.sharers == 1:
             return super()._prepare_context_parallel_inputs(model, inputs)
-        if bool((inputs["document_ids"] > 0).any()):
-            raise RunError("context parallel and several documents in a row: do not pack.")
-        names = ("input_ids", "position_ids", "kind_ids")
-        pieces = {name: inputs[name] for name in names if name in inputs}
-        # Before the cut: a token's next one may be in another piece.
-        pieces["shift_labels"] = functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        buffers = list(pieces.values())
+        whole = whole_inputs(inputs, packed=self.packed is not None)
+        if (size := self.get_sp_size()) > 1:
+            part = piece(whole, self.accelerator.process_index % size, size)
+            return nullcontext, part | (self.packed.borders(inputs) if self.packed else {})
+        buffers = list(whole.values())
         cut = partial(
             self.accelerator.maybe_context_parallel,
             buffers=buffers,
             buffer_seq_dims=[1] * len(buffers),
             no_restore_buffers=set(buffers),
         )
-        return cut, pieces
+        return cut, whole
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Any:
         """Supervised tokens of each kind over all processes and accumulation steps: int64 [K].
@@ -154,7 +170,7 @@ class LongTrainer(Trainer):
         if self.args.world_size > 1:
             gathered: Any = self.accelerator.gather(counts[None].to(device))
             counts = gathered.sum(0).cpu()
-        counts //= self.get_cp_size()  # these processes hold the same rows
+        counts //= self.sharers  # these processes hold the same rows
         self.state.num_input_tokens_seen += int(counts[kinds])
         return counts[:kinds].to(device)
 
@@ -166,19 +182,17 @@ class LongTrainer(Trainer):
                 "extend it further (a larger factor), or train on shorter rows (max_length)."
             )
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = _full(super()._clip_grad_norm(model))
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm: Any = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP gives its part
         if not bool(torch.isfinite(torch.as_tensor(norm))):
             raise RunError(self._no_number("gradient norm", norm))
         return norm
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return _full(super()._get_grad_norm(model, grad_norm))
-
     def _no_number(self, what: str, value: Any) -> str:
         step = self.state.global_step
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        rows *= self.args.world_size // self.get_cp_size()
+        rows *= self.args.world_size // self.sharers
         last = last_whole(Path(str(self.args.output_dir)))
         kept = f"{last} is the last good checkpoint" if last else "no checkpoint was written yet"
         return (
@@ -222,7 +236,8 @@ class LongTrainer(Trainer):
         training = model.training
         model.eval()
         try:
-            found = {f"eval_{name}": float(v) for name, v in self.figures(model).items()}
+            with self.aside():
+                found = {f"eval_{name}": float(v) for name, v in self.figures(model).items()}
         finally:
             model.train(training)
         # One process decides for all, lest they part at the gate.
@@ -269,11 +284,6 @@ def last_whole(folder: Path) -> Path | None:
     """The latest checkpoint that was written to its end."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{WHOLE}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _full(norm: Any) -> Any:
-    """A norm over all processes, of which FSDP gives each its part."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _of_the_disk(error: Exception) -> bool:

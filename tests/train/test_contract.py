@@ -68,6 +68,21 @@ FINE = Setup(heads=12, kv_heads=4)
             "dynamic",
             {"length_variant_method": None},
         ),
+        (
+            {"sequence_parallel": 2, "attention": "eager"},
+            "attn='sdpa' or 'flash_attention_2'",
+            {"attention": "sdpa"},
+        ),
+        (
+            {"sequence_parallel": 2, "sliding": True},
+            "would see the whole sequence.*flash_attention_2",
+            {"attention": "flash_attention_2"},
+        ),
+        (
+            {"sequence_parallel": 2, "fully_sharded": True},
+            "dp_shard=1.*ring attention",
+            {"fully_sharded": False},
+        ),
         ({"sequence_parallel": 2, "context_parallel": 2}, "Keep one", {"context_parallel": 1}),
         (
             {"context_parallel": 2, "whole_document_losses": ("contrastive",)},
@@ -105,6 +120,9 @@ def test_a_model_says_what_is_on_it() -> None:
     plain = Setup.of(model)
     assert (plain.heads, plain.kv_heads, plain.attention) == (4, 2, "sdpa")
     assert plain.attention_method is plain.length_variant_method is None
+    assert not plain.sliding
+    assert Setup.of(build("gemma3")).sliding
+    assert Setup.of(model, shifted=True).attention_method == "shifted"
     with longctx.extend(model, "alibi"):
         assert Setup.of(model).attention_method == "alibi"
     with longctx.extend(model, "dynamic", factor=4):

@@ -1,7 +1,8 @@
-"""Two processes learn what one learns: DDP, FSDP2, ring attention; and what is refused of them."""
+"""Two processes learn what one learns: DDP, FSDP2, ring attention, Ulysses; and what is refused."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -63,12 +64,12 @@ class Pair:
 
 def _logged(path: Path, name: str) -> list[float]:
     lines = (json.loads(line) for line in (path / "log.jsonl").read_text().splitlines())
-    return [line[name] for line in lines if "loss" in line]
+    return [line[name] for line in lines if name in line and ("loss" in line or "eval_" in name)]
 
 
 def start(folder: Path, *names: str) -> None:
     """Run cases in several processes, two unless they say otherwise."""
-    processes = str(CASES[names[0]].processes)
+    processes = str(CASES[names[0]].processes if names[0] in CASES else 2)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command += ["-m", "tests.train.distributed", str(folder), *names]
     done = subprocess.run(
@@ -85,8 +86,8 @@ def start(folder: Path, *names: str) -> None:
 def pair(folder: Path, name: str) -> Pair:
     """Run a case in one process, beside the several that are done; alike ones are run once."""
     case, two = CASES[name], folder / name
-    rows = case.processes // case.training.cp
-    alone = replace(case.training, dp_shard=1, cp=1, batch_size=rows)
+    rows = case.rows * case.training.batch_size
+    alone = replace(case.training, dp_shard=1, cp=1, sp=1, batch_size=rows)
     settings = repr((alone, case.packed, case.positions, case.lora, case.untied, case.kinds))
     one = folder / f"one-{zlib.crc32(settings.encode())}"
     if not one.exists():
@@ -96,8 +97,17 @@ def pair(folder: Path, name: str) -> Pair:
 
 Runs = Callable[[str], Pair]
 QUICK = ["ddp", "fsdp", "fsdp-sgd", "cp-pose"]
-FOUR = [name for name in CASES if name.startswith("four")]
-SLOW = [name for name in CASES if name not in (*QUICK, *FOUR)]
+EXCHANGED = ["sp", "sp-sgd", "sp-pose", "sp-pose-sgd"]
+_FEW = [name for name in CASES if name not in (*QUICK, *EXCHANGED)]
+FOUR = [name for name in _FEW if name.startswith("four") and CASES[name].training.sp == 1]
+SLOW = [name for name in _FEW if not name.startswith("four") and CASES[name].training.sp == 1]
+# After sequence parallel, in the same processes, one that has nothing to do with it.
+SLOW_EXCHANGED = [name for name in _FEW if name.startswith("sp-")] + ["ddp-sgd"]
+FOUR_EXCHANGED = [name for name in _FEW if name.startswith("four-sp")]
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="pip install 'longctx-toolkit[sp]'"
+)
 
 
 def _runs(factory: pytest.TempPathFactory, names: list[str]) -> Runs:
@@ -121,6 +131,21 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return _runs(tmp_path_factory, FOUR)
 
 
+@pytest.fixture(scope="module")
+def exchanged(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return _runs(tmp_path_factory, EXCHANGED)
+
+
+@pytest.fixture(scope="module")
+def slow_exchanged(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return _runs(tmp_path_factory, SLOW_EXCHANGED)
+
+
+@pytest.fixture(scope="module")
+def four_exchanged(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return _runs(tmp_path_factory, FOUR_EXCHANGED)
+
+
 def _same(runs: Pair) -> None:
     """Losses, gradients and tokens of one process, and weights shared as was asked for."""
     two, one = runs.logged("loss")
@@ -132,12 +157,18 @@ def _same(runs: Pair) -> None:
     assert two == one
     training = runs.case.training
     shared = training.dp_shard * training.cp
-    passes = 5 * training.accumulate * 4 if training.cp > 1 else 0  # through 4 layers
+    through = 5 * training.accumulate * 4  # of 4 layers
+    passes = through if training.cp > 1 else 0
+    # Queries, keys, values and what comes of them; interrupted runs repeat themselves.
+    exchanges = through * 4 * (2 if training.checkpointing == "layers" else 1)
+    exchanges *= training.sp > 1
     for rank, seen in enumerate(runs.processes):
         assert seen["losses"] == runs.processes[0]["losses"]
         assert seen["held"] == (0 if shared == 1 else pytest.approx(1 / shared, abs=0.01))
         assert set(seen["devices"]) == {"meta" if rank and shared > 1 else "cpu"}
-        assert seen["calls"] == [passes, passes]
+        assert seen["calls"][:2] == [passes, passes]
+        assert runs.case.interrupted or seen["calls"][2] == exchanges
+        assert not seen["left"]
         assert seen["whole"]
 
 
@@ -149,9 +180,20 @@ def test_two_processes_learn_what_one_learns(quick: Runs, name: str) -> None:
     assert runs.apart < 1e-5
 
 
+@needs_deepspeed
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_two_processes_that_exchange_heads_learn_what_one_learns(
+    exchanged: Runs, name: str
+) -> None:
+    runs = exchanged(name)
+    _same(runs)
+    assert runs.moved > 1e-3
+    assert runs.apart < 1e-5
+
+
 def test_the_first_process_measures_for_all(quick: Runs) -> None:
     for seen in quick("ddp").processes:
-        assert seen["figures"] == [{"rank": 0.0}, {"rank": 0.0}]
+        assert [figures["rank"] for figures in seen["figures"]] == [0.0, 0.0]
 
 
 @pytest.mark.slow
@@ -161,6 +203,37 @@ def test_the_rest_of_what_runs_in_two_processes(slow: Runs, name: str) -> None:
     runs = slow(name)
     _same(runs)
     assert runs.apart < 1e-5
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", SLOW_EXCHANGED)
+def test_the_rest_of_what_exchanges_heads(slow_exchanged: Runs, name: str) -> None:
+    """Also documents that share a row; and what does not exchange, once others did."""
+    runs = slow_exchanged(name)
+    _same(runs)
+    assert runs.apart < 1e-5
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("name", FOUR_EXCHANGED)
+def test_four_processes_that_exchange_heads_learn_what_one_learns(
+    four_exchanged: Runs, name: str
+) -> None:
+    """Two rows over two processes each, and more processes than key/value heads."""
+    runs = four_exchanged(name)
+    _same(runs)
+    assert runs.apart < 1e-5
+    two, one = (_logged(path, "eval_nll") for path in (runs.two, runs.one))
+    assert len(two) == (4 if runs.case.evaluated else 0)
+    assert two == pytest.approx(one, abs=1e-5)  # of whole rows, with a mask
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_a_gradient_that_is_no_number_is_not_learnt_from(tmp_path: Path) -> None:
+    start(tmp_path, "hurt")
 
 
 @pytest.mark.slow
@@ -190,7 +263,10 @@ def test_a_checkpoint_of_pieces_serves_in_plain_transformers(quick: Runs) -> Non
         ("alibi", {"cp": 2}, False, r"context parallel \(2\) and alibi"),
         ("linear:8", {"sp": 2}, True, "hands SDPA no document mask.*flash_attention_2"),
         ("linear:8", {"sp": 3}, False, "4 query heads.*Choose a size among"),
-        ("linear:8", {"sp": 2}, False, "training by DeepSpeed Ulysses is not there yet"),
+        ("linear:8", {"sp": 2}, False, "sp=2 takes 2 processes.* there is 1: torchrun"),
+        ("dynamic:8", {"sp": 2}, False, r"sequence parallel \(2\) and dynamic"),
+        ("alibi", {"sp": 2}, False, r"sequence parallel \(2\) and alibi"),
+        ("linear:8", {"sp": 2, "dp_shard": 2}, False, r"DeepSpeed runs the one and FSDP the other"),
         ("linear:8", {"dp_shard": 2}, True, "take 2 processes.* there is 1: torchrun"),
     ],
 )
@@ -210,5 +286,10 @@ def test_pieces_of_documents_and_of_models_are_refused_too(tmp_path: Path) -> No
     losses = Losses(contrastive=Contrastive())
     with pytest.raises(RunError, match="contrastive: it compares tokens across a document"):
         train(tmp_path / "a", Training(cp=2), packed=False, losses=losses)
+    with pytest.raises(RunError, match="contrastive: it compares tokens across a document"):
+        train(tmp_path / "a", Training(sp=2), packed=False, losses=losses)
+    for training in (Training(cp=2), Training(sp=2)):
+        with pytest.raises(RunError, match=r"parallel \(2\) and shifted"):
+            train(tmp_path / "a", training, packed=False, shifted=True)
     with pytest.raises(RunError, match="needs a whole model in each process, and dp_shard=2"):
         train(tmp_path / "b", Training(dp_shard=2), evaluate=counting())

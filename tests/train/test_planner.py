@@ -168,6 +168,23 @@ def test_sharding_divides_what_is_held() -> None:
     assert eight.moments[-1].gradients == pytest.approx(one.moments[-1].gradients / 2 / 8)
 
 
+def test_exchanging_heads_shares_the_states_and_nothing_else() -> None:
+    """Over all 8 processes, with the weights that they belong to once more."""
+    full: dict[str, Any] = {"max_length": 4096, "gpus": 8, "pack": False}
+    one, shared = (plan(LLAMA_7B, PlanSettings(**full, sp=sp)) for sp in (1, 4))
+    first, own = shared.moments[0], one.moments[0]
+    assert first.weights == own.weights
+    assert first.optimizer == pytest.approx((own.optimizer + own.weights) / 8)
+    assert shared.total < one.total
+
+
+def test_advice_shares_sequences_further_by_the_means_that_was_asked_for() -> None:
+    asked = PlanSettings(max_length=131_072, gpus=8, sp=2, lora_rank=16, memory=30, pack=False)
+    found = advise(LLAMA_8B, asked).found.settings
+    assert (found.cp, found.dp_shard) == (1, 1)
+    assert found.sp == 4
+
+
 def test_what_fits_is_left_alone() -> None:
     settings = PlanSettings(max_length=256, memory=8)
     advice = advise("demo", settings)
@@ -253,6 +270,7 @@ def test_the_command_prints_a_table_and_exits_by_what_it_found(
         ({"gpus": 6, "sp": 6}, "32 query heads"),
         ({"gpus": 8, "dp_shard": 2, "cp": 2, "sp": 2}, "both cut the sequence"),
         ({"gpus": 2, "cp": 2, "pack": True}, "and packing"),
+        ({"gpus": 4, "dp_shard": 2, "sp": 2}, "DeepSpeed runs the one and FSDP the other"),
         ({"embeddings": True}, "pass lora_rank too"),
         ({"lora_rank": 8, "lora_targets": ("c_attn",)}, "c_attn"),
         ({"checkpointing": "all"}, "checkpointing='all'"),
