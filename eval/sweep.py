@@ -70,6 +70,7 @@ def sweep(
     adaptive: Adaptive | None = None,
     replace: bool = False,
     overwrite: bool = False,
+    alone: bool = False,
     progress: bool = True,
 ) -> SweepResult:
     """Measure a model under several methods over lengths.
@@ -98,6 +99,7 @@ def sweep(
         replace: let methods replace the RoPE scaling that the checkpoint ships with.
         overwrite: go on although the folder of `results` holds a report with cells that this
             sweep lacks, so that `write` to it needs `overwrite` too.
+        alone: this process runs all of it, whatever others were started with it; in training, say.
         progress: show a bar with the remaining time on stderr, if that is a terminal.
 
     Raises:
@@ -129,10 +131,11 @@ def sweep(
     if path is not None and not overwrite:
         cells = [cell_key(v.label, task, n) for v in variants for task in chosen for n in sizes]
         refuse_lost_cells(path.parent, identity, cells)
-    ranks = Ranks.here()
+    ranks = Ranks() if alone else Ranks.here()
     if ranks.ranks > 1 and path is None:
         raise RunError(
-            f"{ranks.ranks} processes share this sweep: pass `results`, the file that they meet in."
+            f"{ranks.ranks} processes share this sweep: pass `results`, the file that they meet in "
+            "(or `alone`, for each to run all of it)."
         )
     store = Store(path, identity, rank=ranks.rank, ranks=ranks.ranks)
     try:

@@ -266,7 +266,8 @@ class Train:
 
         def figures(model: PreTrainedModel) -> Mapping[str, float]:
             chosen = [tasks[name] for name in self.evaluate]
-            result = sweep(model, tokenizer, chosen, lengths, progress=False)
+            # Every process trains, and has to know the figures that stop it.
+            result = sweep(model, tokenizer, chosen, lengths, alone=True, progress=False)
             return {f"{row.task}@{row.length}": row.value for row in result.rows}
 
         return figures

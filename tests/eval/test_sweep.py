@@ -18,7 +18,7 @@ from longctx.errors import DataError, MethodError, ModelError, RunError
 from longctx.eval import Measured, Observation, Perplexity, Plan, Summary, Task, Unit, sweep
 from longctx.eval.fingerprint import model_digest
 
-from .conftest import WINDOW, byte_model
+from .conftest import WINDOW, byte_model, byte_tokenizer
 
 LENGTHS = (300, 600, 1200)
 METHODS = ("none", "yarn:2", "dynamic:2")
@@ -238,3 +238,20 @@ def test_scaled_rope_is_replaced_only_when_told(tokenizer: Any) -> None:
     with pytest.raises(MethodError, match="replace=True"):
         sweep(plain, tokenizer, [Count()], [300], methods=["yarn:2"], progress=False)
     sweep(plain, tokenizer, [Count()], [300], methods=["yarn:2"], replace=True, progress=False)
+
+
+def test_a_process_beside_others_runs_all_of_a_sweep_alone(
+    monkeypatch: pytest.MonkeyPatch, texts: tuple[str, ...]
+) -> None:
+    task = Perplexity(last=64, windows=2, text=texts)
+
+    def run(**how: Any) -> list[float]:
+        found = sweep(byte_model(), byte_tokenizer(), [task], (300, 600), progress=False, **how)
+        return [row.value for row in found.rows]
+
+    whole = run()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(alone=True) == whole
+    with pytest.raises(RunError, match=r"2 processes share this sweep: pass `results`"):
+        run()
