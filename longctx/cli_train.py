@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -152,8 +151,8 @@ class Train:
     """Trackers: tensorboard, wandb, trackio."""
 
     evaluate: tuple[Literal["passkey", "perplexity"], ...] = ("passkey", "perplexity")
-    """What is measured before and after at the old window and at max_length; none with
-    --evaluate and nothing after it."""
+    """What is measured before and after at the old window and at max_length, with perplexity the
+    NLL by position too; nothing with --evaluate and nothing after it."""
     evaluate_every: int | None = None
     """Updates between evaluations; default: before and after only."""
     samples: int = 20
@@ -174,6 +173,7 @@ class Train:
         from longctx.train.settings import Gate
 
         from .core import patch_of
+        from .cli_figures import figures_of
         from .model import window
 
         recipe = self._recipe()
@@ -194,9 +194,12 @@ class Train:
         if self.dry_run:
             return 0
         known = patch.report().original_window if patch else old
-        lengths = sorted({min(known or recipe.max_length, recipe.max_length), recipe.max_length})
+        short = min(known or recipe.max_length, recipe.max_length)
+        figures = figures_of(
+            tokenizer, short, recipe.max_length, tasks=self.evaluate, samples=self.samples
+        )
         gate = Gate(
-            short=None if self.gate is None else f"perplexity@{lengths[0]}",
+            short=None if self.gate is None else f"perplexity@{short}",
             worse=self.gate or 0.0,
             action="warn" if self.warn else "stop",
             best=f"passkey@{recipe.max_length}" if self.best else None,
@@ -206,7 +209,7 @@ class Train:
             tokenizer,
             prepared,
             processes=max(1, started // (recipe.training.cp * recipe.training.sp)),
-            evaluate=self._figures(tokenizer, lengths) if self.evaluate else None,
+            evaluate=figures if self.evaluate else None,
             gate=gate,
             resume=self.resume,
         )
@@ -257,17 +260,3 @@ class Train:
         if hardware.dtype == "auto" and whole:
             hardware = replace(hardware, dtype="float32")
         return hardware.load(self.model)
-
-    def _figures(self, tokenizer: PreTrainedTokenizerBase, lengths: list[int]) -> Any:
-        """What is measured, as a function of the model."""
-        from longctx.eval import Passkey, Perplexity, sweep
-
-        tasks = {"passkey": Passkey(samples=self.samples), "perplexity": Perplexity(windows=4)}
-
-        def figures(model: PreTrainedModel) -> Mapping[str, float]:
-            chosen = [tasks[name] for name in self.evaluate]
-            # Every process trains, and has to know the figures that stop it.
-            result = sweep(model, tokenizer, chosen, lengths, alone=True, progress=False)
-            return {f"{row.task}@{row.length}": row.value for row in result.rows}
-
-        return figures
