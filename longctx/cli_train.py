@@ -172,8 +172,8 @@ class Train:
         from longctx.train.run import Run
         from longctx.train.settings import Gate
 
-        from .core import patch_of
         from .cli_figures import figures_of
+        from .core import patch_of
         from .model import window
 
         recipe = self._recipe()

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 import longctx
-from longctx.eval.windows import bos_of, documents_of, spread
 from longctx.cli_figures import figures_of
+from longctx.eval.windows import bos_of, documents_of, spread
 from longctx.haystacks import held_out
 
 

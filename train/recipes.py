@@ -134,13 +134,13 @@ Source: Press et al. 2022, ALiBi (arXiv:2108.12409); the way there from RoPE is 
 
 EMBEDDED = Recipe(
     max_length=2_048,
-    positions="schedule",
+    positions="schedule-pose",
     window=64,
     retrieval=0.5,
     training=Training(
-        steps=1_200,
+        steps=1_000,
         batch_size=2,
-        learning_rate=2e-3,
+        learning_rate=1.2e-3,
         schedule="linear",
         warmup=20,
         weight_decay=0.1,
