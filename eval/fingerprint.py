@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,11 +34,28 @@ def model_digest(model: PreTrainedModel) -> str:
     found = hashlib.sha256(
         json_digest({k: v for k, v in config.items() if k not in _VOLATILE}).encode()
     )
+    offloaded = _offloaded(model)
     for name, weight in model.named_parameters():
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if not weight.is_meta:
-            found.update(_sums(weight.detach()))
+        if weight.is_meta and name not in offloaded:
+            raise ModelError(f"{name} has no values (it is on the meta device): load its weights.")
+        found.update(_sums((offloaded[name]() if weight.is_meta else weight).detach()))
     return found.hexdigest()[:24]
+
+
+def _offloaded(model: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
+    """How to read the weights that accelerate keeps elsewhere under a `device_map`."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for prefix, module in model.named_modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            kept: Any = getattr(one, "weights_map", None)
+            if kept is None:
+                continue
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.is_meta:
+                    found[f"{prefix}.{name}"] = partial(kept.__getitem__, name)
+    return found
 
 
 def _sums(weight: Tensor) -> bytes:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import longctx
+from longctx.errors import ModelError
+from longctx.eval import Perplexity, sweep
 from longctx.eval.fingerprint import json_digest, model_digest, tokenizer_digest
 from longctx.eval.variants import variants_of
 from longctx.patches import resonance
@@ -35,6 +39,30 @@ def test_a_model_is_known_by_config_and_weights() -> None:
     with torch.no_grad():
         pruned.model.layers[0].mlp.down_proj.weight[17, 23] = 0
     assert digest != model_digest(pruned)
+
+
+def test_a_model_under_a_device_map_is_known_and_measured_as_in_one_place(
+    tmp_path: Path, texts: tuple[str, ...]
+) -> None:
+    byte_model().save_pretrained(tmp_path / "model")
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path / "model")
+    names = ("lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb")
+    places = {"model.layers.0": "disk"} | dict.fromkeys(names, "cpu")
+    spread = load(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    assert any(p.is_meta for p in spread.parameters())
+    assert model_digest(spread) == model_digest(model)
+
+    def values(model: Any) -> list[float]:
+        task = Perplexity(last=64, windows=2, text=texts)
+        how: dict[str, Any] = {"methods": ["none", "yarn:2"], "progress": False}
+        found = sweep(model, byte_tokenizer(), [task], (300, 600), **how)
+        return [row.value for row in found.rows]
+
+    assert values(spread) == values(model)
+    empty: Any = byte_model().to("meta")
+    with pytest.raises(ModelError, match="has no values"):
+        model_digest(empty)
 
 
 def test_a_method_is_known_by_what_it_puts_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
