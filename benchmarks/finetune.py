@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,14 @@ def context_gain(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return everywhere, in_names
 
 
-def returning(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> torch.Tensor:
+def returning(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> torch.Tensor:
     """Which of the last 256 tokens spell a name that comes back after a while, bool [256].
 
     Names are words of five characters or more; such a one occurs before the last 512 tokens, and
     not between there and the place where it is counted.
     """
-    far = {*_NAME.findall(str(tokenizer.decode(ids[: -2 * TARGETS])))}
-    near = {*_NAME.findall(str(tokenizer.decode(ids[-2 * TARGETS : -TARGETS])))}
+    far = {*_NAME.findall(str(tokenizer.decode(list(ids[: -2 * TARGETS]))))}
+    near = {*_NAME.findall(str(tokenizer.decode(list(ids[-2 * TARGETS : -TARGETS]))))}
     ends: list[int] = []
     text = ""
     for token in ids[-TARGETS:]:

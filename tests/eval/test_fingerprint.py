@@ -60,9 +60,9 @@ def test_a_model_under_a_device_map_is_known_and_measured_as_in_one_place(
         return [row.value for row in found.rows]
 
     assert values(spread) == values(model)
-    empty: Any = byte_model().to("meta")
+    empty: Any = byte_model()
     with pytest.raises(ModelError, match="has no values"):
-        model_digest(empty)
+        model_digest(empty.to("meta"))
 
 
 def test_a_method_is_known_by_what_it_puts_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
