@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import longctx
 from longctx.eval import Passkey, Perplexity, sweep
 from longctx.eval.stats import mean_interval
-from longctx.eval.windows import bos_of, documents_of, spread
-from longctx.haystacks import held_out
+from longctx.eval.windows import documents_of, spread
+from longctx.haystacks import bos_of, held_out
 from longctx.scoring import score
 from longctx.train.recipes import EMBEDDED, Recipe
 from longctx.train.run import Run

@@ -29,13 +29,14 @@ from transformers import (
 
 from longctx.batches import shrinking
 from longctx.errors import DataError
+from longctx.haystacks import bos_of
 
 from .greedy import greedy
 from .repetition import distinct_n, diversity, loop_onset, rep_l, seq_rep_n, uniq
 from .stats import mean_interval
 from .task import Measured, Observation, Plan, Summary, Unit
 from .texts import digest, texts_of
-from .windows import bos_of, documents_of, spread
+from .windows import documents_of, spread
 
 __all__ = ["Repetition"]
 

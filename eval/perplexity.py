@@ -23,12 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.batches import score_batches
 from longctx.errors import DataError
+from longctx.haystacks import bos_of
 from longctx.scoring import TokenScores
 
 from .stats import mean_interval
 from .task import Measured, Observation, Plan, Summary, Unit
 from .texts import texts_of
-from .windows import bos_of, documents_of, spread
+from .windows import documents_of, spread
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,13 +10,7 @@ from longctx.haystacks import Texts, encode
 
 from .texts import digest
 
-__all__ = ["bos_of", "documents_of", "spread"]
-
-
-def bos_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The BOS if the tokenizer puts one before a text; having none is legal."""
-    ids: list[int] = tokenizer("")["input_ids"]  # pyright: ignore[reportAssignmentType]
-    return tuple(token for token in ids[:1] if token == tokenizer.bos_token_id)
+__all__ = ["documents_of", "spread"]
 
 
 @lru_cache(maxsize=4)

@@ -46,6 +46,8 @@ class Plan:
     """What products compute in; full training keeps its weights in float32."""
     lora_rank: int = 0
     """Train LoRA adapters of this rank; 0 for all weights."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers with adapters; default: those of the attention."""
     norms: bool = False
     """With adapters, train the norms whole."""
     embeddings: bool = False

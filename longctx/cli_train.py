@@ -75,7 +75,7 @@ class Train:
     resume: bool = False
     """Go on with the run in OUTPUT from its last checkpoint."""
     dry_run: bool = False
-    """Prepare the data, say what would be done, and stop."""
+    """Prepare the data, say what would be done, refuse what would be refused, and stop."""
 
     method: str | None = None
     """NAME:FACTOR or NAME:field=value,…; "none" keeps the window."""
@@ -97,6 +97,8 @@ class Train:
     """Train LoRA adapters of this rank; 0 for all weights."""
     lora_alpha: float | None = None
     """Scale of the adapters."""
+    lora_targets: tuple[str, ...] | None = None
+    """Names of the linear layers with adapters; default: those of the attention."""
     norms: bool = False
     """With adapters, train the norms whole."""
     embeddings: bool = False
@@ -178,7 +180,6 @@ class Train:
 
         recipe = self._recipe()
         first = os.environ.get("RANK", "0") == "0"
-        started = int(os.environ.get("WORLD_SIZE", "1"))
         model, tokenizer = self._loaded(recipe)
         old = window(model) if patch_of(model) is None else None
         options: dict[str, Any] = {"salvage": self.salvage, "strict": self.strict}
@@ -186,29 +187,29 @@ class Train:
         run.extend(model, replace=self.replace)
         patch = patch_of(model)
         prepared = run.prepare(tokenizer)
+        work = run.work(tokenizer, prepared)
         if first:
             print(patch.report() if patch else "no method: the model is trained as it came")
             print("\n".join(str(part.report) for part in prepared))
-            if recipe.drawn:
-                print("rows are drawn from these at random, in stretches of each update's length")
-        if self.dry_run:
-            return 0
+            print(work)
         known = patch.report().original_window if patch else old
         short = min(known or recipe.max_length, recipe.max_length)
-        figures = figures_of(
-            tokenizer, short, recipe.max_length, tasks=self.evaluate, samples=self.samples
-        )
         gate = Gate(
             short=None if self.gate is None else f"perplexity@{short}",
             worse=self.gate or 0.0,
             action="warn" if self.warn else "stop",
             best=f"passkey@{recipe.max_length}" if self.best else None,
         )
+        run.check(model, evaluated=bool(self.evaluate), gate=gate)
+        if self.dry_run:
+            return 0
+        figures = figures_of(
+            tokenizer, short, recipe.max_length, tasks=self.evaluate, samples=self.samples
+        )
         done = run.start(
             model,
             tokenizer,
-            prepared,
-            processes=max(1, started // (recipe.training.cp * recipe.training.sp)),
+            work,
             evaluate=figures if self.evaluate else None,
             gate=gate,
             resume=self.resume,
@@ -233,7 +234,7 @@ class Train:
             return {name: value for name, value in found.items() if value is not None}
 
         base = RECIPES[self.recipe]
-        lora = given(rank="lora_rank", alpha="lora_alpha")
+        lora = given(rank="lora_rank", alpha="lora_alpha", targets="lora_targets")
         lora |= {name: True for name in ("norms", "embeddings") if getattr(self, name)}
         if lora.get("rank") == 0:
             adapters = None

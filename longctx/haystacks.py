@@ -15,7 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
 
-__all__ = ["Grass", "Haystack", "Straw", "Texts", "decode", "encode", "held_out", "tokenise"]
+__all__ = [
+    "Grass",
+    "Haystack",
+    "Straw",
+    "Texts",
+    "bos_of",
+    "decode",
+    "encode",
+    "held_out",
+    "tokenise",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +139,12 @@ class Straw:
             return self.ids[start : start + size]
         rounds = max(0, -(-(size - len(self.ids)) // self.period))
         return (self.ids + self.ids[-self.period :] * rounds)[:size]
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The BOS if the tokenizer puts one before a text; having none is legal."""
+    ids: list[int] = tokenizer("")["input_ids"]  # pyright: ignore[reportAssignmentType]
+    return tuple(token for token in ids[:1] if token == tokenizer.bos_token_id)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 import longctx
 from longctx.cli_figures import figures_of
-from longctx.eval.windows import bos_of, documents_of, spread
-from longctx.haystacks import held_out
+from longctx.eval.windows import documents_of, spread
+from longctx.haystacks import bos_of, held_out
 
 
 def test_nll_by_position_and_perplexity_are_those_of_a_plain_forward() -> None:

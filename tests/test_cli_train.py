@@ -63,7 +63,9 @@ def test_evaluation_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(tmp_path, "--method", "linear:2", "--dry-run")) == 0
-    assert "supervised" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "supervised" in said
+    assert "2 updates of 1 rows; 1 rows a pass" in said
     assert not (tmp_path / "run").exists()
 
 
@@ -150,8 +152,9 @@ def test_settings_that_do_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
 ) -> None:
     tasks = ["passkey"] if "--best" in more else []
-    assert main(command(tmp_path, *tasks, *more)) == 2
-    assert says in capsys.readouterr().err
+    for dry in ([], ["--dry-run"]):
+        assert main(command(tmp_path, *tasks, *more, *dry)) == 2
+        assert says in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -33,7 +33,7 @@ from longctx.core import extend
 from longctx.errors import ModelError, RunError, nearest
 from longctx.folders import new_folder
 from longctx.methods import Method, make_method
-from longctx.model import text_config
+from longctx.model import attention_modules, text_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,8 +52,9 @@ class Lora:
     """Rank of the update of each adapted layer."""
     alpha: float = 32.0
     """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Names of the linear layers that are adapted, wherever they occur."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that are adapted, wherever they occur; none for those of the
+    attention, whatever the model calls them."""
     embeddings: bool = False
     """Train the token embeddings whole (LongLoRA), and with them a head tied to them."""
     norms: bool = False
@@ -64,7 +65,7 @@ class Lora:
             raise RunError(f"rank={self.rank!r}: expected a whole number, 1 or more.")
         if not 0 < self.alpha < float("inf"):
             raise RunError(f"alpha={self.alpha!r}: expected a number above 0, often 2·rank.")
-        if isinstance(self.targets, str) or not self.targets:
+        if isinstance(self.targets, str):
             raise RunError(
                 f"targets={self.targets!r}: expected names of linear layers, as in "
                 "('q_proj', 'v_proj')."
@@ -92,12 +93,12 @@ def add_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> PeftModel:
             f"{type(model).__name__} has adapters already: merge them first (merged(model)), or "
             "load the base anew."
         )
-    _check_targets(model, lora.targets)
+    targets = _targets(model, lora.targets)
     tied = lora.embeddings and _tied(model)
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
+        target_modules=targets,
         modules_to_save=_whole(model, lora, tied) or None,
         ensure_weight_tying=tied,
         task_type="CAUSAL_LM",
@@ -204,7 +205,12 @@ def _without_deprecations() -> Generator[None]:
         yield
 
 
-def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
+def _targets(model: PreTrainedModel, targets: tuple[str, ...]) -> list[str]:
+    """The names that were asked for, if there are such layers, else those of the attention."""
+    if not targets:
+        blocks = [module for _, module, _ in attention_modules(model)]
+        parts = (part for block in blocks for part in block.named_modules())
+        return sorted({name for name, part in parts if isinstance(part, nn.Linear)})
     head: Any = model.get_output_embeddings()
     linear = {
         name.rpartition(".")[2]
@@ -218,6 +224,7 @@ def _check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
             f"{', '.join(map(repr, absent))} below its head{nearest(absent[0], linear)} "
             f"(it has {', '.join(sorted(linear))})."
         )
+    return list(targets)
 
 
 def _tied(model: PreTrainedModel) -> bool:

@@ -64,6 +64,7 @@ class Advice:
         words += ["--method", f"yarn:target={s.max_length}" if extends else "none"]
         words += ["--data", "FILE", "--max-length", str(s.max_length), "--output", "DIR"]
         words += ["--lora-rank", str(s.lora_rank)]
+        words += ["--lora-targets", *s.lora_targets] if s.lora_targets else []
         words += ["--checkpointing", s.checkpointing, "--optimizer", s.optimizer]
         flags = {"norms": s.norms, "embeddings": s.embeddings, "no-pack": not s.pack}
         # No process of them has the whole model that an evaluation needs.

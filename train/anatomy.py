@@ -23,6 +23,8 @@ from longctx import checkpoint
 from longctx.errors import ModelError
 from longctx.model import text_config, window
 
+from .contract import has_sliding_layers
+
 __all__ = ["Anatomy", "Linear", "read_config"]
 
 _OUT = ("o_proj", "down_proj")  # the last linear layers of attention and MLP in these families
@@ -72,6 +74,8 @@ class Anatomy:
     vocabulary: int
     window: int | None
     """Tokens that the config promises."""
+    sliding: bool
+    """Whether layers see a stretch of the sequence alone."""
     linears: tuple[Linear, ...]
     """Of one layer."""
     norms: tuple[int, ...]
@@ -139,6 +143,7 @@ class Anatomy:
             kv_heads=kv_heads,
             vocabulary=int(head.shape[0]),
             window=window(model),
+            sliding=has_sliding_layers(text),
             linears=linears,
             norms=tuple(_norm_widths(layers[0], int(text.hidden_size), heads, kv_heads, dim)),
             layer=layer,

@@ -16,7 +16,7 @@ from longctx.errors import RunError
 from longctx.methods import Method
 from longctx.model import text_config, window
 
-__all__ = ["FLASH", "Setup", "check_contract", "reach"]
+__all__ = ["FLASH", "Setup", "check_contract", "has_sliding_layers", "reach"]
 
 FLASH = "flash_attention_2"
 """transformers' name of the attention that takes documents and windows without a mask."""
@@ -44,10 +44,6 @@ class Setup:
     """Processes that share a sequence by exchanging heads (DeepSpeed Ulysses, sp_size)."""
     packed: bool = False
     """Whether a row may hold several documents."""
-    custom_positions: bool = False
-    """Whether positions jump (`Positions.custom`: PoSE, random)."""
-    document_ids: bool = True
-    """Whether batches carry the ids that masks are made from."""
     whole_document_losses: tuple[str, ...] = ()
     """Losses that must see whole documents (`Losses.whole_document`)."""
     fully_sharded: bool = False
@@ -62,8 +58,6 @@ class Setup:
         sequence_parallel: int = 1,
         packed: bool = False,
         shifted: bool = False,
-        custom_positions: bool = False,
-        document_ids: bool = True,
         whole_document_losses: Iterable[str] = (),
         fully_sharded: bool = False,
     ) -> Setup:
@@ -72,27 +66,27 @@ class Setup:
         methods = _methods(model)
         heads = int(config.num_attention_heads)
         attending = (m.name for m in methods if "attention" in m.slots)
-        kinds = getattr(config, "layer_types", None)
-        sliding = (
-            any(kind != "full_attention" for kind in kinds)
-            if kinds
-            else bool(getattr(config, "sliding_window", None))
-        )
         return cls(
             heads=heads,
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             attention=str(config._attn_implementation),
-            sliding=sliding,
+            sliding=has_sliding_layers(config),
             attention_method="shifted" if shifted else next(attending, None),
             length_variant_method=next((m.name for m in methods if not m.length_invariant), None),
             context_parallel=context_parallel,
             sequence_parallel=sequence_parallel,
             packed=packed,
-            custom_positions=custom_positions,
-            document_ids=document_ids,
             whole_document_losses=tuple(whole_document_losses),
             fully_sharded=fully_sharded,
         )
+
+
+def has_sliding_layers(config: Any) -> bool:
+    """Whether layers see a stretch of the sequence alone, by a model's text config."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return any(kind != "full_attention" for kind in kinds)
+    return bool(getattr(config, "sliding_window", None))
 
 
 def _methods(model: PreTrainedModel) -> list[Method]:
@@ -117,27 +111,12 @@ def check_contract(setup: Setup) -> None:
         RunError: names what does not go together and the way out; all of them at once.
     """
     problems = [
-        *_positions(setup),
         *_sharded(setup),
         *_context_parallel(setup),
         *_sequence_parallel(setup),
     ]
     if problems:
         raise RunError("\n".join(problems))
-
-
-def _positions(setup: Setup) -> Iterable[str]:
-    if setup.custom_positions and not setup.document_ids:
-        yield (
-            "positions that jump (PoSE, random) without document ids: transformers would take each "
-            "jump for the start of a new document. Batch with longctx.train.batch.Collator, which "
-            "adds document_ids, or train with FullLength positions."
-        )
-    if setup.packed and not setup.document_ids:
-        yield (
-            "packed documents without document ids: they would see each other. Batch with "
-            "longctx.train.batch.Collator, which adds document_ids, or do not pack."
-        )
 
 
 def _sharded(setup: Setup) -> Iterable[str]:
@@ -180,6 +159,12 @@ def _context_parallel(setup: Setup) -> Iterable[str]:
             f"context parallel ({size}) and {setup.attention_method}: ring attention computes "
             "plain causal attention only. Train it with FSDP alone (dp_shard_size) and activation "
             "checkpointing, or use a method that changes frequencies (yarn, ntk, linear)."
+        )
+    elif setup.sliding:
+        yield (
+            f"context parallel ({size}) and layers with a sliding window: ring attention takes no "
+            "mask, so they would see the whole sequence. Share weights alone (dp_shard), or use "
+            f"sequence parallel (sp) with attn={FLASH!r}."
         )
     elif setup.attention != "sdpa":
         yield (

@@ -14,29 +14,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainingArguments,
     set_seed,
 )
 
 from longctx.checkpoint import Saved
 from longctx.core import extend, patch_of
-from longctx.errors import RunError
 
 from .adapters import Lora, add_lora, merged, save_adapter
+from .arguments import checked, trainer_arguments
 from .batch import Collator
-from .contract import FLASH, Setup, check_contract, reach
+from .contract import FLASH, reach
 from .feed import Feed
 from .folder import RunFolder
 from .forward import LossForward, causal_of
@@ -44,11 +43,10 @@ from .losses import Losses
 from .packed import packed_attention
 from .positions import FullLength, Positions
 from .progress import Log
-from .serve import save_served
+from .serve import difference, probe, save_served
 from .settings import Gate, Training
-from .sharding import gathered, hollow, is_sharded, parallel_arguments, plugin_arguments
+from .sharding import gathered, hollow, is_sharded
 from .trainer import Evaluate, LongTrainer
-from .ulysses import precision
 
 __all__ = ["Finetuned", "finetune"]
 
@@ -68,12 +66,16 @@ class Finetuned:
     tokens: int
     """Seen, padding not counted, over all processes."""
     losses: tuple[float, ...]
-    """Of each update, in nats per supervised token."""
+    """What each update minimised: nats per supervised token, with unlikelihood and the contrastive
+    loss where they are asked for; updates of sequence-level unlikelihood are left out."""
     before: dict[str, float]
     """Figures before training; empty without an evaluation."""
     after: dict[str, float]
     stopped: str
-    """Why it ended before its time; empty if it did not."""
+    """What the gate would not allow: what ended the run, or was found at its end; else empty."""
+    rounded: float
+    """Difference of logits that merging adapters made, relative to the largest: 0 but for rounding,
+    which a base in half precision does coarsely. The figures are of the model before."""
 
 
 def finetune(
@@ -121,32 +123,9 @@ def finetune(
     """
     training, gate = training or Training(), gate or Gate()
     positions, losses = positions or FullLength(), losses or Losses()
-    if evaluate is None and (gate.short or gate.best or training.evaluate_every):
-        raise RunError("a gate or an evaluation every so often needs `evaluate`, a function.")
-    if gate.best and not training.evaluate_every:
-        raise RunError(
-            f"the best checkpoint by {gate.best} is asked for, and no evaluation on the way: pass "
-            "evaluate_every (--evaluate-every)."
-        )
-    if evaluate is not None and is_sharded(training):
-        raise RunError(
-            f"an evaluation needs a whole model in each process, and dp_shard={training.dp_shard}, "
-            f"cp={training.cp} leave none: train without (--evaluate and nothing after it), and "
-            "measure the saved model (longctx sweep)."
-        )
-    setup = Setup.of(
-        model,
-        context_parallel=training.cp,
-        sequence_parallel=training.sp,
-        packed=packed,
-        shifted=shifted,
-        custom_positions=positions.custom,
-        whole_document_losses=losses.whole_document,
-        fully_sharded=is_sharded(training),
-    )
-    check_contract(setup)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    parallel = parallel_arguments(training, started, setup.attention)
+    choices: dict[str, Any] = {"packed": packed, "shifted": shifted}
+    evaluated = evaluate is not None
+    setup, parallel = checked(model, training, gate, losses, evaluated=evaluated, **choices)
     state = PartialState(cpu=model.device.type == "cpu", timeout=_PATIENCE)
     first = state.is_main_process
     # Joins the other processes: what the first one begins, the others find there.
@@ -160,9 +139,8 @@ def finetune(
                 "positions": str(positions),
                 "losses": str(losses),
                 "lora": str(lora),
-                "packed": packed,
-                "shifted": shifted,
                 "rows": len(feed),
+                **choices,
                 **(record or {}),
             },
             resume=resume or not first,
@@ -172,16 +150,29 @@ def finetune(
     set_seed(training.seed)
     trained: Any = model if lora is None else add_lora(model, lora, seed=training.seed)
     empty = hollow(trained) if is_sharded(training) else None
-    during = extend(model, "shifted") if shifted else None
     kernel = FLASH if training.sp > 1 and setup.attention == FLASH else "auto"
-    attention = packed_attention(model, kernel) if packed or kernel == FLASH else None
-    loss_forward = LossForward.on(trained, losses, feed.shares)
-    log = Log(folder.log, shown=progress and first)
-    cached = causal_of(trained).config.use_cache  # which the Trainer turns off for good
-    try:
+    with ExitStack() as put_on:
+        if shifted:
+            put_on.callback(extend(model, "shifted").remove)
+        attention = packed_attention(model, kernel) if packed or kernel == FLASH else None
+        if attention is not None:
+            put_on.callback(attention.remove)
+        put_on.callback(LossForward.on(trained, losses, feed.shares).remove)
+        put_on.callback(setattr, config := causal_of(trained).config, "use_cache", config.use_cache)
+        log = Log(folder.log, shown=progress and first)
+        put_on.callback(log.close)
         trainer = LongTrainer(
             trained,
-            _arguments(training, parallel, folder, feed, trained, evaluate is not None, gate),
+            trainer_arguments(
+                training,
+                gate,
+                parallel,
+                feed,
+                trained,
+                output=folder.checkpoints,
+                evaluated=evaluated,
+                resumed=last is not None,
+            ),
             feed,
             _collator(training, positions, tokenizer),
             packed=attention,
@@ -194,21 +185,16 @@ def finetune(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        if evaluate is not None:
+        if evaluated:
             trainer.evaluate_last()
-    finally:
-        log.close()
-        causal_of(trained).config.use_cache = cached
-        loss_forward.remove()
-        if attention is not None:
-            attention.remove()
-        if during is not None:
-            during.remove()
     whole = trained if empty is None else gathered(trainer.accelerator, trained, empty)
+    rounded = 0.0
     if lora is not None:
+        beside = probe(whole) if first else None
         if first:
             save_adapter(whole, folder.adapter, overwrite=True)
         whole = merged(whole)
+        rounded = 0.0 if beside is None else difference(beside, probe(whole))
     history: list[dict[str, Any]] = trainer.state.log_history
     figures = [
         {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
@@ -221,6 +207,7 @@ def finetune(
         "before": figures[0] if figures else {},
         "after": figures[-1] if figures else {},
         "stopped": trainer.stopped,
+        "rounded": rounded,
     }
     saved: Any = save_served(whole, tokenizer, folder, done) if first else None
     saved = broadcast_object_list([saved])[0]
@@ -234,67 +221,3 @@ def _collator(
     pad: Any = tokenizer.pad_token_id or 0
     multiple = 2 * training.cp if training.cp > 1 else training.sp  # pieces of equal length
     return Collator(positions, pad_id=int(pad), multiple=multiple, seed=training.seed)
-
-
-def _arguments(
-    training: Training,
-    parallel: dict[str, Any],
-    folder: RunFolder,
-    feed: Feed,
-    model: Any,
-    evaluated: bool,
-    gate: Gate,
-) -> TrainingArguments:
-    device = causal_of(model).device.type
-    processes = int(os.environ.get("WORLD_SIZE", "1")) // (training.cp * training.sp)
-    rows = training.batch_size * training.accumulate * processes
-    steps = training.steps or max(1, len(feed) // rows)
-    if steps * rows > len(feed):
-        raise RunError(
-            f"{steps} updates of {rows} rows ({processes} processes) need {steps * rows} rows, the "
-            f"feed has {len(feed)}: make it with rows={steps * rows}."
-        )
-    whole = {p.dtype for p in model.parameters() if p.requires_grad}
-    if whole & {torch.bfloat16, torch.float16}:
-        raise RunError(
-            "weights to be trained are in half precision, in which small updates are rounded away: "
-            "load the model in float32 (--dtype float32); on CUDA it computes in bfloat16 all the "
-            "same."
-        )
-    half = device == "cuda" and torch.float32 in whole
-    best = f"eval_{gate.best}" if gate.best else None
-    every = training.evaluate_every
-    arguments = TrainingArguments(
-        output_dir=str(folder.checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.accumulate,
-        learning_rate=training.learning_rate,
-        warmup_steps=training.warmup,
-        lr_scheduler_type=training.schedule,
-        weight_decay=training.weight_decay,
-        adam_beta2=training.beta2,
-        max_grad_norm=training.max_grad_norm,
-        optim=training.optimizer,
-        use_cpu=device == "cpu",
-        seed=training.seed,
-        save_steps=training.save_every if best is None else every or training.save_every,
-        save_total_limit=training.keep,
-        eval_on_start=evaluated,
-        eval_strategy="steps" if evaluated and every else "no",
-        eval_steps=every,
-        metric_for_best_model=best,
-        greater_is_better=None if gate.best is None else not gate.falls(gate.best),
-        load_best_model_at_end=best is not None,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=list(training.report_to) or "none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        train_sampling_strategy="sequential",
-        dataloader_pin_memory=device == "cuda",
-        **precision(parallel, half=half),
-    )
-    if arguments.fsdp_plugin_args is not None:
-        arguments.fsdp_plugin_args |= plugin_arguments(training, half=half)
-    return arguments

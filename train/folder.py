@@ -49,7 +49,7 @@ class RunFolder:
         wanted = json.loads(json.dumps(record))
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not folder.run.is_file()):
             raise RunError(f"{path} holds something that is no run: choose another folder.")
-        if folder.run.is_file():
+        if folder.run.is_file() and (folder._begun or not first):
             if not resume:
                 raise RunError(
                     f"{path} holds a run already: pass resume (--resume) to go on with it, or "
@@ -63,6 +63,11 @@ class RunFolder:
             except OSError as error:
                 raise RunError(f"cannot write to {path}: {error}") from error
         return folder
+
+    @property
+    def _begun(self) -> bool:
+        """Whether anything was learnt: a run that was refused leaves run.json alone."""
+        return any(path != self.run for path in self.path.iterdir())
 
     def _refuse_other(self, wanted: dict[str, Any]) -> None:
         try:

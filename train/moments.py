@@ -90,27 +90,37 @@ class _Trained:
     """Those in the largest tensor."""
 
 
+def adapted_by(anatomy: Anatomy, settings: PlanSettings) -> tuple[str, ...]:
+    """Names of the linear layers with adapters.
+
+    Raises:
+        RunError: there are no such layers.
+    """
+    names = {x.name: x.block for x in anatomy.linears}
+    if settings.lora_rank and not {*names} >= {*settings.lora_targets}:
+        raise RunError(
+            f"lora_targets={settings.lora_targets}: expected linear layers of {anatomy.name}, "
+            f"which has {', '.join(sorted(names))}."
+        )
+    return settings.lora_targets or tuple(n for n, block in names.items() if block == "attention")
+
+
 def regime_of(anatomy: Anatomy, settings: PlanSettings) -> Regime:
     """What the settings mean for activations.
 
     Raises:
         RunError: adapters on layers that there are not.
     """
+    targets = adapted_by(anatomy, settings)
     lora, sharded = settings.lora_rank > 0, settings.dp_shard * settings.cp > 1
     compute = 2 if settings.dtype == "bfloat16" else FLOAT
-    names = {x.name for x in anatomy.linears}
-    if lora and not names >= set(settings.lora_targets):
-        raise RunError(
-            f"lora_targets={settings.lora_targets}: expected linear layers of {anatomy.name}, "
-            f"which has {', '.join(sorted(names))}."
-        )
     return Regime(
         compute=compute,
         # FSDP hands float32 weights out in half precision, embeddings and norms among them.
         stream=compute if sharded or settings.half_base else FLOAT,
         casts=compute < FLOAT and not sharded,
         rank=settings.lora_rank,
-        targets=settings.lora_targets,
+        targets=targets,
         norms=settings.norms or not lora,
         head=not lora or (settings.embeddings and not anatomy.head),
         packed=settings.pack,
@@ -214,7 +224,7 @@ def moments_of(anatomy: Anatomy, settings: PlanSettings) -> tuple[Moment, ...]:
 def _trained(anatomy: Anatomy, settings: PlanSettings) -> _Trained:
     if not settings.lora_rank:
         return _Trained(anatomy.parameters, anatomy.embedding, anatomy.largest)
-    adapted = [x for x in anatomy.linears if x.name in settings.lora_targets]
+    adapted = [x for x in anatomy.linears if x.name in adapted_by(anatomy, settings)]
     rank = settings.lora_rank
     adapters = anatomy.layers * sum(rank * (x.inputs + x.outputs) for x in adapted)
     embedding = anatomy.embedding * settings.embeddings

@@ -52,16 +52,19 @@ def piece(whole: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tensor
         size: their number.
 
     Returns:
-        Tensors [B, S / size], and a mask of ones of that shape: Ulysses discards masks, and without
-        one transformers would take positions that jump for packed documents and build a large one.
+        Tensors [B, S / size].
     """
-    parts = {name: tensor.chunk(size, dim=1)[rank].contiguous() for name, tensor in whole.items()}
-    return {**parts, "attention_mask": torch.ones_like(parts["input_ids"])}
+    return {name: tensor.chunk(size, dim=1)[rank].contiguous() for name, tensor in whole.items()}
 
 
 def model_inputs(part: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model is called with on a piece; see `forward.LossForward`."""
+    """What the model is called with on a piece; see `forward.LossForward`.
+
+    With a mask of ones: both ways of sharing discard masks, and without one transformers would take
+    positions that jump for packed documents and build a mask of S² numbers first.
+    """
     inputs = {name: tensor for name, tensor in part.items() if name != "shift_labels"}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     return {**inputs, "labels": part["shift_labels"], "shifted": True, "use_cache": False}
 
 

@@ -55,8 +55,8 @@ class PlanSettings:
     """What matrix products compute in, by autocast, and what a frozen base is held in."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 for all weights."""
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Names of the adapted linear layers."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the adapted linear layers; none for those of the attention."""
     norms: bool = False
     """With adapters, norms are trained whole (LongLoRA)."""
     embeddings: bool = False
@@ -199,6 +199,7 @@ def plan(
             context_parallel=settings.cp,
             sequence_parallel=settings.sp,
             packed=settings.pack,
+            sliding=anatomy.sliding,
             fully_sharded=settings.dp_shard * settings.cp > 1,
             attention="flash_attention_2" if settings.sp > 1 else "sdpa",
         )

@@ -92,7 +92,7 @@ class Recipe:
             return RandomPositions(self.window, self.max_length)
         if self.positions in ("schedule", "schedule-pose"):
             # Long enough at the shortest to learn what the longer ones then only have to carry.
-            full, hold = max(1, steps * 11 // 20), steps * 3 // 20
+            full, hold = max(1, steps * 9 // 20), steps * 3 // 20
             chunks = 1 if self.positions == "schedule" else 2
             return LengthSchedule(self.window, self.max_length, full, hold, chunks)
         return FullLength()
@@ -136,7 +136,7 @@ EMBEDDED = Recipe(
     max_length=2_048,
     positions="schedule-pose",
     window=64,
-    retrieval=0.5,
+    retrieval=0.4,
     training=Training(
         steps=1_000,
         batch_size=2,

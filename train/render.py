@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from longctx.errors import DataError
+from longctx.haystacks import bos_of
 
 from .conversations import Turn
 
@@ -195,9 +196,7 @@ def vicuna(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if tokenizer.eos_token is None:
         raise DataError("the tokenizer has no eos_token, which ends a Vicuna answer: set one.")
-    ids = tokenizer("a")["input_ids"]
-    has_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-    return _VICUNA.format(bos="bos_token" if has_bos else "''")
+    return _VICUNA.format(bos="bos_token" if bos_of(tokenizer) else "''")
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> ChatTemplate:

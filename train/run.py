@@ -9,6 +9,8 @@ The model is extended first, so that what cannot be put on is refused before any
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.core import extend
 from longctx.errors import RunError
+from longctx.haystacks import bos_of
 from longctx.methods import parse_method
 
+from .arguments import checked, rows_per_update
 from .batch import pack
 from .contract import reach
 from .data import Prepared, prepare
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
 
     from .trainer import Evaluate
 
-__all__ = ["Run"]
+__all__ = ["Run", "Work"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +101,30 @@ class Run:
                 "shorter length."
             )
 
+    def work(self, tokenizer: PreTrainedTokenizerBase, prepared: list[Prepared]) -> Work:
+        """What the data come to: rows in their order, and how many updates they are."""
+        from datasets import concatenate_datasets
+
+        dataset = concatenate_datasets([part.dataset for part in prepared])
+        return Work.of(self.recipe, dataset, tokenizer, self._record(prepared))
+
+    def check(self, model: PreTrainedModel, *, evaluated: bool, gate: Gate | None = None) -> None:
+        """Refuse what `start` would, as far as it can be seen without beginning.
+
+        Raises:
+            RunError: settings that do not go together.
+        """
+        recipe = self.recipe
+        choices: dict[str, Any] = {"packed": recipe.pack, "shifted": recipe.shifted}
+        gate = gate or Gate()
+        checked(model, recipe.training, gate, recipe.losses, evaluated=evaluated, **choices)
+
     def start(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        prepared: list[Prepared] | None = None,
+        work: Work | None = None,
         *,
-        processes: int = 1,
         evaluate: Evaluate | None = None,
         gate: Gate | None = None,
         resume: bool = False,
@@ -114,26 +135,20 @@ class Run:
         Args:
             model: with the method in place (`extend`).
             tokenizer: its tokenizer.
-            prepared: what `prepare` gave, if that was asked for before.
-            processes: that hold rows of their own (world size / (cp · sp)).
+            work: from `work`, if that was asked for before.
             evaluate: figures for before, after and between.
             gate: what they decide.
             resume: go on with a run that is there.
             progress: show how it goes.
         """
-        from datasets import concatenate_datasets
-
-        prepared = prepared or self.prepare(tokenizer)
-        dataset = concatenate_datasets([part.dataset for part in prepared])
-        rows, steps = self._sizes(dataset, processes)
-        policy = self.recipe.policy(steps)
+        work = work or self.work(tokenizer, self.prepare(tokenizer))
         return finetune(
             model,
             tokenizer,
-            self._feed(dataset, tokenizer, rows, steps, policy),
+            work.feed,
             self.recipe.training,
             output=self.output,
-            positions=policy,
+            positions=work.positions,
             losses=self.recipe.losses,
             lora=self.recipe.lora,
             packed=self.recipe.pack,
@@ -141,46 +156,8 @@ class Run:
             evaluate=evaluate,
             gate=gate,
             resume=resume,
-            record=self._record(prepared),
+            record=work.record,
             progress=progress,
-        )
-
-    def _sizes(self, dataset: Dataset, processes: int) -> tuple[int, int]:
-        training = self.recipe.training
-        each = training.batch_size * training.accumulate * processes
-        if training.steps is not None:
-            return training.steps * each, training.steps
-        tokens = sum(dataset["length"])
-        per_row = self.recipe.max_length if self.recipe.pack else tokens / len(dataset)
-        steps = max(
-            1, round(training.epochs * tokens / per_row / (1 - self.recipe.retrieval) / each)
-        )
-        return steps * each, steps
-
-    def _feed(
-        self,
-        dataset: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        rows: int,
-        steps: int,
-        policy: Positions,
-    ) -> Feed:
-        recipe, training = self.recipe, self.recipe.training
-        if not recipe.drawn:
-            whole = pack(dataset, recipe.max_length) if recipe.pack else dataset
-            return Epochs(whole, rows, seed=training.seed)
-        bos: Any = tokenizer.bos_token_id
-        shares = [Share("data", Rows(dataset, keep=bos), 1 - recipe.retrieval)]
-        if recipe.retrieval:
-            keys = Passkeys(tokenizer, training_text())
-            shares.append(Share("retrieval", keys, recipe.retrieval))
-        return Mixture(
-            shares,
-            rows=rows,
-            rows_per_step=rows // steps,
-            row_tokens=recipe.max_length,
-            positions=policy,
-            seed=training.seed,
         )
 
     def _record(self, prepared: list[Prepared]) -> Mapping[str, Any]:
@@ -189,8 +166,77 @@ class Run:
             "data": list(self.data),
             "samples": sum(report.samples for report in reports),
             "supervised": sum(report.supervised for report in reports),
+            "content": _digest([part.dataset for part in prepared]),
             "max_length": self.recipe.max_length,
             "overflow": self.recipe.overflow,
             "retrieval": self.recipe.retrieval,
             "template": self.template,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Rows in the order in which they are learnt."""
+
+    feed: Feed
+    positions: Positions
+    updates: int
+    rows: int
+    """Of an update, over all processes."""
+    about: str
+    """Where rows come from."""
+    record: Mapping[str, Any]
+    """What makes the data what they are, to be compared on resume."""
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        record: Mapping[str, Any],
+    ) -> Work:
+        """Pack a dataset or draw from it, for as many updates as the recipe says.
+
+        Where it says epochs, the last update is filled up from the next pass.
+        """
+        training, rows = recipe.training, rows_per_update(recipe.training)
+        tokens = sum(dataset["length"])
+        if not recipe.drawn:
+            whole = pack(dataset, recipe.max_length) if recipe.pack else dataset
+            updates = training.steps or math.ceil(training.epochs * len(whole) / rows)
+            feed: Feed = Epochs(whole, updates * rows, seed=training.seed)
+            room = len(whole) * recipe.max_length
+            about = f"{len(whole):,} rows a pass, {tokens / room:.0%} full"
+            return cls(feed, recipe.policy(updates), updates, rows, about, record)
+        row = recipe.max_length * (1 - recipe.retrieval)
+        updates = training.steps or math.ceil(training.epochs * tokens / row / rows)
+        policy = recipe.policy(updates)
+        bos = bos_of(tokenizer)
+        shares = [Share("data", Rows(dataset, keep=bos[0] if bos else None), 1 - recipe.retrieval)]
+        if recipe.retrieval:
+            keys = Passkeys(tokenizer, training_text())
+            shares.append(Share("retrieval", keys, recipe.retrieval))
+        feed = Mixture(
+            shares,
+            rows=updates * rows,
+            rows_per_step=rows,
+            row_tokens=recipe.max_length,
+            positions=policy,
+            seed=training.seed,
+        )
+        about = f"{recipe.max_length:,} tokens each, drawn at the update's length"
+        return cls(feed, policy, updates, rows, about, record)
+
+    def __str__(self) -> str:
+        return f"{self.updates:,} updates of {self.rows:,} rows; {self.about}"
+
+
+def _digest(datasets: list[Dataset]) -> str:
+    """Of all token ids and labels: whether they are the same in a resumed run."""
+    digest = hashlib.sha256()
+    for dataset in datasets:
+        for name in ("input_ids", "labels"):
+            for row in dataset.with_format("numpy")[name]:
+                digest.update(row.tobytes())
+    return digest.hexdigest()[:16]

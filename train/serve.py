@@ -17,9 +17,9 @@ from longctx.model import text_config, window
 
 from .folder import RunFolder
 
-__all__ = ["model_card", "save_served"]
+__all__ = ["difference", "model_card", "probe", "save_served"]
 
-_PROBE = 32  # tokens whose logits are compared after reloading
+_PROBE = 32  # tokens whose logits are compared, at the window's start and all over it
 
 
 def save_served(
@@ -41,17 +41,17 @@ def save_served(
         # Else the run would pass for finished.
         aside = folder.model.rename(folder.model.with_name("model-refused"))
         raise RunError(
-            f"{aside}: reloaded, its logits are off by {off:.3g} (relative to their largest). Do "
-            "not serve it; the run's checkpoints are whole."
+            f"{aside}: reloaded, its logits are off by {off:.3g} (relative to their largest; inf: "
+            "its window is another). Do not serve it; the run's checkpoints are whole."
         )
     return saved
 
 
 def _difference(model: PreTrainedModel, saved: Saved) -> float:
     """Largest difference of logits after reloading, relative to the largest logit."""
-    config: Any = text_config(model)
     again: Any
     if saved.plain:
+        config: Any = text_config(model)
         attention = config._attn_implementation
         again = AutoModelForCausalLM.from_pretrained(
             saved.path, dtype=model.dtype, attn_implementation=attention
@@ -59,14 +59,35 @@ def _difference(model: PreTrainedModel, saved: Saved) -> float:
         again.to(model.device)
     else:
         again, _ = load(saved.path, device=str(model.device), dtype=str(model.dtype)[6:])  # pyright: ignore[reportArgumentType]
-    size = int(config.vocab_size)
-    ids = torch.arange(_PROBE, device=model.device)[None] * 7 % size
+    if window(again) != window(model):
+        return float("inf")
+    return difference(probe(model), probe(again))
+
+
+def probe(model: Any) -> torch.Tensor:
+    """Logits [2, tokens, vocab], float32, at the first positions and at some all over the window.
+
+    Without the latter, settings that act further out only would go unseen.
+    """
+    config: Any = text_config(model)
+    ids = torch.arange(_PROBE, device=model.device)[None] * 7 % int(config.vocab_size)
+    near = torch.arange(_PROBE, device=model.device)[None]
+    last = (window(model) or _PROBE) - 1
+    far = torch.linspace(0, last, _PROBE, device=model.device).long()[None]
+    call: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
     training = model.training
     model.eval()
-    again.eval()
     with torch.no_grad():
-        here, there = (m(input_ids=ids, use_cache=False).logits.float() for m in (model, again))
+        logits = [
+            model(input_ids=ids, position_ids=places, **call).logits.float()
+            for places in (near, far)
+        ]
     model.train(training)
+    return torch.cat(logits)
+
+
+def difference(here: torch.Tensor, there: torch.Tensor) -> float:
+    """Largest difference of logits, relative to the largest of them."""
     return float((here - there).abs().max() / here.abs().max())
 
 
@@ -88,7 +109,14 @@ def model_card(
         "",
     ]
     if done["stopped"]:
-        lines += [f"The run ended before its time: {done['stopped']}.", ""]
+        lines += [f"Beyond what was allowed: {done['stopped']}.", ""]
+    if done["rounded"] > 1e-4:
+        lines += [
+            f"The adapters were merged into weights in {str(model.dtype)[6:]}, whose rounding "
+            f"moved logits by {done['rounded']:.1%} of the largest. The figures are of the model "
+            "with the adapters beside it, as they lie in the run's folder.",
+            "",
+        ]
     if done["after"]:
         lines += ["| | before | after |", "|---|---|---|"]
         for name, after in done["after"].items():

@@ -30,7 +30,8 @@ class Training:
     warmup: int = 20
     """Updates until the peak is reached."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls from its peak: to 0 along a cosine or a line, or not at all."""
+    """How the learning rate falls from its peak: to 0 along a cosine or a line, or not at all. It
+    gets there in `warmup` updates in any case."""
     weight_decay: float = 0.0
     """On matrices; norms and biases are never decayed."""
     beta2: float = 0.95
@@ -99,7 +100,8 @@ class Gate:
     """What happens beyond: the run ends there and is saved, or a line is printed."""
     best: str | None = None
     """Figure by which the best checkpoint is chosen, higher is better unless it is a perplexity;
-    None for the last checkpoint."""
+    None for the last checkpoint. Checkpoints are then written whenever it is measured
+    (`evaluate_every`), and not every `save_every` updates."""
 
     @staticmethod
     def falls(figure: str) -> bool:

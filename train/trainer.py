@@ -79,7 +79,7 @@ class LongTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # divided by the tokens of the whole update
         self.aside: Aside = nullcontext  # for whole sequences under sequence parallel
         self.stopped = ""
-        """Why the run ended before its time, if it did."""
+        """What the gate would not allow, if there was anything."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; under sequence parallel, with DeepSpeed in place meanwhile."""
@@ -269,12 +269,13 @@ class LongTrainer(Trainer):
         sign = 1 if Gate.falls(self.gate.short) else -1
         if sign * (found[key] - before) <= self.gate.worse * abs(before):
             return
+        step, steps = self.state.global_step, self.state.max_steps
         said = (
-            f"{self.gate.short} went from {before:.4g} to {found[key]:.4g} by update "
-            f"{self.state.global_step}, beyond the {self.gate.worse:.0%} that the gate allows"
+            f"{self.gate.short} went from {before:.4g} to {found[key]:.4g} by update {step} of "
+            f"{steps}, beyond the {self.gate.worse:.0%} that the gate allows"
         )
         if self.gate.action == "stop":
-            self.stopped = said
+            self.stopped = said if step == steps else f"the run was ended: {said}"
             self.control.should_training_stop = True
         if self.is_world_process_zero():
             print(f"longctx: {said}", flush=True)

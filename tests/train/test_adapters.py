@@ -247,9 +247,9 @@ def test_half_precision_weights_have_float32_adapters(tmp_path: Path) -> None:
 def test_targets_that_a_model_lacks_are_named() -> None:
     phi3 = build("phi3")
     with pytest.raises(RunError) as caught:
-        add_lora(phi3, Lora())
+        add_lora(phi3, Lora(targets=("q_proj", "o_proj")))
     said = str(caught.value)
-    assert "'phi3' has no linear layer 'q_proj', 'k_proj', 'v_proj' below its head" in said
+    assert "'phi3' has no linear layer 'q_proj' below its head" in said
     assert "(it has down_proj, gate_up_proj, o_proj, qkv_proj)" in said
     add_lora(phi3, Lora(targets=("qkv_proj", "down_proj")))
     with pytest.raises(RunError, match="no linear layer 'lm_head' below its head"):
@@ -274,7 +274,6 @@ def test_embeddings_that_peft_would_untie_are_refused() -> None:
         ({"rank": 2.5}, r"rank=2\.5"),
         ({"alpha": 0}, "alpha=0"),
         ({"alpha": float("nan")}, "alpha=nan"),
-        ({"targets": ()}, r"targets=\(\)"),
         ({"targets": "q_proj"}, "targets='q_proj'"),
     ],
 )

@@ -46,11 +46,10 @@ FINE = Setup(heads=12, kv_heads=4)
             {"attention": "sdpa"},
         ),
         (
-            {"custom_positions": True, "document_ids": False},
-            "jump.*Collator",
-            {"document_ids": True},
+            {"context_parallel": 2, "sliding": True},
+            r"context parallel.*sliding window.*\(sp\) with attn='flash_attention_2'",
+            {"context_parallel": 1},
         ),
-        ({"packed": True, "document_ids": False}, "see each other", {"document_ids": True}),
         ({"sequence_parallel": 8}, r"12 query heads.*\[1, 2, 3, 4, 6, 12\]", {"heads": 16}),
         (
             {"sequence_parallel": 6},
@@ -109,10 +108,6 @@ def test_all_problems_are_named_at_once() -> None:
     setup = replace(FINE, context_parallel=2, packed=True, attention_method="alibi")
     with pytest.raises(RunError, match=r"(?s)packing.*alibi"):
         check_contract(setup)
-
-
-def test_positions_that_jump_with_context_parallel_are_fine() -> None:
-    check_contract(replace(FINE, context_parallel=4, custom_positions=True))
 
 
 def test_a_model_says_what_is_on_it() -> None:

@@ -23,12 +23,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import longctx
 from longctx.errors import RunError
+from longctx.train.adapters import Lora
 from longctx.train.batch import Collator
 from longctx.train.continuation import SequenceUnlikelihood
 from longctx.train.encode import IGNORED
 from longctx.train.feed import Feed
 from longctx.train.finetune import Finetuned, finetune
 from longctx.train.losses import Losses
+from longctx.train.serve import difference, probe
 from longctx.train.settings import Gate, Training
 
 STEPS = Training(steps=6, batch_size=2, learning_rate=1e-3, warmup=1, save_every=2)
@@ -255,8 +257,19 @@ def test_positions_beyond_the_window_are_refused(tmp_path: Path) -> None:
 
 
 def test_more_updates_than_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"7 updates of 2 rows \(1 processes\) need 14 rows"):
+    with pytest.raises(RunError, match=r"7 updates of 2 rows need 14 rows, the feed has 12"):
         train(tmp_path / "run", replace(STEPS, steps=7))
+    # Nothing was begun, so the folder takes the run that was meant.
+    assert train(tmp_path / "run", replace(STEPS, steps=1)).updates == 1
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_every_schedule_warms_up(tmp_path: Path, schedule: Any) -> None:
+    train(tmp_path / "run", replace(STEPS, steps=4, warmup=2, schedule=schedule))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
+    assert (rates[3] == rates[2]) == (schedule == "constant")
 
 
 def counting() -> Any:
@@ -291,13 +304,59 @@ def test_the_gate_stops_a_run_that_forgets_its_old_window(tmp_path: Path) -> Non
     gate = Gate(short="perplexity@256", worse=0.1)
     done = train(tmp_path / "run", replace(STEPS, evaluate_every=2), evaluate=counting(), gate=gate)
     assert done.updates == 4  # 11 → 12 → 13: beyond 12.1 at the second
-    assert "perplexity@256 went from 11 to 13 by update 4" in done.stopped
+    assert done.stopped.startswith(
+        "the run was ended: perplexity@256 went from 11 to 13 by update 4 of 6"
+    )
     warned = replace(gate, action="warn")
     done = train(
         tmp_path / "on", replace(STEPS, evaluate_every=2), evaluate=counting(), gate=warned
     )
     assert done.updates == 6
     assert not done.stopped
+
+
+def test_the_gate_asked_at_the_end_alone_ends_nothing(tmp_path: Path) -> None:
+    gate = Gate(short="perplexity@256", worse=0.05)
+    done = train(tmp_path / "run", evaluate=counting(), gate=gate)
+    assert done.updates == 6
+    assert done.stopped.startswith("perplexity@256 went from 11 to 12 by update 6 of 6")
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "Beyond what was allowed: perplexity@256 went" in card
+
+
+def test_a_resumed_run_is_measured_when_the_uninterrupted_one_is(tmp_path: Path) -> None:
+    often = replace(STEPS, evaluate_every=4)
+    wanted = train(tmp_path / "whole", often, evaluate=counting())
+    figures = counting()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", often, Noise(last=7), evaluate=figures)
+    done = train(tmp_path / "run", often, evaluate=figures, resume=True)
+    assert (done.before, done.after) == (wanted.before, wanted.after)
+
+
+def test_adapters_on_a_base_in_half_precision_say_what_merging_rounds(tmp_path: Path) -> None:
+    model, tokenizer = loaded()
+    settings = replace(STEPS, steps=3)
+    how: dict[str, Any] = {"lora": Lora(rank=4), "progress": False}
+    done = finetune(model, tokenizer, Noise(), settings, output=tmp_path / "whole", **how)
+    assert done.rounded < 1e-5
+    model, tokenizer = longctx.load("demo", device="cpu", dtype="bfloat16")
+    longctx.extend(model, "linear", factor=8)
+    done = finetune(model, tokenizer, Noise(), settings, output=tmp_path / "half", **how)
+    assert 1e-4 < done.rounded < 0.1
+    card = (tmp_path / "half" / "model" / "README.md").read_text()
+    assert f"into weights in bfloat16, whose rounding moved logits by {done.rounded:.1%}" in card
+    assert "merged into" not in (tmp_path / "whole" / "model" / "README.md").read_text()
+
+
+def test_settings_that_act_further_out_alone_are_seen_after_reloading() -> None:
+    model, _ = longctx.load("demo", device="cpu")
+    longctx.extend(model, "dynamic", factor=8)
+    plain, _ = longctx.load("demo", device="cpu")
+    plain.config.max_position_embeddings = 2048
+    here, there = probe(model), probe(plain)
+    assert difference(here[0], there[0]) < 1e-5  # within the old window it is the same model
+    assert difference(here[1], there[1]) > 1e-2
 
 
 def test_the_best_checkpoint_is_what_is_saved(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         ("a.jsonl", LINES.encode()),
         ("a.ndjson", LINES.rstrip().encode()),
         ("lines.json", LINES.encode()),
-        ("a.json.gz", gzip.compress(ARRAY.encode())),
+        ("a.json.gz", gzip.compress(ARRAY.encode(), mtime=0)),
         ("a.jsonl.xz", lzma.compress(LINES.encode())),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_stream_is_refused_before_it_begins(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n\xe6', "breaks off: after 1 whole records"),
         ("a.txt", b"abc\xfe", "no UTF-8 text at byte 3:"),
         ("a.parquet", b"PAR1 and no more", "no whole parquet file.*nothing can be salvaged"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:60], "does not decompress"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:60], "does not decompress"),
         ("a.jsonl.xz", b"no xz at all", "does not decompress"),
         ("a.csv", b"a,b", "the ending '.csv' is not known; use .json, .jsonl"),
     ],

@@ -1,0 +1,89 @@
+"""A recipe with data: how much is learnt, and in which rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import longctx
+from longctx.train.recipes import LONGCHAT_16K, Recipe
+from longctx.train.run import Run, Work
+from longctx.train.settings import Training
+
+
+def chats(path: Path, words: list[int]) -> str:
+    turns = [
+        {
+            "conversations": [
+                {"from": "human", "value": f"Say {n} words."},
+                {"from": "gpt", "value": " ".join(f"w{n:02}" for _ in range(count))},
+            ]
+        }
+        for n, count in enumerate(words)
+    ]
+    path.write_text(json.dumps(turns))
+    return str(path)
+
+
+def work(tmp_path: Path, recipe: Recipe, words: list[int]) -> tuple[Work, Any]:
+    _, tokenizer = longctx.load("demo")
+    data = chats(tmp_path / "chats.json", words)
+    run = Run(recipe, (data,), tmp_path / "run", template="vicuna")
+    prepared = run.prepare(tokenizer)
+    return run.work(tokenizer, prepared), prepared[0].dataset
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_epoch_holds_every_document(tmp_path: Path, pack: bool) -> None:
+    """Of three fifths of a row each: counted by tokens, two in five would never be seen."""
+    recipe = replace(LONGCHAT_16K, max_length=512, pack=pack, training=Training(batch_size=3))
+    found, dataset = work(tmp_path, recipe, [70] * 20)
+    assert all(256 < length < 512 for length in dataset["length"])
+    assert (found.updates, found.rows, len(found.feed)) == (7, 3, 21)  # 20 rows, and one again
+    seen = {tuple(found.feed[n]["input_ids"]) for n in range(20)}
+    assert seen == {tuple(ids) for ids in dataset["input_ids"]}
+    assert str(found).startswith("7 updates of 3 rows; 20 rows a pass, ")
+
+
+def test_passes_and_updates_follow_from_each_other(tmp_path: Path) -> None:
+    twice = replace(LONGCHAT_16K, max_length=512, training=Training(epochs=1.5, batch_size=2))
+    assert work(tmp_path, twice, [70] * 20)[0].updates == 15
+    given = replace(twice, training=Training(steps=4, batch_size=2))
+    assert len(work(tmp_path, given, [70] * 20)[0].feed) == 8
+    drawn = replace(twice, retrieval=0.5, training=Training(batch_size=2))
+    found, dataset = work(tmp_path, drawn, [70] * 20)
+    assert found.updates == -(-sum(dataset["length"]) // 512)  # half of two rows is data
+
+
+def test_a_bos_is_kept_in_front_only_where_the_tokenizer_puts_one(tmp_path: Path) -> None:
+    _, tokenizer = longctx.load("demo")
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    recipe = replace(
+        LONGCHAT_16K, positions="schedule", window=64, max_length=512, training=Training(steps=4)
+    )
+    starts: list[set[bool]] = []
+    for puts_one in (True, False):
+        run = Run(recipe, (chats(tmp_path / "chats.json", [70] * 20),), tmp_path, "vicuna")
+        prepared = run.prepare(tokenizer)
+        if not puts_one:
+            tokenizer.backend_tokenizer.post_processor = None
+        feed = run.work(tokenizer, prepared).feed
+        row = feed[0]
+        ends = [sum(row["seq_lengths"][: n + 1]) for n in range(len(row["seq_lengths"]))]
+        firsts = [row["input_ids"][start] for start in [0, *ends[:-1]]]
+        starts.append({first == tokenizer.bos_token_id for first in firsts})
+    assert starts[0] == {True}
+    assert False in starts[1]
+
+
+def test_other_data_of_the_same_size_is_another_run(tmp_path: Path) -> None:
+    recipe = replace(LONGCHAT_16K, max_length=512)
+    one = work(tmp_path, recipe, [70, 71])[0].record
+    assert work(tmp_path, recipe, [70, 71])[0].record == one
+    other = work(tmp_path, recipe, [71, 70])[0].record
+    assert other["samples"] == one["samples"]
+    assert other["content"] != one["content"]
