@@ -1,9 +1,9 @@
 """Fewer prompts for the same answer: how far does the share found stay above a threshold?
 
 In a cell, prompts are asked in a random order until Wald's sequential probability ratio test
-decides between a share of `threshold − margin` and one of `threshold + margin`; both errors are
-at most about `error` where the true share is outside of the two. A cell that is still open when
-its prompts are used up is decided by its share.
+decides between a share of `threshold − margin` and one of `threshold + margin`. A cell that is
+still open when its prompts are used up is decided by its share, so that the wanted `error` is kept
+only with prompts enough: `Adaptive.errors` gives the probabilities of a wrong decision for so many.
 
 Over lengths the boundary is found by bisection. That takes it that what fails at a length fails at
 longer ones; a failure therefore counts only if the next longer length fails too, so that a dip is
@@ -15,6 +15,7 @@ Source: Wald, "Sequential Tests of Statistical Hypotheses" (1945), sections 3 an
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -38,7 +39,7 @@ class Adaptive:
     margin: float = 0.1
     """The shares threshold ± margin are to be told apart; between them either answer is right."""
     error: float = 0.05
-    """Probability of either wrong decision."""
+    """Probability of either wrong decision, given prompts enough (about 100 at these defaults)."""
     step: int = 5
     """Prompts asked at a time."""
 
@@ -63,6 +64,38 @@ class Adaptive:
             return "pass"
         return "fail" if ratio <= -bound else None
 
+    def errors(self, samples: int) -> tuple[float, float]:
+        """Probability of a wrong decision by at most so many prompts.
+
+        Returns:
+            That of a pass at a true share of threshold − margin, and of a failure at threshold +
+            margin: exact, by all ways in which the hits can come.
+        """
+        low, high = self.threshold - self.margin, self.threshold + self.margin
+        return self._probability("pass", low, samples), self._probability("fail", high, samples)
+
+    def _probability(self, verdict: Verdict, share: float, samples: int) -> float:
+        undecided, asked, total = {0: 1.0}, 0, 0.0  # probability by hits
+        while asked < samples:
+            more = min(self.step, samples - asked)
+            asked += more
+            later: dict[int, float] = defaultdict(float)
+            for hits, p in undecided.items():
+                for new in range(more + 1):
+                    q = p * math.comb(more, new) * share**new * (1 - share) ** (more - new)
+                    found = self.decide(hits + new, asked)
+                    if found is None:
+                        later[hits + new] += q
+                    else:
+                        total += q * (found == verdict)
+            undecided = later
+        return total + sum(
+            p for hits, p in undecided.items() if self._by_share(hits, samples) == verdict
+        )
+
+    def _by_share(self, hits: int, asked: int) -> Verdict:
+        return "pass" if hits >= self.threshold * asked else "fail"
+
     def ask(
         self, samples: int, seed: int, answer: Callable[[Sequence[int]], Iterable[Observation]]
     ) -> Verdict:
@@ -86,7 +119,7 @@ class Adaptive:
             verdict = self.decide(hits, asked)
             if verdict is not None:
                 return verdict
-        return "pass" if hits >= self.threshold * asked else "fail"
+        return self._by_share(hits, asked)
 
 
 def boundary(lengths: Sequence[int], measure: Callable[[int], Verdict]) -> int | None:

@@ -98,13 +98,22 @@ def compare(runs: Mapping[str, Source], *, interval: Interval = "t") -> Comparis
         rows=tuple(_adjusted(rows)),
         pooled=tuple(_adjusted(_pool(tasks, entries, lengths, pairs))),
         inside=tuple(_adjusted(_pool(tasks, entries, short, pairs))),
-        notes=tuple(dict.fromkeys(note for entry in entries for note in entry.notes)),
+        notes=tuple(
+            dict.fromkeys([*_other_texts(entries), *(n for e in entries for n in e.notes)])
+        ),
     )
 
 
 def _refuse_unlike(entries: Sequence[Entry]) -> None:
     """Different models are the point; different prompts are not."""
     base = entries[0]
+    for entry in entries:
+        if entry.adaptive:
+            raise RunError(
+                f"{entry.name} is of an adaptive sweep, which asked each cell only until it was "
+                "decided: tests of differences take a number of prompts that was fixed before. "
+                "Sweep both without --adaptive."
+            )
     for entry in entries[1:]:
         if entry.tokenizer != base.tokenizer:
             raise RunError(
@@ -120,6 +129,19 @@ def _refuse_unlike(entries: Sequence[Entry]) -> None:
                         f"{other.name} and {entry.name} have different settings of {task}: "
                         f"{_unlike(one, two)}. Sweep both alike."
                     )
+
+
+def _other_texts(entries: Sequence[Entry]) -> list[str]:
+    """Tasks whose figures are over other inputs in one entry than in the baseline."""
+    base = entries[0]
+    return [
+        f"{task} of {entry.name} and of {base.name} is over other windows or texts: the values are "
+        "of all of them, the difference of those that both have"
+        for entry in entries[1:]
+        for task in base.tasks
+        if task in entry.tasks
+        and json_digest(base.tasks[task].scope) != json_digest(entry.tasks[task].scope)
+    ]
 
 
 def _unlike(first: dict[str, Any], second: dict[str, Any]) -> str:

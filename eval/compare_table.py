@@ -136,6 +136,8 @@ def _baseline(row: ComparedCell, share: bool) -> Text:
     if not math.isnan(row.low):
         low, high = _value(row.low, share=share), _value(row.high, share=share)
         text.append(f"\n{low} to {high} ", style="dim")
+    else:
+        text.append("\nno interval ", style="dim")
     return text
 
 
@@ -150,6 +152,8 @@ def _figures(row: ComparedCell, share: bool) -> Text:
         if not math.isnan(row.difference_low):
             spread = _spread(row.difference_low, row.difference_high, share=share)
             text.append(f"\n{spread} ", style="dim")
+        else:
+            text.append("\nno interval ", style="dim")
     return text
 
 

@@ -67,8 +67,9 @@ class Repetition:
     """Sample among the fewest tokens that hold this share of the probability."""
     seed: int = 0
     """Of the draws."""
-    ignore_eos: bool = False
-    """Go on after a token that ends the text; else the continuation ends before it."""
+    ignore_eos: bool = True
+    """Go on after a token that ends the text, so that all continuations are equally long: a short
+    one repeats less, and one that ends at once nothing at all. Else they end before it."""
     text: tuple[str, ...] = ()
     """Files or folders, a document per file; none means the embedded held-out documents."""
 
@@ -107,6 +108,10 @@ class Repetition:
         """Settings, and the documents by their content."""
         documents = [digest(document) for document in texts_of(self.text).documents]
         return {**dataclasses.asdict(self), "text": documents}
+
+    def scope(self) -> dict[str, Any]:
+        """The same: a cell's figure depends on nothing else."""
+        return self.spec()
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool

@@ -139,7 +139,7 @@ def _value_title(sweep: SweepFolder, task: str) -> str:
         return "no cell could be measured"
     longest = max(row.length for row in rows)
     rows = [row for row in rows if row.length == longest]
-    best = (max if answered else min)(row.value for row in rows)
+    best = (max if sweep.is_higher_better(task) else min)(row.value for row in rows)
     first = [row for row in rows if row.value == best]
     said = figure(first[0], share=share)
     if len(first) == len(rows) > 1:
@@ -147,7 +147,8 @@ def _value_title(sweep: SweepFolder, task: str) -> str:
     who, many = (first[0].method, False) if len(first) == 1 else (f"{len(first)} methods", True)
     if answered:
         return f"at {longest:,} tokens {who} find{'' if many else 's'} the most, {said}"
-    return f"at {longest:,} tokens {who} {'have' if many else 'has'} the lowest, {said}"
+    which = "highest" if sweep.is_higher_better(task) else "lowest"
+    return f"at {longest:,} tokens {who} {'have' if many else 'has'} the {which}, {said}"
 
 
 def position_chart(sweep: SweepFolder, found: dict[str, Any], looks: dict[str, Style]) -> Chart:

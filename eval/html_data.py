@@ -64,6 +64,10 @@ class SweepFolder:
         scales = {found["name"]: found["scale"] for found in self.report["tasks"]}
         return scales[task] == "share"
 
+    def is_higher_better(self, task: str) -> bool:
+        """Which way of two values is the better one."""
+        return bool(next(t["higher_is_better"] for t in self.report["tasks"] if t["name"] == task))
+
     def is_answered(self, task: str) -> bool:
         """Whether its prompts have one right answer: those have depths and an effective length."""
         return any(

@@ -155,7 +155,7 @@ class Lines(LongEval):
             input_ids=(*ids, *answer),
             answer_start=len(ids),
             answer=decode(tokenizer, answer),
-            key=f"{asked.content}>",
+            key=asked.content,
             needle_starts=(len(head) + before,),
             depth=before / sum(len(line.ids) for line in record if line is not asked),
             haystack=f"lines@{place.haystack_seed}",
@@ -168,7 +168,7 @@ class Lines(LongEval):
         """What stands before the record and after it, and the answer."""
         question, prefix = _QUESTION.format(asked.name), _PREFIX.format(asked.name)
         head, tail = frame(tokenizer, _INTRO, question, prefix, self.chat)
-        return head, *answer_after(tokenizer, tail, f"{asked.content}>", space="")
+        return head, *answer_after(tokenizer, tail, asked.content, space="")
 
     def case(self, record: dict[str, Any], where: str) -> Case:
         """A published prompt."""
@@ -184,7 +184,7 @@ class Lines(LongEval):
                 f"{where}: it expects {content}, but its prompt says {line!r:.80}: fetch the file "
                 "again, or delete that test case."
             )
-        return Case(text, _PREFIX.format(name), f"{content}>", space="", depth=found / len(text))
+        return Case(text, _PREFIX.format(name), f"{content}", space="", depth=found / len(text))
 
     def _grid(self) -> list[float]:
         return [] if self.depths is None else depth_grid(self.depths, self.samples)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -113,6 +113,15 @@ class LongEval(Retrieval):
                 "leave out `adaptive`, or the file."
             )
         return Retrieval.part(self, length, indices, longest)
+
+    def cases(
+        self, tokenizer: PreTrainedTokenizerBase, unit: Unit
+    ) -> list[tuple[int, Place, Prompt]]:
+        """As for any retrieval task; what a file hides lies where it does, and not in a grid."""
+        cases = Retrieval.cases(self, tokenizer, unit)
+        if not self.file:
+            return cases
+        return [(n, replace(place, depth=prompt.depth), prompt) for n, place, prompt in cases]
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
         """A generated prompt, or test case `place.index` (from 0) of the file."""

@@ -28,7 +28,7 @@ from longctx.scoring import TokenScores
 
 from .stats import mean_interval
 from .task import Measured, Observation, Plan, Summary, Unit
-from .texts import texts_of
+from .texts import digest, texts_of
 from .windows import documents_of, spread
 
 if TYPE_CHECKING:
@@ -86,6 +86,11 @@ class Perplexity:
         """Settings that a unit's figures depend on; its text is in the unit's own spec."""
         settings = dataclasses.asdict(self)
         return {key: settings[key] for key in ("last", "stride")}
+
+    def scope(self) -> dict[str, Any]:
+        """Beside those settings, how many windows of which documents."""
+        documents = [digest(document) for document in texts_of(self.text).documents]
+        return {**self.spec(), "windows": self.windows, "text": documents}
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool

@@ -55,7 +55,7 @@ def write_report(result: SweepResult, folder: Path, *, overwrite: bool) -> list[
     from .results import cell_key
 
     cells = [
-        cell_key(v.label, task, length)
+        cell_key(v.label, task, length, result.adaptive)
         for v in result.variants
         for task in result.tasks
         for length in result.lengths
@@ -101,9 +101,11 @@ def _report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
                 "scale": task.scale,
                 "higher_is_better": task.higher_is_better,
                 "spec": task.spec(),
+                "scope": task.scope(),
             }
             for task in result.tasks
         ],
+        "adaptive": None if result.adaptive is None else str(result.adaptive),
         "notes": result.notes,
         "verified": [dataclasses.asdict(check) for check in result.verified],
         "rows": [{key: _plain(value) for key, value in row.items()} for row in rows],

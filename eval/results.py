@@ -14,9 +14,10 @@ from rich.console import Console
 
 from longctx.errors import RunError
 
+from .adaptive import Adaptive
 from .fingerprint import json_digest
 from .records import Record
-from .task import Observation, Task
+from .task import Observation, Summary, Task
 from .variants import Variant
 from .verify import Verification
 
@@ -66,9 +67,10 @@ class Row:
     """Why there is no value."""
 
 
-def cell_key(method: str, task: Task, length: int) -> str:
+def cell_key(method: str, task: Task, length: int, adaptive: Adaptive | None) -> str:
     """Name a cell: two reports that share it measured the same thing, if on the same model."""
-    return f"{method} {task.name} {json_digest(task.spec())} {length}"
+    rule = "" if adaptive is None else f" {adaptive}"
+    return f"{method} {task.name} {json_digest(task.scope())} {length}{rule}"
 
 
 def rows_of(
@@ -86,20 +88,19 @@ def _row(variant: Variant, task: Task, length: int, records: list[Record]) -> Ro
     targets = sum(o.targets for o in observations)
     summary = task.summarise(observations)
     failed = next((record.failed for record in records if record.failed), None)
-    value, low, high = summary.value, summary.low, summary.high
-    if failed:
-        value = low = high = math.nan  # a figure over what happened to fit would be another one
-    elif broken := sum(math.isnan(o.nll) for o in observations):
+    if not failed and (broken := sum(math.isnan(o.nll) for o in observations)):
         failed = f"the logits hold NaN or infinity in {broken} of {len(observations)}"
+    if failed:  # figures over what happened to fit would be others
+        summary = Summary(math.nan, math.nan, math.nan, "none")
     cost = [(share, record) for record in records if (share := _share(record, length))]
     return Row(
         method=variant.label,
         factor=variant.factor,
         task=task.name,
         length=length,
-        value=value,
-        low=low,
-        high=high,
+        value=summary.value,
+        low=summary.low,
+        high=summary.high,
         interval=summary.interval,
         n=len(observations),
         targets=targets,
@@ -147,6 +148,8 @@ class SweepResult:
     """The JSON lines that the records are in."""
     verified: tuple[Verification, ...] = ()
     """Answers that were generated too."""
+    adaptive: Adaptive | None = None
+    """The rule by which cells were asked no further; None if all prompts were."""
 
     def row(self, method: str, task: str, length: int) -> Row:
         """The row of one cell.

@@ -31,7 +31,7 @@ from .task import Measured, Observation, Plan, Summary, Unit
 
 __all__ = ["Place", "Retrieval", "depth_grid", "turn_of"]
 
-_PROMPTS = 2  # counted up when the same settings give other prompts: old results are not reused
+_PROMPTS = 3  # counted up when the same settings give other prompts: old results are not reused
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +116,17 @@ class Retrieval(ABC):
         """All settings, and which prompts they give."""
         return {**dataclasses.asdict(self), "prompts": _PROMPTS}
 
+    def scope(self) -> dict[str, Any]:
+        """The same: a cell's figure depends on nothing else."""
+        return self.spec()
+
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
     ) -> Plan:
-        """One unit per length, or one for all; all of the shortest prompts are tried first."""
+        """One unit per length, or one for all; every prompt is built once, to see that it can."""
         longest = max(lengths)
-        for length, count in ((longest, 2), (min(lengths), self.samples)):
-            for index in range(min(self.samples, count)):  # haystacks alternate between two kinds
+        for length in lengths:
+            for index in range(self.samples):
                 self.prompt(tokenizer, length, self.place(index, length, longest))
         everything = range(self.samples)
         if self.share_lengths and length_invariant:

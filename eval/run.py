@@ -90,10 +90,13 @@ class Run:
         reached = boundary(self.lengths, measure)
         asked = sum(len(record.observations) for record in found)
         tokens, planned = (sum(unit.tokens for unit in units) for units in (found, job.plan.units))
+        wrong = [f"{error:.0%}" for error in adaptive.errors(task.samples)]
+        low, high = adaptive.threshold - adaptive.margin, adaptive.threshold + adaptive.margin
         return found, [
             f"{task.name} under {job.variant.label}: {_reach(reached, self.lengths, lost)} at a "
-            f"share of {adaptive.threshold:.0%} ± {adaptive.margin:.0%} (error "
-            f"{adaptive.error:.0%}; "
+            f"share of {adaptive.threshold:.0%} (with at most {task.samples} prompts a length "
+            f"passes wrongly at a true share of {low:.0%} with probability {wrong[0]}, and fails "
+            f"wrongly at {high:.0%} with {wrong[1]}: more prompts (--samples) make both smaller; "
             f"shorter lengths that were not asked are taken to pass); {asked} of "
             f"{task.samples * len(self.lengths)} prompts asked (intervals do not allow for the "
             f"early stop), {tokens:,} tokens forwarded where "

@@ -42,6 +42,8 @@ class TaskSettings:
 
     spec: dict[str, Any]
     """Its settings, as JSON."""
+    scope: dict[str, Any]
+    """Those and all else that its figures depend on."""
     estimand: str
     scale: Literal["share", "perplexity"]
     higher_is_better: bool
@@ -61,8 +63,10 @@ class Entry:
     tasks: Mapping[str, TaskSettings]
     cells: Mapping[tuple[str, int], Cell]
     """By task and length."""
+    adaptive: bool
+    """Whether cells were asked no further once they were decided."""
     notes: tuple[str, ...]
-    """What reading the run brought up."""
+    """What the sweep and reading it brought up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class _Swept:
     tasks: dict[str, TaskSettings]
     rows: tuple[Row, ...]
     records: tuple[Record, ...]
+    adaptive: bool
     notes: tuple[str, ...]
 
 
@@ -100,7 +105,7 @@ def entries_of(runs: Mapping[str, Source]) -> list[Entry]:
                 title = f"{name}/{method}"
             if any(entry.name == title for entry in found):
                 raise RunError(f"two entries are named {title!r}: give the runs other names.")
-            found.append(_entry(title, swept, method))
+            found.append(_entry(title, swept, method, "" if len(runs) == 1 else f"{name}: "))
     return found
 
 
@@ -123,7 +128,7 @@ def _open(source: Source) -> tuple[_Swept, tuple[str, ...]]:
     return swept, ((method,) if mark else swept.methods)
 
 
-def _entry(name: str, swept: _Swept, method: str) -> Entry:
+def _entry(name: str, swept: _Swept, method: str, of_run: str) -> Entry:
     rows = [row for row in swept.rows if row.method == method]
     records = [record for record in swept.records if record.method == method]
     return Entry(
@@ -135,7 +140,8 @@ def _entry(name: str, swept: _Swept, method: str) -> Entry:
         lengths=swept.lengths,
         tasks=swept.tasks,
         cells={(row.task, row.length): _cell(row, records) for row in rows},
-        notes=swept.notes,
+        adaptive=swept.adaptive,
+        notes=tuple(f"{of_run}{note}" for note in swept.notes),
     )
 
 
@@ -158,12 +164,15 @@ def _of_result(result: SweepResult) -> _Swept:
         lengths=result.lengths,
         methods=tuple(variant.label for variant in result.variants),
         tasks={
-            task.name: TaskSettings(task.spec(), task.estimand, task.scale, task.higher_is_better)
+            task.name: TaskSettings(
+                task.spec(), task.scope(), task.estimand, task.scale, task.higher_is_better
+            )
             for task in result.tasks
         },
         rows=result.rows,
         records=result.records,
-        notes=(),
+        adaptive=result.adaptive is not None,
+        notes=result.notes,
     )
 
 
@@ -183,11 +192,16 @@ def _of_folder(folder: Path) -> _Swept:
         methods=tuple(str(method["label"]) for method in report["methods"]),
         tasks={
             task["name"]: TaskSettings(
-                task["spec"], task["estimand"], task["scale"], task["higher_is_better"]
+                task["spec"],
+                task.get("scope", task["spec"]),
+                task["estimand"],
+                task["scale"],
+                task["higher_is_better"],
             )
             for task in report["tasks"]
         },
         rows=found.rows,
         records=found.records,
-        notes=found.notes,
+        adaptive=report.get("adaptive") is not None,
+        notes=(*report["notes"], *found.notes),
     )

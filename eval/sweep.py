@@ -129,7 +129,9 @@ def sweep(
     ]
     path = None if results is None else Path(results)
     if path is not None and not overwrite:
-        cells = [cell_key(v.label, task, n) for v in variants for task in chosen for n in sizes]
+        cells = [
+            cell_key(v.label, task, n, adaptive) for v in variants for task in chosen for n in sizes
+        ]
         refuse_lost_cells(path.parent, identity, cells)
     ranks = Ranks() if alone else Ranks.here()
     if ranks.ranks > 1 and path is None:
@@ -174,6 +176,7 @@ def sweep(
         notes=tuple(dict.fromkeys(notes)),
         results=path,
         verified=verified,
+        adaptive=adaptive,
     )
 
 

@@ -94,9 +94,10 @@ def _table(result: SweepResult, task: Task) -> RenderableType:
             if row.failed:
                 cell.stylize("red")
                 failures[f"{row.method} at {length:,}: {row.failed}"] = None
-            elif interval := spread(row, share=share):
-                cell.append(f"\n{interval} ", style="dim")
-                intervals[row.interval][length] = None
+            else:
+                if interval := spread(row, share=share):
+                    cell.append(f"\n{interval} ", style="dim")
+                intervals[row.interval][length] = None  # or why there is none
             cells.append(cell)
         table.add_row(variant.label, *cells)
     lines = [Text(task.estimand, style="dim")]

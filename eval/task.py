@@ -111,6 +111,10 @@ class Task(Protocol):
         """All that its inputs depend on beside tokenizer and unit, as JSON, texts by digest."""
         ...
 
+    def scope(self) -> dict[str, Any]:
+        """`spec` and all else that a cell's figure depends on: what a report is about."""
+        ...
+
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
     ) -> Plan:

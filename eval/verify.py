@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.assembly import Prompt
+from longctx.batches import is_out_of_memory
 
 from .greedy import greedy
 from .records import Record
@@ -31,17 +32,21 @@ class Verification:
     checked: int
     disagreements: tuple[str, ...]
     """A sentence each."""
+    lost: tuple[str, ...] = ()
+    """Prompts that left no memory to generate after."""
 
     @property
     def note(self) -> str:
         """What goes under the table."""
         where = f"{self.task} under {self.method}"
+        lost = f"; no memory to generate after {', '.join(self.lost)}" if self.lost else ""
         if not self.checked:
-            return f"{where}: no answer has a score to be checked"
+            return f"{where}: no answer could be checked{lost or ', none has a score'}"
         told = f"{where}: {self.checked} answers were generated too"
         if not self.disagreements:
-            return f"{told}, all as scored"
-        return f"{told}, {len(self.disagreements)} NOT as scored: {'; '.join(self.disagreements)}"
+            return f"{told}, all as scored{lost}"
+        wrong = "; ".join(self.disagreements)
+        return f"{told}, {len(self.disagreements)} NOT as scored: {wrong}{lost}"
 
 
 def verify(
@@ -69,15 +74,23 @@ def verify(
     count = min(count, len(cases))
     chosen = [cases[i * len(cases) // count] for i in range(count)]
     wrong: list[str] = []
+    lost: list[str] = []
     for length, item, prompt in chosen:
-        answer, said = generated(model, prompt), tuple(scored[length, item].detail["argmax_ids"])
+        try:
+            answer = generated(model, prompt)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            lost.append(f"prompt {item} at {length}")
+            continue
+        said = tuple(scored[length, item].detail["argmax_ids"])
         known = _known(said, prompt.answer_ids)
         if answer[:known] != said[:known]:
             wrong.append(
                 f"prompt {item} at {length}: scored {tokenizer.decode(list(said[:known]))!r}, "
                 f"generated {tokenizer.decode(list(answer[:known]))!r} for {prompt.answer!r}"
             )
-    return Verification(method, task.name, count, tuple(wrong))
+    return Verification(method, task.name, count - len(lost), tuple(wrong), tuple(lost))
 
 
 def _known(said: Sequence[int], answer: Sequence[int]) -> int:

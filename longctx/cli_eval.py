@@ -32,6 +32,25 @@ TaskName: TypeAlias = Literal[
 ]
 
 _HIDDEN = ("passkey", "multi_key", "multi_value", "variable_tracking")
+_ANSWERED = (*_HIDDEN, "needle", "lines", "topics")
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "samples": _ANSWERED,
+    "share_lengths": _ANSWERED,
+    "verify": _ANSWERED,
+    "adaptive": _ANSWERED,
+    "seed": (*_ANSWERED, "repetition"),
+    "text": (*_HIDDEN, "needle", "perplexity", "repetition"),
+    "windows": ("perplexity", "repetition"),
+    "stride": ("perplexity",),
+    "new_tokens": ("repetition",),
+    "haystack": _HIDDEN,
+    "needle": ("needle",),
+    "question": ("needle",),
+    "answer": ("needle",),
+    "lines_file": ("lines",),
+    "topics_file": ("topics",),
+}
+"""The tasks that an option has an effect on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +108,8 @@ class Sweep:
     verify: int = 0
     """Answers per method and task that are generated too, to be compared with their scores."""
     adaptive: bool = False
-    """Stop asking a cell once it is decided (80% of the keys or not), bisecting over lengths."""
+    """Stop asking a cell once it is decided (80% of the keys or not), bisecting over lengths. With
+    few samples wrong decisions are likely, and it says how likely; 100 keep them at 5%."""
     out: Path = Path("sweep")
     """Folder for the results."""
     overwrite: bool = False
@@ -157,18 +177,13 @@ class Sweep:
 
         if self.adaptive and (self.lines_file or self.topics_file):
             raise RunError("--adaptive draws its own prompts: leave it out, or the test file.")
-        for option in ("needle", "question", "answer", "lines_file", "topics_file"):
-            task = option.removesuffix("_file")
-            task = "needle" if task in ("question", "answer") else task
-            if getattr(self, option) and task not in self.tasks:
+        for option, tasks in _OPTIONS.items():
+            default: Any = type(self).__dataclass_fields__[option].default
+            if getattr(self, option) != default and not {*tasks} & {*self.tasks}:
                 raise RunError(
-                    f"--{option.replace('_', '-')} is for task {task}: add it to --tasks."
+                    f"--{option.replace('_', '-')} is for the tasks {', '.join(tasks)}: add one to "
+                    "--tasks, or leave it out."
                 )
-        if self.haystack != "both" and not any(name in _HIDDEN for name in self.tasks):
-            raise RunError(
-                f"--haystack is for the tasks {', '.join(_HIDDEN)}: add one to --tasks, or leave "
-                "it out."
-            )
         if self.share_lengths and (self.lines_file or self.topics_file):
             raise RunError(
                 "--share-lengths is for prompts that are drawn, those of a test file are as they "
@@ -206,7 +221,8 @@ class Sweep:
 
 
 def write(result: SweepResult, out: Path, *, overwrite: bool) -> int:
-    """Write a sweep's files and return the exit code: 1 if a cell failed."""
+    """Write a sweep's files and return the exit code: 1 if a cell failed or is not as scored."""
     paths = result.write(out, overwrite=overwrite)
     print(f"{', '.join(path.name for path in paths)} and results.jsonl are in {out}")
-    return 1 if any(row.failed for row in result.rows) else 0
+    unlike = any(check.disagreements for check in result.verified)
+    return 1 if unlike or any(row.failed for row in result.rows) else 0

@@ -73,6 +73,14 @@ def test_doctor_exits_1_on_a_problem(checkpoint: Path, capsys: pytest.CaptureFix
         (["sweep", "demo", "--lengths", "20", "--out", "{out}"], "too short"),
         (["sweep", "demo", "--lengths", "20", "--out", "{out}"], "task passkey: length=20"),
         (
+            ["sweep", "demo", "--tasks", "perplexity", "--verify", "20", "--out", "{out}"],
+            "--verify is for the tasks passkey, multi_key",
+        ),
+        (
+            ["sweep", "demo", "--tasks", "passkey", "--stride", "8", "--out", "{out}"],
+            "--stride is for the tasks perplexity",
+        ),
+        (
             ["sweep", "demo", "--tasks", "lines", "--haystack", "grass", "--out", "{out}"],
             "--haystack is for the tasks passkey, multi_key",
         ),

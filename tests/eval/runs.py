@@ -32,6 +32,9 @@ class _Repetition:
     higher_is_better: ClassVar[bool] = False
     estimand: ClassVar[str] = "mean seq-rep-4"
 
+    def scope(self) -> dict[str, Any]:
+        return self.spec()
+
     def spec(self) -> dict[str, Any]:
         return {"prompt": NASTY}
 

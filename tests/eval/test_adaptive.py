@@ -56,6 +56,19 @@ def test_errors_are_as_small_as_promised(share: float, wrong: str, step: int) ->
     assert decided[wrong] <= rule.error / (1 - rule.error)
 
 
+@pytest.mark.parametrize("samples", [4, 20, 103])
+def test_errors_with_few_prompts_are_what_simulation_finds(samples: int) -> None:
+    rule, rng = Adaptive(), Random(5)
+    wanted = rule.errors(samples)
+    for share, wrong, p in ((0.7, "pass", wanted[0]), (0.9, "fail", wanted[1])):
+        found = 0
+        for seed in range(2000):
+            hits = [rng.random() < share for _ in range(samples)]
+            found += rule.ask(samples, seed, answers(hits)) == wrong
+        assert found / 2000 == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 2000))
+    assert (max(wanted) <= rule.error) == (samples > 100)
+
+
 def answers(hits: Sequence[bool]) -> Any:
     def answer(indices: Sequence[int]) -> list[Observation]:
         return [Observation(9, str(i), "c", 1.0, 1, hits[i]) for i in indices]
@@ -140,6 +153,9 @@ class Known(Passkey):
         self.asked_for.extend([length] * len(found))
         return Measured(found, length * len(found), "not at all")
 
+    def scope(self) -> dict[str, Any]:
+        return self.spec()
+
     def spec(self) -> dict[str, Any]:
         return {"limit": self.limit}
 
@@ -159,7 +175,7 @@ def test_a_sweep_asks_less_and_says_so(model: Any, tokenizer: Any, tmp_path: Pat
     for method in ("none", "yarn:2"):
         note = next(note for note in result.notes if f"under {method}: reads to" in note)
         rows = {row.length: row for row in result.rows if row.method == method}
-        assert "reads to 800 tokens at a share of 80% ± 10%" in note
+        assert "reads to 800 tokens at a share of 80% (with at most 60 prompts" in note
         n = sum(row.n for row in rows.values())
         assert f"; {n} of 360 prompts asked" in note
         assert min(rows[800].n, rows[1000].n) > 0

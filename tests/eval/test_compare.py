@@ -355,12 +355,39 @@ def test_a_folder_is_compared_as_its_sweep_was(folder: Path) -> None:
     assert {row.p_value for row in same.rows if row.entry == "b"} == {1.0}
 
 
+def test_what_the_sweep_noted_is_not_lost(copy: Path) -> None:
+    report = json.loads((copy / "sweep.json").read_text())
+    report["notes"] = ["3 answers NOT as scored"]
+    report["tasks"][-1]["scope"] = {"text": ["another"]}
+    (copy / "sweep.json").write_text(json.dumps(report))
+    assert "3 answers NOT as scored" in compare({"run": copy}).notes
+
+
+def test_other_texts_are_said(folder: Path, copy: Path) -> None:
+    report = json.loads((copy / "sweep.json").read_text())
+    task = next(task for task in report["tasks"] if task["name"] == "perplexity")
+    assert {"windows", "text"} <= {*task["scope"]}
+    task["scope"]["windows"] = 99
+    (copy / "sweep.json").write_text(json.dumps(report))
+    found = compare({"a": f"{folder}#none", "b": f"{copy}#none"})
+    assert found.notes[0].startswith("perplexity of b and of a is over other windows or texts")
+
+
+def test_adaptive_sweeps_are_not_tested(folder: Path, copy: Path) -> None:
+    report = json.loads((copy / "sweep.json").read_text())
+    assert report["adaptive"] is None
+    report["adaptive"] = "Adaptive()"
+    (copy / "sweep.json").write_text(json.dumps(report))
+    with pytest.raises(RunError, match=r"b is of an adaptive sweep.*Sweep both without --adaptive"):
+        compare({"a": f"{folder}#none", "b": f"{copy}#none"})
+
+
 def test_a_folder_is_left_as_it_is(copy: Path) -> None:
     with (copy / "results.jsonl").open("ab") as file:
         file.write(b'{"key": "cut o')
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     found = compare({"run": copy})
-    assert "the last line is cut off (14 bytes) and left out" in found.notes[0]
+    assert any("the last line is cut off (14 bytes) and left out" in n for n in found.notes)
     assert not found.missing
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 

@@ -111,7 +111,7 @@ def test_the_draws_follow_the_truncated_distribution() -> None:
 
 def test_it_stops_before_the_end_of_text(texts: tuple[str, ...]) -> None:
     model, tokenizer = byte_model(), byte_tokenizer()
-    free = Repetition(new_tokens=20, windows=3, text=texts, ignore_eos=True)
+    free = Repetition(new_tokens=20, windows=3, text=texts)
     full = measured(free, model, tokenizer)
     end = full[0].detail["end"]
     said = greedy(model, [1, *documents(texts)[0][end - LENGTHS[0] + 1 : end]], 20)
@@ -121,7 +121,7 @@ def test_it_stops_before_the_end_of_text(texts: tuple[str, ...]) -> None:
     model.generation_config = GenerationConfig(
         eos_token_id=[7, said[5]], repetition_penalty=9.0, suppress_tokens=list(range(3, 200))
     )
-    stopping = Repetition(new_tokens=20, windows=3, text=texts)
+    stopping = Repetition(new_tokens=20, windows=3, text=texts, ignore_eos=False)
     found = measured(stopping, model, tokenizer)
     first = next(i for i, token in enumerate(said) if token in (2, 7, said[5]))  # 2: tokenizer's
     assert found[0].detail["tokens"] == first

@@ -24,9 +24,7 @@ def test_properties() -> None:
 
 def test_a_reader_can_answer() -> None:
     prompts = prompts_of(Lines(samples=10), 4000)
-    assert [p.key for p in prompts[:2]] == ["25832>", "47015>"], (
-        "golden: recorded results hang on it"
-    )
+    assert [p.key for p in prompts[:2]] == ["25832", "47015"], "golden: recorded results hang on it"
     for prompt in prompts:
         text = text_of(prompt)
         record, _, question = text.partition("\n\nNow the record is over.")
@@ -34,7 +32,7 @@ def test_a_reader_can_answer() -> None:
         assert len(lines) > 50
         assert len(LINE.findall(record)) == record.count("\n") - 1, "no line is cut"
         asked = question.partition("in line ")[2].partition("?")[0]
-        assert prompt.key == f"{lines[asked]}>"
+        assert prompt.key == lines[asked]
         assert question.endswith(f"The <REGISTER_CONTENT> in line {asked} is <{prompt.key}")
         assert {split_of(word) for pair in lines.items() for word in pair} == {"eval"}
     depths = [prompt.depth for prompt in prompts]
@@ -90,3 +88,11 @@ def test_settings_out_of_range() -> None:
         Lines(depths=0)
     with pytest.raises(DataError, match=r"asks for more lines than the \d+ names there are"):
         prompts_of(Lines(samples=1), 10**6)
+
+
+def test_the_answer_is_the_number_alone() -> None:
+    """Whether a bracket and the line's end are one token must not matter."""
+    for prompt in prompts_of(Lines(samples=4), 2000):
+        assert prompt.answer == prompt.key
+        assert prompt.key.isdigit()
+        assert text_of(prompt).endswith(f"<{prompt.key}")

@@ -52,7 +52,9 @@ def test_prompts_go_to_the_shortest_length_that_holds_them(lines_file: Path) -> 
     result = sweep(byte_model(), byte_tokenizer(), [task], (300, 1000), verify=9, progress=False)
     for observation in (o for record in result.records for o in record.observations):
         assert observation.detail["tokens"] < observation.length
-        assert observation.detail["key"] == "44>"
+        assert observation.detail["key"] == "44"
+        assert observation.detail["wanted_depth"] == observation.detail["depth"], "no grid"
+        assert 0 < observation.detail["depth"] < 1
     assert result.verified[0].checked == sum(row.n for row in result.rows)
     assert not result.verified[0].disagreements
     assert "published prompts that have up to that many tokens" in task.estimand
@@ -63,11 +65,11 @@ def test_what_a_reader_sees(lines_file: Path, tmp_path: Path) -> None:
     (unit,) = task.plan(byte_tokenizer(), (1000,), length_invariant=True).units
     (_, place, prompt), *_ = task.cases(byte_tokenizer(), unit)
     assert text_of(prompt) == (
-        lines_case(5)["prompt"].strip() + " The <REGISTER_CONTENT> in line calm-3 is <44>"
+        lines_case(5)["prompt"].strip() + " The <REGISTER_CONTENT> in line calm-3 is <44"
     )
     assert place.index == 0
     assert 0 < prompt.depth < 1
-    assert len(generated(byte_model(), prompt)) == len("44>")
+    assert len(generated(byte_model(), prompt)) == len("44")
     path = tmp_path / "topics.jsonl"
     path.write_text(json.dumps(TOPICS))
     topics = Topics(file=str(path))

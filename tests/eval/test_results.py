@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 
 from longctx.errors import RunError
-from longctx.eval import Perplexity, SweepResult, sweep
+from longctx.eval import Adaptive, Passkey, Perplexity, SweepResult, sweep
 from longctx.eval.plot import draw
+from longctx.eval.results import cell_key
 
 from .conftest import byte_model, byte_tokenizer
 from .test_sweep import Count
@@ -174,3 +175,21 @@ def test_a_full_disk_leaves_no_half_report_and_keeps_the_results(
     assert left == ["results.jsonl", "sweep.csv", "texts", "tokens"]
     monkeypatch.undo()
     result.write(tmp_path)
+
+
+def test_other_windows_or_an_adaptive_sweep_are_other_cells() -> None:
+    def key(task: Perplexity | Passkey, adaptive: Adaptive | None = None) -> str:
+        return cell_key("none", task, 512, adaptive)
+
+    assert key(Perplexity()) == key(Perplexity())
+    assert key(Perplexity(windows=2)) != key(Perplexity(windows=3))
+    assert Perplexity(windows=2).spec() == Perplexity(windows=3).spec(), "windows are reused"
+    assert key(Passkey(), Adaptive()) != key(Passkey())
+
+
+def test_why_there_is_no_interval_is_said(texts: tuple[str, ...]) -> None:
+    task = Perplexity(last=32, windows=1, text=texts)
+    result = sweep(byte_model(), byte_tokenizer(), [task], (200,), progress=False)
+    console = Console(width=100, record=True, file=io.StringIO())
+    result.print(console)
+    assert "none: one document" in console.export_text()

@@ -40,6 +40,9 @@ class Count:
     def estimand(self) -> str:
         return "nothing"
 
+    def scope(self) -> dict[str, Any]:
+        return self.spec()
+
     def spec(self) -> dict[str, Any]:
         return {"memory": self.memory}
 

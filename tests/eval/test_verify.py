@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 import longctx
 from longctx.eval import Passkey, sweep
@@ -68,7 +69,22 @@ def test_a_disagreement_is_told(texts: tuple[str, ...]) -> None:
     assert (check.checked, check.disagreements) == (11, ()), "NaN is no answer to be checked"
     alone = dataclasses.replace(record, observations=())
     note = verify(model, tokenizer, "none", task, units, [alone], 100).note
-    assert note == "passkey under none: no answer has a score to be checked"
+    assert note == "passkey under none: no answer could be checked, none has a score"
+
+
+def test_no_memory_to_generate_costs_no_report(
+    texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: Any, prompt: Any) -> tuple[int, ...]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("longctx.eval.verify.generated", full)
+    task = dataclasses.replace(TASK, text=texts)
+    found = sweep(byte_model(), byte_tokenizer(), [task], (400,), verify=2, progress=False)
+    (check,) = found.verified
+    assert (check.checked, len(check.lost)) == (0, 2)
+    assert "no memory to generate after prompt 0 at 400" in check.note
+    assert all(not row.failed for row in found.rows)
 
 
 def test_settings_of_the_checkpoint_do_not_reach_generation(texts: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ def chats(path: Path, words: list[int]) -> str:
 
 
 def work(tmp_path: Path, recipe: Recipe, words: list[int]) -> tuple[Work, Any]:
-    _, tokenizer = longctx.load("demo")
+    tokenizer: Any = longctx.load("demo")[1]
     data = chats(tmp_path / "chats.json", words)
     run = Run(recipe, (data,), tmp_path / "run", template="vicuna")
     prepared = run.prepare(tokenizer)
@@ -60,7 +60,7 @@ def test_passes_and_updates_follow_from_each_other(tmp_path: Path) -> None:
 
 
 def test_a_bos_is_kept_in_front_only_where_the_tokenizer_puts_one(tmp_path: Path) -> None:
-    _, tokenizer = longctx.load("demo")
+    tokenizer: Any = longctx.load("demo")[1]
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     recipe = replace(
         LONGCHAT_16K, positions="schedule", window=64, max_length=512, training=Training(steps=4)
