@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from longctx.errors import RunError
+from longctx.fingerprint import json_digest
 
 from .comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
 from .differences import (
@@ -29,7 +30,6 @@ from .differences import (
     pooled_answers,
     shares,
 )
-from .fingerprint import json_digest
 from .runs import Entry, Source, entries_of
 from .significance import holm
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.batches import is_out_of_memory
+from longctx.fingerprint import json_digest
 
-from .fingerprint import json_digest
 from .records import Record
 from .store import Store
 from .task import Measured, Plan, Task, Unit

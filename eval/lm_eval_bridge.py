@@ -29,10 +29,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import RunError, nearest
+from longctx.fingerprint import json_digest, model_digest, tokenizer_digest
 from longctx.methods import Method
 
 from .files import write_whole
-from .fingerprint import json_digest, model_digest, tokenizer_digest
 from .lengths import parse_lengths
 from .records import Record
 from .store import Store

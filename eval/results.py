@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from longctx.errors import RunError
+from longctx.fingerprint import json_digest
 
 from .adaptive import Adaptive
-from .fingerprint import json_digest
 from .records import Record
 from .task import Observation, Summary, Task
 from .variants import Variant

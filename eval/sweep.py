@@ -14,12 +14,12 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import DataError, ModelError, RunError, nearest
+from longctx.fingerprint import model_digest, tokenizer_digest
 from longctx.methods import Method
 from longctx.model import learned_positions
 
 from .adaptive import Adaptive
 from .engine import Engine, Job
-from .fingerprint import model_digest, tokenizer_digest
 from .generation import Repetition
 from .lengths import parse_lengths
 from .lines import Lines

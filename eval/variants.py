@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from longctx.core import Patch, extend, patch_of
 from longctx.errors import LongctxError, ModelError, RunError
+from longctx.fingerprint import effect_digest
 from longctx.methods import Method, parse_method
 from longctx.model import rope_of, scaled_rope, text_config, window
-
-from .fingerprint import effect_digest
 
 __all__ = ["Variant", "label", "original_window", "variants_of"]
 

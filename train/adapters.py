@@ -35,6 +35,8 @@ from longctx.folders import new_folder
 from longctx.methods import Method, make_method
 from longctx.model import attention_modules, text_config
 
+from .anatomy import norm_layers
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -246,11 +248,7 @@ def _whole(model: PreTrainedModel, lora: Lora, tied: bool) -> list[str]:
                     "embeddings=False."
                 )
             names.append(name)
-        # Norms have as many names as there are families (q_norm, ln_f, …); their classes agree.
-        own = next(module.parameters(recurse=False), None)
-        if lora.norms and own is not None and "norm" in type(module).__name__.lower():
-            names.append(name)
-    return names
+    return [*names, *(name for name, _ in norm_layers(model) if lora.norms)]
 
 
 def _extend_as_recorded(model: PreTrainedModel, folder: Path) -> None:

@@ -25,7 +25,7 @@ from longctx.model import text_config, window
 
 from .contract import has_sliding_layers
 
-__all__ = ["Anatomy", "Linear", "read_config"]
+__all__ = ["Anatomy", "Linear", "norm_layers", "read_config"]
 
 _OUT = ("o_proj", "down_proj")  # the last linear layers of attention and MLP in these families
 
@@ -150,7 +150,7 @@ class Anatomy:
             embedding=embedding.numel(),
             head=0 if tied else head.numel(),
             rest=total - counted,
-            norm_parameters=sum(_count(norm) for _, norm in _norms(model)),
+            norm_parameters=sum(_count(norm) for _, norm in norm_layers(model)),
             largest=max(p.numel() for p in own.values()),
         )
 
@@ -202,7 +202,7 @@ def _linears(layer: Any, model_type: str) -> tuple[Linear, ...]:
         if isinstance(module, nn.Linear)
     )
     # What is no norm and no such layer (experts, convolutions) would go uncounted.
-    strange = _count(layer) - sum(_count(m) for _, m in _norms(layer))
+    strange = _count(layer) - sum(_count(m) for _, m in norm_layers(layer))
     strange -= sum(_count(m) for m in layer.modules() if isinstance(m, nn.Linear))
     down = [x for x in found if x.name == "down_proj"]
     into = sum(x.outputs for x in found if x.block == "mlp" and x.first)
@@ -211,10 +211,13 @@ def _linears(layer: Any, model_type: str) -> tuple[Linear, ...]:
     return found
 
 
-def _norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Innermost modules that are norms by the name of their class."""
+def norm_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Names and modules of all norms inside, known by the name of their class.
+
+    They have as many names as there are families (q_norm, ln_f, …); their classes agree.
+    """
     return [
-        (name.rpartition(".")[2], part)
+        (name, part)
         for name, part in module.named_modules()
         if "norm" in type(part).__name__.lower() and next(part.parameters(False), None) is not None
     ]
@@ -222,7 +225,7 @@ def _norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _norm_widths(layer: nn.Module, hidden: int, heads: int, kv_heads: int, dim: int) -> list[int]:
     widths = {"q_norm": heads * dim, "k_norm": kv_heads * dim}
-    return [widths.get(name, hidden) for name, _ in _norms(layer)]
+    return [widths.get(name.rpartition(".")[2], hidden) for name, _ in norm_layers(layer)]
 
 
 def _count(module: nn.Module) -> int:

@@ -31,6 +31,7 @@ from transformers import (
 
 from longctx.checkpoint import Saved
 from longctx.core import extend, patch_of
+from longctx.fingerprint import model_digest
 
 from .adapters import Lora, add_lora, merged, save_adapter
 from .arguments import checked, trainer_arguments
@@ -134,6 +135,7 @@ def finetune(
             Path(output),
             {
                 "model": model.name_or_path,
+                "weights": model_digest(model),
                 "method": str(getattr(patch_of(model), "method", None)),
                 "training": str(training),
                 "positions": str(positions),

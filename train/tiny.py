@@ -32,7 +32,7 @@ from longctx.prompts import CLASSIC
 
 from .retrieval import Passkeys, training_text
 
-__all__ = ["Recipe", "Stage", "train"]
+__all__ = ["Pretraining", "Stage", "train"]
 
 WINDOW = 256
 
@@ -52,7 +52,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Pretraining:
     """What is trained, and how long."""
 
     out: tyro.conf.Positional[Path]
@@ -181,7 +181,7 @@ def loss_of(model: LlamaForCausalLM, inputs: Tensor, labels: list[Tensor]) -> Te
     return torch.stack(losses).mean()
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Pretraining) -> None:
     """Train, or go on training, and write the checkpoint to `recipe.out`."""
     texts = training_text()
     tokenizer = train_tokenizer(texts)
@@ -207,7 +207,7 @@ def train(recipe: Recipe) -> None:
     state.unlink(missing_ok=True)
 
 
-def _schedule(recipe: Recipe, first: int) -> Iterator[tuple[int, Stage, float]]:
+def _schedule(recipe: Pretraining, first: int) -> Iterator[tuple[int, Stage, float]]:
     from rich.progress import track
 
     whole = [(stage, step) for stage in recipe.stages for step in range(stage.steps)]
@@ -242,4 +242,4 @@ def _resume(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimize
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Recipe, description=__doc__))
+    train(tyro.cli(Pretraining, description=__doc__))

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 import longctx
 from longctx.errors import ModelError
 from longctx.eval import Perplexity, sweep
-from longctx.eval.fingerprint import json_digest, model_digest, tokenizer_digest
 from longctx.eval.variants import variants_of
+from longctx.fingerprint import json_digest, model_digest, tokenizer_digest
 from longctx.patches import resonance
 from longctx.rope import Frequencies
 
@@ -39,6 +39,18 @@ def test_a_model_is_known_by_config_and_weights() -> None:
     with torch.no_grad():
         pruned.model.layers[0].mlp.down_proj.weight[17, 23] = 0
     assert digest != model_digest(pruned)
+
+
+def test_buffers_that_are_saved_count_as_weights() -> None:
+    model: Any = byte_model()
+    layer = model.model.layers[0].mlp.up_proj
+    plain = model_digest(model)
+    layer.register_buffer("scratch", torch.arange(4), persistent=False)
+    assert model_digest(model) == plain
+    layer.register_buffer("qweight", torch.arange(4))
+    quantised = model_digest(model)
+    layer.qweight[3] = 7
+    assert len({plain, quantised, model_digest(model)}) == 3
 
 
 def test_a_model_under_a_device_map_is_known_and_measured_as_in_one_place(

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import longctx
 from longctx.errors import DataError, MethodError, ModelError, RunError
 from longctx.eval import Measured, Observation, Perplexity, Plan, Summary, Task, Unit, sweep
-from longctx.eval.fingerprint import model_digest
+from longctx.fingerprint import model_digest
 
 from .conftest import WINDOW, byte_model, byte_tokenizer
 

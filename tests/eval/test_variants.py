@@ -9,8 +9,8 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import longctx
 from longctx.errors import MethodError, RunError
-from longctx.eval.fingerprint import model_digest
 from longctx.eval.variants import label, original_window, variants_of
+from longctx.fingerprint import model_digest
 from longctx.patches.abf import Abf
 from longctx.patches.yarn import Yarn
 

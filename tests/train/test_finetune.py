@@ -202,6 +202,11 @@ def test_a_folder_is_never_taken_twice(whole: tuple[Path, Finetuned], tmp_path: 
         train(whole[0], resume=True)
     with pytest.raises(RunError, match=r"another run \(training: .*seed=0.*seed=5"):
         train(whole[0], replace(STEPS, seed=5), resume=True)
+    other, tokenizer = loaded()
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.001)  # of the same name
+    with pytest.raises(RunError, match=r"another run \(weights: "):
+        finetune(other, tokenizer, Noise(), STEPS, output=whole[0], resume=True, progress=False)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="holds something that is no run"):
         train(tmp_path)

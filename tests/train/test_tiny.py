@@ -171,7 +171,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
 ) -> None:
     monkeypatch.setattr(tiny, "training_text", lambda: batches.texts)
     monkeypatch.setattr(tiny, "train_tokenizer", lambda _: batches.tokenizer)  # pyright: ignore[reportUnknownLambdaType]
-    whole = tiny.Recipe(tmp_path / "whole", stages=STAGES, save_every=3)
+    whole = tiny.Pretraining(tmp_path / "whole", stages=STAGES, save_every=3)
     tiny.train(whole)
 
     class InterruptedRunError(Exception):
@@ -187,7 +187,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
         return loss_of(*args)  # pyright: ignore[reportArgumentType]
 
     loss_of = tiny.loss_of
-    cut = tiny.Recipe(tmp_path / "cut", stages=STAGES, save_every=3)
+    cut = tiny.Pretraining(tmp_path / "cut", stages=STAGES, save_every=3)
     with monkeypatch.context() as patch, pytest.raises(InterruptedRunError):
         patch.setattr(tiny, "loss_of", loss_until_the_last_step)
         tiny.train(cut)

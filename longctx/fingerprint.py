@@ -29,13 +29,19 @@ def json_digest(value: Any) -> str:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Digest of configuration (a patch in place included) and of all weights."""
+    """Digest of configuration (a patch in place included) and of all that a checkpoint holds.
+
+    Raises:
+        ModelError: weights that were never loaded.
+    """
     config: dict[str, Any] = model.config.to_dict()
     found = hashlib.sha256(
         json_digest({k: v for k, v in config.items() if k not in _VOLATILE}).encode()
     )
     offloaded = _offloaded(model)
-    for name, weight in model.named_parameters():
+    kept = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
+    for name, weight in [*model.named_parameters(), *buffers]:  # quantised weights are buffers
         found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.is_meta and name not in offloaded:
             raise ModelError(f"{name} has no values (it is on the meta device): load its weights.")
@@ -52,7 +58,8 @@ def _offloaded(model: PreTrainedModel) -> dict[str, Callable[[], Tensor]]:
             kept: Any = getattr(one, "weights_map", None)
             if kept is None:
                 continue
-            for name, weight in module.named_parameters(recurse=False):
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            for name, weight in own:
                 if weight.is_meta:
                     found[f"{prefix}.{name}"] = partial(kept.__getitem__, name)
     return found
