@@ -12,14 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from .compare_table import change
-from .plot import frame
+from .plot import BANDS, frame
 
 if TYPE_CHECKING:
     from .comparison import ComparedCell, ComparedTask, Comparison
 
 __all__ = ["draw"]
-
-_BANDS = 6  # with more lines than this their bands only hide each other
 
 
 def draw(comparison: Comparison) -> Figure:
@@ -57,7 +55,7 @@ def _lines(axes: Axes, comparison: Comparison, task: ComparedTask) -> None:
             linestyle="solid" if place <= 10 else "dashed",
             label=entry,
         )
-        if len(comparison.entries) <= _BANDS:
+        if len(comparison.entries) <= BANDS:
             low, high = [row.low for row in rows], [row.high for row in rows]
             axes.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
     frame(

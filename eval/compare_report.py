@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import RunError
 
-from .files import write_whole
+from .files import finite, write_whole
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -60,7 +59,7 @@ def write_comparison(comparison: Comparison, folder: Path, *, overwrite: bool) -
 
 
 def _report(comparison: Comparison) -> dict[str, Any]:
-    whole: dict[str, Any] = _plain(dataclasses.asdict(comparison))
+    whole: dict[str, Any] = finite(dataclasses.asdict(comparison))
     for task, entry in zip(comparison.tasks, whole["tasks"], strict=True):
         entry |= {"share": task.share, "compared": task.compared}
     return {
@@ -68,12 +67,3 @@ def _report(comparison: Comparison) -> dict[str, Any]:
         "regressions": list(comparison.regressions),
         "missing": list(comparison.missing),
     }
-
-
-def _plain(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,13 +1,14 @@
-"""Writing files that are complete or not there."""
+"""Writing files that are complete or not there, and JSON that every reader takes."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_whole"]
+__all__ = ["finite", "write_whole"]
 
 
 def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:
@@ -23,3 +24,12 @@ def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have, in all it holds."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

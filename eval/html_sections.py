@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .effective_length import effective_length, pi_length, ruler_length, yarn_length
+from .files import finite
 from .html_data import SweepFolder
 from .stats import mean_interval, wilson
 from .task import Observation
@@ -128,9 +129,9 @@ def positions(sweep: SweepFolder) -> dict[str, Any] | None:
                     "last": edges[place + 1] - 1,
                     "tokens": len(part),
                     "documents": len(sums),
-                    "nll": _plain(mean),
-                    "low": _plain(low),
-                    "high": _plain(high),
+                    "nll": finite(mean),
+                    "low": finite(low),
+                    "high": finite(high),
                 }
             )
         if bins:
@@ -214,8 +215,3 @@ def cost(sweep: SweepFolder, task: str, method: str) -> dict[str, Any]:
         "seconds": math.fsum(row.seconds for row in rows),
         "how": list(dict.fromkeys(record.how for record in records)),
     }
-
-
-def _plain(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None

@@ -47,6 +47,7 @@ __all__ = ["Score", "run_lm_eval"]
 
 _PROMPT_SEED, _SEED = 0, 1234  # the harness's own: Python's random, and all others
 _BOOTSTRAP = 1000  # resamples, for metrics that are no mean
+_ROOM = 1024  # tokens of a chat template and an answer, which may come on top of a task's length
 
 _Load: TypeAlias = Callable[[str, int], list[Any]]
 
@@ -125,17 +126,9 @@ def run_lm_eval(
                         if record is None:
                             begin = time.perf_counter()
                             loaded = load(name, length)
+                            how = (variant, length, limit, batch_size, chat)
                             with variant.applied(model, replace=replace):
-                                found = _evaluate(
-                                    model,
-                                    tokenizer,
-                                    loaded,
-                                    variant,
-                                    length,
-                                    limit,
-                                    batch_size,
-                                    chat,
-                                )
+                                found = _evaluate(model, tokenizer, loaded, *how)
                             record = store.put(_record(key, variant, name, length, found, begin))
                         scores += [Score(**o.detail) for o in record.observations]
     finally:
@@ -219,11 +212,13 @@ def _evaluate(
     from lm_eval import evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
+    generates = all(task.OUTPUT_TYPE == "generate_until" for task in tasks)
     wrapped = HFLM(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
-        # Prompts beyond this lose their beginning, without an error.
-        max_length=max(length, variant.window or 0),
+        # Prompts beyond this lose their beginning, without an error. It is the size of the windows
+        # in which rolling perplexity is measured, too.
+        max_length=max(length, variant.window or 0) + (_ROOM if generates else 0),
         batch_size=batch_size,
     )
     # What `simple_evaluate` sets too; it also asks pip and git of their versions, which takes long.

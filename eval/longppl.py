@@ -24,14 +24,13 @@ Source: Fang et al. 2024, "What is Wrong with Perplexity for Long-context Langua
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import RunError, nearest
 
-from .stats import mean_interval
+from .stats import mean_interval, perplexity_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,9 +118,9 @@ def long_ppl(tokens: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
         rows.append({
             "method": method,
             "length": int(length),
-            "value": _exp(mean),
-            "low": _exp(low),
-            "high": _exp(high),
+            "value": perplexity_of(mean),
+            "low": perplexity_of(low),
+            "high": perplexity_of(high),
             "keys": len(chosen),
             "documents": chosen["document"].nunique(),
             "targets": len(cell),
@@ -213,7 +212,3 @@ def _mean_nll(tokens: pd.DataFrame) -> tuple[float, float, float]:
     nll: list[float] = tokens["nll"].astype(float).tolist()
     documents: list[str] = tokens["document"].tolist()
     return mean_interval(nll, [1.0] * len(nll), documents)
-
-
-def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700 or math.isnan(nll) else math.inf

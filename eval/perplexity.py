@@ -26,7 +26,7 @@ from longctx.errors import DataError
 from longctx.haystacks import bos_of
 from longctx.scoring import TokenScores
 
-from .stats import mean_interval
+from .stats import mean_interval, perplexity_of
 from .task import Measured, Observation, Plan, Summary, Unit
 from .texts import digest, texts_of
 from .windows import documents_of, spread
@@ -201,10 +201,10 @@ class Perplexity:
         prefix = None
         if self.stride is None and observations:
             nll = math.fsum(o.detail["prefix_nll"] for o in observations)
-            prefix = _exp(nll / sum(o.detail["prefix_targets"] for o in observations))
+            prefix = perplexity_of(nll / sum(o.detail["prefix_targets"] for o in observations))
         name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
         low = low if math.isnan(low) else max(low, 0.0)  # no perplexity is below 1
-        return Summary(_exp(mean), _exp(low), _exp(high), name, prefix)
+        return Summary(perplexity_of(mean), perplexity_of(low), perplexity_of(high), name, prefix)
 
 
 def _per_token(
@@ -225,7 +225,3 @@ def _per_token(
     for place, (name, column) in enumerate(constant.items()):
         table = table.add_column(place, name, column)
     return table
-
-
-def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700 or math.isnan(nll) else math.inf

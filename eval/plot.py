@@ -26,13 +26,13 @@ from .variants import Variant
 if TYPE_CHECKING:
     from .results import SweepResult
 
-__all__ = ["COLOURS", "DASHES", "MARKERS", "draw", "frame", "mark_window"]
+__all__ = ["BANDS", "COLOURS", "DASHES", "MARKERS", "draw", "frame", "mark_window"]
 
 # Okabe & Ito 2008: told apart with every kind of colour vision. Black is the model as it came.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 DASHES = ("solid", "dashed", "dotted", "dashdot")
 MARKERS = "osD^vP*X"
-_BANDS = 6  # with more lines than this their bands only hide each other
+BANDS = 6  # with more lines than this their bands only hide each other
 
 
 def draw(result: SweepResult) -> Figure:
@@ -88,7 +88,7 @@ def _line(
         linewidth=1.6,
         label=variant.label,
     )
-    if len(result.variants) <= _BANDS:
+    if len(result.variants) <= BANDS:
         low, high = [row.low for row in rows], [row.high for row in rows]
         axes.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import RunError
 
-from .files import write_whole
+from .files import finite, write_whole
 
 if TYPE_CHECKING:
     from .results import SweepResult
@@ -108,12 +107,7 @@ def _report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
         "adaptive": None if result.adaptive is None else str(result.adaptive),
         "notes": result.notes,
         "verified": [dataclasses.asdict(check) for check in result.verified],
-        "rows": [{key: _plain(value) for key, value in row.items()} for row in rows],
+        "rows": finite(rows),
         "cells": cells,
         "records": [record.key for record in result.records],
     }
-
-
-def _plain(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from scipy import stats
 
-__all__ = ["mean_interval", "wilson"]
+__all__ = ["mean_interval", "perplexity_of", "wilson"]
 
 NAN = math.nan
 
@@ -55,3 +55,8 @@ def mean_interval(
     error = math.sqrt(n / (n - 1) * squares) / whole
     reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
     return mean, mean - reach, mean + reach
+
+
+def perplexity_of(nll: float) -> float:
+    """Exp of a mean NLL in nats, infinite where a float cannot hold it."""
+    return math.exp(nll) if nll < 700 or math.isnan(nll) else math.inf

@@ -53,6 +53,16 @@ metric_list:
     higher_is_better: true
 """
 
+SAY = """
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: "{{label}}"
+generation_kwargs:
+  max_gen_toks: 4
+metric_list:
+  - metric: exact_match
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -162,6 +172,11 @@ def test_the_harness_may_read_as_far_as_length_and_patch(
         include_path=folder, limit=1,
     )  # fmt: skip
     assert lengths == [600, 1500, 1024, 1500]  # windows of 512 and 1,024
+    text = (folder / "words.yaml").read_text().partition("output_type")[0]
+    text = text.replace("task: words", "task: say") + SAY
+    (folder / "say.yaml").write_text(text)
+    run_lm_eval(byte_model(), tokenizer, ["say"], [600], include_path=folder, limit=1)
+    assert lengths[4:] == [1624]  # a chat template and the answer may come on top
     assert tokenizer.pad_token is None
 
 
