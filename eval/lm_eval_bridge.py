@@ -209,11 +209,13 @@ def _evaluate(
     batch_size: int,
     chat: bool,
 ) -> list[Score]:
-    from lm_eval import evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.models import huggingface  # pyright: ignore[reportMissingImports]
 
+    harness: Any = lm_eval  # its annotations do not hold
+    wrap: Any = huggingface.HFLM
     generates = all(task.OUTPUT_TYPE == "generate_until" for task in tasks)
-    wrapped = HFLM(
+    wrapped = wrap(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
         # Prompts beyond this lose their beginning, without an error. It is the size of the windows
@@ -227,7 +229,7 @@ def _evaluate(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SEED)
     torch.manual_seed(_SEED)
-    results: Any = evaluate(
+    results: Any = harness.evaluate(
         wrapped,
         {"tasks": {task.task_name: task for task in tasks}, "groups": {}},
         limit=limit,
