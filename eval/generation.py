@@ -101,7 +101,7 @@ class Repetition:
         return (
             f"mean share of 4-grams that stood before in the same continuation, over {how} "
             f"continuations of {self.new_tokens} tokens{end} after real text of exactly each "
-            "length; interval: t over documents, 95%"
+            "length"
         )
 
     def spec(self) -> dict[str, Any]:

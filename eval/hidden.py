@@ -50,10 +50,11 @@ class Hidden(Retrieval):
     @property
     def estimand(self) -> str:
         """What the table shows."""
-        where = "random depths" if self.depths is None else f"{len(self._grid())} depths"
+        count = len(self._grid())
+        where = "random depths" if self.depths is None else f"{count} depth{'s' * (count > 1)}"
         return (
             f"share of {self.samples} {self.asked} that greedy decoding returns, at {where} of a "
-            f"prompt of exactly that many tokens (haystack: {self.haystack}); interval: Wilson 95%"
+            f"prompt of exactly that many tokens (haystack: {self.haystack})"
         )
 
     def spec(self) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from .files import write_whole
 from .html_charts import Chart, position_chart, styles, tokens, value_chart
 from .html_data import SweepFolder, read_sweep
 from .html_svg import DASHES, MARKERS, geometry
-from .table import figure, spread
+from .table import figure, intervals, spread
+from .verify import Verification, notes_of
 
 __all__ = ["render", "write_html"]
 
@@ -85,7 +86,7 @@ def render(sweeps: Sequence[SweepFolder]) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     filters: Any = environment.filters  # typed as the ones that jinja2 comes with
-    filters.update(figure=figure, spread=spread, tokens=tokens, pretty=_pretty)
+    filters.update(figure=figure, spread=spread, tokens=tokens, pretty=_pretty, intervals=intervals)
     source = resources.files("longctx.eval").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     names = _names(sweeps)
     looks = styles([method for sweep in sweeps for method in sweep.methods])
@@ -134,7 +135,20 @@ def _run(sweep: SweepFolder, name: str) -> dict[str, Any]:
         "failures": [each for each in wrong if each is not None],
         "cost": [sections.cost(sweep, *pair) for pair in pairs],
         "missing": list(sweep.notes),
+        "notes": _notes(sweep.report),
     }
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    """What the sweep noted, without what the page shows of answers that were generated too."""
+    checks = [
+        Verification(
+            c["method"], c["task"], c["checked"], (*c["disagreements"],), (*c.get("lost", ()),)
+        )
+        for c in report.get("verified", ())
+    ]
+    shown = notes_of(checks)
+    return [note for note in report["notes"] if note not in shown]
 
 
 def _having(

@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 _COLOURS, _DASHES, _MARKERS = 7, 4, 5  # as many as the page and the plots tell apart
+_REACH = 3  # times the highest value, or part of the lowest: bands beyond are cut off
 _BANDS = 6  # with more lines than this their bands only hide each other
 
 
@@ -77,14 +78,31 @@ class Chart:
 
     @property
     def values(self) -> list[float]:
-        """What the axis must hold: values, and interval ends up to twice as far as these."""
+        """What the axis must hold: values, and interval ends unless these lie far beyond."""
         points = [p for line in self.series for p in line.points]
         ys = [p.y for p in points]
         if not ys:
             return []
-        reach = max(ys) * 1.25 if self.log else max(ys) + 0.5 * (max(ys) - min(ys))
         ends = [end for p in points for end in (p.low, p.high) if math.isfinite(end)]
-        return [*ys, *(min(max(end, min(ys) * 0.8), reach) for end in ends if self.bands)]
+        low, high = self.reach
+        return [*ys, *(min(max(end, low), high) for end in ends if self.bands)]
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """Where bands are cut off, so that a wide one does not flatten all lines."""
+        ys = [p.y for line in self.series for p in line.points]
+        if self.log:
+            return min(ys) / _REACH, max(ys) * _REACH
+        return min(ys) - 2 * (max(ys) - min(ys)), max(ys) + 2 * (max(ys) - min(ys))
+
+    @property
+    def cut(self) -> bool:
+        """Whether a band is cut off."""
+        points = [p for line in self.series for p in line.points]
+        if not self.bands or self.share or not points:
+            return False
+        low, high = self.reach
+        return any(p.low < low or p.high > high for p in points)
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:

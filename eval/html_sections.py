@@ -72,7 +72,9 @@ def effective(sweep: SweepFolder, task: str, method: str) -> dict[str, Any]:
     means = {row.length: row.value for row in rows}
     found = [o for o in sweep.observations(task, method) if o.length in means]
     fit = None
-    if found:
+    if sweep.report.get("adaptive"):  # cells that were stopped early are no sample of all prompts
+        means = {}
+    elif found:
         fit = effective_length(
             [o.length for o in found],
             [bool(o.correct) for o in found],

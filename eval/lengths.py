@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"(\d+)\s*([kK]?)")
 _SHORTEST = 8  # nothing can be measured below
 
 
-def parse_lengths(lengths: str | Iterable[int | str]) -> tuple[int, ...]:
+def parse_lengths(lengths: int | str | Iterable[int | str]) -> tuple[int, ...]:
     """Read lengths in tokens, ascending and without repetition.
 
     >>> parse_lengths("256:4096")
@@ -22,12 +22,16 @@ def parse_lengths(lengths: str | Iterable[int | str]) -> tuple[int, ...]:
     (4096, 8192, 12288)
     >>> parse_lengths(["1k", 1500, "2k:8k"])
     (1024, 1500, 2048, 4096, 8192)
+    >>> parse_lengths(512)
+    (512,)
 
     `FROM:TO` doubles from FROM and always includes TO; `k` is 1,024 tokens.
 
     Raises:
         RunError: something that is no length, a range that does not ascend, or a length under 8.
     """
+    if isinstance(lengths, int):
+        lengths = [lengths]
     items = lengths.split(",") if isinstance(lengths, str) else list(lengths)
     found: set[int] = set()
     for item in items:

@@ -88,12 +88,13 @@ class Lines(LongEval):
             return (
                 f"share of line contents that greedy decoding returns, over at most {self.samples} "
                 "published prompts that have up to that many tokens, and more than the next "
-                "shorter length; interval: Wilson 95%"
+                "shorter length"
             )
-        where = "random depths" if self.depths is None else f"{len(self._grid())} depths"
+        count = len(self._grid())
+        where = "random depths" if self.depths is None else f"{count} depth{'s' * (count > 1)}"
         return (
             f"share of {self.samples} line contents that greedy decoding returns, at {where} of a "
-            "record that fills the prompt to exactly that many tokens; interval: Wilson 95%"
+            "record that fills the prompt to exactly that many tokens"
         )
 
     def place(self, index: int, length: int, longest: int | None) -> Place:

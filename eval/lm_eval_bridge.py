@@ -11,15 +11,15 @@ from the checkpoint, a repetition penalty too), metrics. Prompts are the same fo
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import cache
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -32,12 +32,11 @@ from longctx.errors import RunError, nearest
 from longctx.fingerprint import json_digest, model_digest, tokenizer_digest
 from longctx.methods import Method
 
-from .files import write_whole
 from .lengths import parse_lengths
+from .lm_eval_tables import RESULTS, TABLES, Score, frame_of, refuse_lost, write_tables
 from .records import Record
 from .store import Store
 from .task import Observation
-from .texts import digest
 from .variants import Variant, variants_of
 
 if TYPE_CHECKING:
@@ -49,24 +48,9 @@ _PROMPT_SEED, _SEED = 0, 1234  # the harness's own: Python's random, and all oth
 _BOOTSTRAP = 1000  # resamples, for metrics that are no mean
 _ROOM = 1024  # tokens of a chat template and an answer, which may come on top of a task's length
 
+_READ = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".txt")
+
 _Load: TypeAlias = Callable[[str, int], list[Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A metric of one method, task and length."""
-
-    method: str
-    task: str
-    length: int
-    """Tokens that the task was told to fill, where it can."""
-    metric: str
-    """As the harness calls it; "score" for RULER's, which are called by their length there."""
-    value: float
-    stderr: float
-    """Standard error of the mean, or as the harness gives it; NaN where there is none."""
-    n: int
-    """Documents that were asked."""
 
 
 def run_lm_eval(
@@ -108,11 +92,15 @@ def run_lm_eval(
     sizes, names = parse_lengths(lengths), _names(tasks)
     if batch_size < 1 or (limit is not None and limit < 1):
         raise RunError(f"limit={limit}, batch_size={batch_size}: expected at least 1 each.")
+    if chat and not tokenizer.chat_template:
+        raise RunError("chat=True, but the tokenizer has no chat template: pass chat=False.")
     variants = variants_of(model, methods, replace=replace)
     identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
-    settings = [release, limit, chat, _digests(include_path)]
     folder = None if out is None else Path(out)
-    store = Store(None if folder is None else folder / "lm_eval.jsonl", identity)
+    if folder is not None:
+        refuse_lost(folder, {(v.label, n) for v in variants for n in sizes}, ("method", "length"))
+    settings = [release, limit, chat, _digests(include_path, folder)]
+    store = Store(None if folder is None else folder / RESULTS, identity)
     scores: list[Score] = []
     try:
         with tempfile.TemporaryDirectory(prefix="longctx-tokenizer-") as saved:
@@ -134,8 +122,8 @@ def run_lm_eval(
     finally:
         store.close()
     if folder is not None:
-        _write(folder, scores, {"lm_eval": release, "limit": limit, "chat": chat, **identity})
-    return _frame(scores)
+        write_tables(folder, scores, {"lm_eval": release, "limit": limit, "chat": chat, **identity})
+    return frame_of(scores)
 
 
 def _release() -> str:
@@ -154,15 +142,16 @@ def _names(tasks: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _digests(include_path: str | os.PathLike[str] | None) -> dict[str, str]:
+def _digests(include_path: str | os.PathLike[str] | None, out: Path | None) -> dict[str, str]:
     """The user's task files by content, so that a changed task is not taken for the old one."""
     if include_path is None:
         return {}
     folder = Path(include_path)
     if not folder.is_dir():
         raise RunError(f"include_path {folder} is no folder: expected one with tasks in YAML.")
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".yaml", ".py", ".json", ".jsonl"))
-    return {str(p.relative_to(folder)): digest(p.read_text(encoding="utf-8")) for p in files}
+    own = {} if out is None else {(out / name).resolve() for name in (RESULTS, *TABLES)}
+    files = sorted(p for p in folder.rglob("*") if p.suffix in _READ and p.resolve() not in own)
+    return {str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def _loader(tokenizer: str, include_path: str | os.PathLike[str] | None) -> _Load:
@@ -278,19 +267,3 @@ def _record(
     found = [Observation(length, s.metric, s.task, 0.0, 0, None, asdict(s)) for s in scores]
     seconds = round(time.perf_counter() - begin, 3)
     return Record(key, variant.label, task, (length,), 0, seconds, "lm-eval", tuple(found))
-
-
-def _frame(scores: list[Score]) -> pd.DataFrame:
-    import pandas as pd
-
-    columns = [field.name for field in fields(Score)]
-    return pd.DataFrame([asdict(score) for score in scores], columns=columns)
-
-
-def _write(folder: Path, scores: list[Score], about: dict[str, Any]) -> None:
-    frame = _frame(scores)
-    rows = frame.astype(object).where(frame.notna(), None).to_dict(orient="records")
-    text = json.dumps({**about, "rows": rows}, indent=1, allow_nan=False)
-    write_whole(folder / "lm_eval.csv", lambda path: frame.to_csv(path, index=False))
-    write_whole(folder / "lm_eval.parquet", lambda path: frame.to_parquet(path, index=False))
-    write_whole(folder / "lm_eval.json", lambda path: path.write_text(text, encoding="utf-8"))

@@ -57,17 +57,20 @@ class Needle(Hidden):
                 f"haystack={self.haystack!r}: this task's needles are hidden in real text; pass "
                 "'text', and files of yours as `text`."
             )
+        for name in ("needle", "question", "answer"):
+            if isinstance(getattr(self, name), str):
+                raise DataError(f"{name}={getattr(self, name)!r}: expected a tuple of such texts.")
         counts = len(self.needle), len(self.question), len(self.answer)
         if len(set(counts)) > 1 or not self.needle:
             raise DataError(
                 f"{counts[0]} needles, {counts[1]} questions and {counts[2]} answers: expected one "
                 "question and one answer for each needle."
             )
-        for field in ("needle", "question", "answer"):
-            for text in getattr(self, field):
+        for name in ("needle", "question", "answer"):
+            for text in getattr(self, name):
                 if not text.strip() or text != text.strip() or "\n" in text:
                     raise DataError(
-                        f"{field}={text!r}: expected a line of text without spaces around it."
+                        f"{name}={text!r}: expected a line of text without spaces around it."
                     )
 
     @property

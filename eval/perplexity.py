@@ -58,8 +58,11 @@ class Perplexity:
     higher_is_better: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.last < 1 or self.windows < 1:
-            raise DataError(f"last={self.last}, windows={self.windows}: expected at least 1 each.")
+        for name in ("last", "windows"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise DataError(
+                    f"{name}={getattr(self, name)!r}: expected a whole number, 1 or more."
+                )
         if self.stride is not None and (self.stride < 1 or self.last % self.stride):
             raise DataError(
                 f"stride={self.stride} does not divide last={self.last}: pass a number of tokens "
@@ -80,7 +83,7 @@ class Perplexity:
                 f"the same {self.last} tokens per window at every length, each after at least "
                 f"length − {self.stride} tokens (stride {self.stride})"
             )
-        return f"exp(mean NLL) over {targets}; interval: t over documents, 95%"
+        return f"exp(mean NLL) over {targets}"
 
     def spec(self) -> dict[str, Any]:
         """Settings that a unit's figures depend on; its text is in the unit's own spec."""

@@ -42,15 +42,19 @@ def draw(result: SweepResult) -> Figure:
     that the model was trained with. What failed is left out.
     """
     tasks = len(result.tasks)
-    figure = Figure(figsize=(1.8 + 4.6 * tasks, 4.2), layout="constrained")
+    across = min(tasks, 3)
+    down = math.ceil(tasks / across)
+    figure = Figure(figsize=(1.8 + 4.6 * across, 4.2 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(1, tasks, squeeze=False)
+    grid = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in grid[tasks:]:
+        axes.set_visible(False)
     styles = _styles([variant.label for variant in result.variants])
-    for axes, task in zip(grid[0], result.tasks, strict=True):
+    for axes, task in zip(grid, result.tasks, strict=False):
         for variant in result.variants:
             _line(axes, result, task, variant, styles[variant.label])
         _frame(axes, result, task)
-    handles, labels = grid[0][0].get_legend_handles_labels()
+    handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(result.model, fontsize=11)
     return figure

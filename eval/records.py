@@ -119,7 +119,7 @@ def _read_records(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:
             record = None if number == 1 else load_record(value)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if number == 1:
-                value, record = {"": line.decode(errors="replace")}, None
+                value, record = ascii(line[:60])[1:], None
             else:
                 raise RunError(
                     f"{path}, line {number}, is no result of a sweep ({error}): delete that line, "

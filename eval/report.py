@@ -86,6 +86,8 @@ def write_report(result: SweepResult, folder: Path, *, overwrite: bool) -> list[
 
 
 def _report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
+    from .results import stated
+
     rows: list[dict[str, Any]] = result.frame().to_dict(orient="records")
     return {
         "model": result.model,
@@ -96,7 +98,7 @@ def _report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
         "tasks": [
             {
                 "name": task.name,
-                "estimand": task.estimand,
+                "estimand": stated(task, result.adaptive),
                 "scale": task.scale,
                 "higher_is_better": task.higher_is_better,
                 "spec": task.spec(),

@@ -17,6 +17,7 @@ from longctx.fingerprint import json_digest
 
 from .adaptive import Adaptive
 from .records import Record
+from .retrieval import Retrieval
 from .task import Observation, Summary, Task
 from .variants import Variant
 from .verify import Verification
@@ -24,7 +25,7 @@ from .verify import Verification
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Row", "SweepResult", "cell_key", "rows_of"]
+__all__ = ["Row", "SweepResult", "cell_key", "rows_of", "stated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +69,37 @@ class Row:
 
 
 def cell_key(method: str, task: Task, length: int, adaptive: Adaptive | None) -> str:
-    """Name a cell: two reports that share it measured the same thing, if on the same model."""
+    """Name a cell: two reports that share it asked the same of the same texts.
+
+    Which windows and haystacks of them depends on the longest length of the sweep too.
+    """
     rule = "" if adaptive is None else f" {adaptive}"
     return f"{method} {task.name} {json_digest(task.scope())} {length}{rule}"
 
 
+def stated(task: Task, adaptive: Adaptive | None) -> str:
+    """What the figures of a task are, and that they were stopped early where they were."""
+    if adaptive is None or not isinstance(task, Retrieval):
+        return task.estimand
+    return f"{task.estimand}; each cell was asked only until it was decided (its n says how far)"
+
+
 def rows_of(
-    variant: Variant, task: Task, lengths: Sequence[int], records: Sequence[Record]
+    variant: Variant,
+    task: Task,
+    lengths: Sequence[int],
+    records: Sequence[Record],
+    adaptive: Adaptive | None = None,
 ) -> list[Row]:
     """Summarise the records of one method and task into a row per length."""
+    said = stated(task, adaptive)
     return [
-        _row(variant, task, length, [r for r in records if length in r.lengths])
+        _row(variant, task, length, [r for r in records if length in r.lengths], said)
         for length in lengths
     ]
 
 
-def _row(variant: Variant, task: Task, length: int, records: list[Record]) -> Row:
+def _row(variant: Variant, task: Task, length: int, records: list[Record], said: str) -> Row:
     observations = [o for record in records for o in record.observations if o.length == length]
     targets = sum(o.targets for o in observations)
     summary = task.summarise(observations)
@@ -110,7 +126,7 @@ def _row(variant: Variant, task: Task, length: int, records: list[Record]) -> Ro
         beyond_window=variant.window is not None and length > variant.window,
         tokens=round(sum(share * record.tokens for share, record in cost)),
         seconds=round(sum(share * record.seconds for share, record in cost), 3),
-        estimand=task.estimand,
+        estimand=said,
         failed=failed,
     )
 
@@ -133,7 +149,7 @@ class SweepResult:
     model: str
     """Its hub id, the name of its folder, or its type."""
     identity: dict[str, str]
-    """Digests of model and tokenizer."""
+    """Digests of model and tokenizer, and the name of the attention implementation."""
     original_window: int | None
     """Tokens the model was trained to read."""
     lengths: tuple[int, ...]

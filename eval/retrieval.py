@@ -31,6 +31,7 @@ from .task import Measured, Observation, Plan, Summary, Unit
 
 __all__ = ["Place", "Retrieval", "depth_grid", "turn_of"]
 
+_MOST = 10**6  # seeds that a length has to itself
 _PROMPTS = 3  # counted up when the same settings give other prompts: old results are not reused
 
 
@@ -104,8 +105,10 @@ class Retrieval(ABC):
         """What the table shows."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise DataError(f"samples={self.samples}: expected at least one prompt per length.")
+        if type(self.samples) is not int or not 1 <= self.samples <= _MOST:
+            raise DataError(
+                f"samples={self.samples!r}: expected 1 to {_MOST:,} prompts per length."
+            )
 
     def base(self, length: int) -> int:
         """The first seed of a length; up to a million follow that no other length or seed has."""

@@ -45,7 +45,7 @@ class Store:
 
         Args:
             path: of the JSON lines; None keeps the records in memory only.
-            identity: what the whole file belongs to ("model", "tokenizer": digests).
+            identity: what the whole file belongs to (digests of model and tokenizer, …).
             rank: the number of this process among `ranks`.
             ranks: processes that share the sweep.
 

@@ -37,6 +37,7 @@ from .task import Plan, Task
 from .topics import Topics
 from .variable_tracking import VariableTracking
 from .variants import original_window, variants_of
+from .verify import notes_of
 
 __all__ = ["TASKS", "sweep"]
 
@@ -60,10 +61,10 @@ TASKS: dict[str, type[Task]] = {
 def sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task | str],
-    lengths: str | Iterable[int | str],
+    tasks: Sequence[Task | str] | Task | str,
+    lengths: int | str | Iterable[int | str],
     *,
-    methods: Sequence[Method | str | None] | None = None,
+    methods: Sequence[Method | str | None] | str | None = None,
     results: str | os.PathLike[str] | None = None,
     batch_tokens: int = 16_384,
     verify: int = 0,
@@ -110,18 +111,20 @@ def sweep(
     """
     sizes = parse_lengths(lengths)
     chosen = _tasks(tasks)
-    if batch_tokens < 1:
-        raise RunError(f"batch_tokens={batch_tokens}: expected at least 1.")
-    if verify < 0:
-        raise RunError(f"verify={verify}: expected 0 or a number of answers to generate.")
+    for name, value, least in (("batch_tokens", batch_tokens, 1), ("verify", verify, 0)):
+        if type(value) is not int or value < least:
+            raise RunError(f"{name}={value!r}: expected a whole number, {least} or more.")
+    if adaptive is not None and not hasattr(adaptive, "decide"):
+        raise RunError(f"adaptive={adaptive!r}: expected an Adaptive(threshold=0.8, …) or None.")
     _refuse_beyond_table(model, sizes)
-    identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
-    variants = variants_of(model, methods, replace=replace)
-    plans = {
-        (task.name, invariant): _plan(task, tokenizer, sizes, invariant)
-        for task in chosen
-        for invariant in {variant.length_invariant for variant in variants}
+    identity = {
+        "model": model_digest(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "attention implementation": str(getattr(model.config, "_attn_implementation", None)),
     }
+    variants = variants_of(model, methods, replace=replace)
+    invariants = {variant.length_invariant for variant in variants}
+    plans = _plans(chosen, tokenizer, sizes, invariants)
     jobs = [
         Job(variant, task, plans[task.name, variant.length_invariant])
         for variant in variants
@@ -156,7 +159,7 @@ def sweep(
         *store.notes,
         *(note for plan in plans.values() for note in plan.notes),
         *(note for _, said in collected.values() for note in said),
-        *(check.note for check in verified),
+        *notes_of(verified),
     ]
     return SweepResult(
         model=_name(model),
@@ -169,7 +172,11 @@ def sweep(
             row
             for job in jobs
             for row in rows_of(
-                job.variant, job.task, sizes, collected[job.variant.label, job.task.name][0]
+                job.variant,
+                job.task,
+                sizes,
+                collected[job.variant.label, job.task.name][0],
+                adaptive,
             )
         ),
         records=tuple(record for found, _ in collected.values() for record in found),
@@ -186,15 +193,19 @@ def _name(model: PreTrainedModel) -> str:
     return Path(os.path.abspath(name)).name if Path(name).is_dir() else name
 
 
-def _tasks(tasks: Sequence[Task | str]) -> list[Task]:
+def _tasks(tasks: Sequence[Task | str] | Task | str) -> list[Task]:
     chosen: list[Task] = []
-    for task in [tasks] if isinstance(tasks, str) else tasks:
+    for task in [tasks] if isinstance(tasks, str | Task) else tasks:
         if isinstance(task, str):
             if task not in TASKS:
                 raise RunError(
                     f"unknown task {task!r}{nearest(task, TASKS)} (tasks: {', '.join(TASKS)})"
                 )
             task = TASKS[task]()
+        if isinstance(task, type) or not hasattr(task, "plan"):
+            raise RunError(
+                f"{task!r} is no task: pass an instance, or a name of {', '.join(TASKS)}."
+            )
         if task.name in [other.name for other in chosen]:
             raise RunError(f"task {task.name!r} is asked for twice: one sweep for each setting.")
         chosen.append(task)
@@ -203,13 +214,26 @@ def _tasks(tasks: Sequence[Task | str]) -> list[Task]:
     return chosen
 
 
-def _plan(
-    task: Task, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], invariant: bool
-) -> Plan:
-    try:
-        return task.plan(tokenizer, lengths, length_invariant=invariant)
-    except DataError as error:
-        raise DataError(f"task {task.name}: {error}") from error
+def _plans(
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    invariants: set[bool],
+) -> dict[tuple[str, bool], Plan]:
+    """The work by task and by whether its method is length-invariant; all that is wrong at once."""
+    found: dict[tuple[str, bool], Plan] = {}
+    wrong: dict[str, None] = {}
+    for task in tasks:
+        for invariant in invariants:
+            try:
+                plan = task.plan(tokenizer, lengths, length_invariant=invariant)
+            except DataError as error:
+                wrong[f"task {task.name}: {error}"] = None
+            else:
+                found[task.name, invariant] = plan
+    if wrong:
+        raise DataError("\n".join(wrong))
+    return found
 
 
 def _refuse_beyond_table(model: PreTrainedModel, lengths: Sequence[int]) -> None:

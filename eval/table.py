@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from .task import Task
 if TYPE_CHECKING:
     from .results import Row, SweepResult
 
-__all__ = ["figure", "show", "spread", "tables"]
+__all__ = ["figure", "intervals", "show", "spread", "tables"]
 
 _WIDEST = 10_000  # columns, more than any table has
 
@@ -70,6 +69,29 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def intervals(rows: Sequence[Row]) -> list[str]:
+    """Say which intervals the cells of a task have, or why none: where, if not all have the same.
+
+    Methods are named where they differ.
+    """
+    where: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        if not row.failed:
+            where.setdefault(row.interval, {}).setdefault(row.method, []).append(row.length)
+    if len(where) == 1:
+        return [f"interval: {name}" for name in where]
+    methods = {row.method for row in rows}
+    lines: list[str] = []
+    for name, found in where.items():
+        places = {method: ", ".join(f"{n:,}" for n in sizes) for method, sizes in found.items()}
+        if found.keys() == methods and len({*places.values()}) == 1:
+            said = f"at {next(iter(places.values()))}"
+        else:
+            said = "; ".join(f"{method} at {sizes}" for method, sizes in places.items())
+        lines.append(f"interval ({said}): {name}")
+    return lines
+
+
 def _table(result: SweepResult, task: Task) -> RenderableType:
     share = task.scale == "share"
     table = Table(
@@ -83,7 +105,6 @@ def _table(result: SweepResult, task: Task) -> RenderableType:
     for length in result.lengths:
         table.add_column(f"{length:,}", justify="right", no_wrap=True)
     failures: dict[str, None] = {}
-    intervals: dict[str, dict[int, None]] = defaultdict(dict)
     beyond = False
     for variant in result.variants:
         cells: list[Text] = []
@@ -94,18 +115,12 @@ def _table(result: SweepResult, task: Task) -> RenderableType:
             if row.failed:
                 cell.stylize("red")
                 failures[f"{row.method} at {length:,}: {row.failed}"] = None
-            else:
-                if interval := spread(row, share=share):
-                    cell.append(f"\n{interval} ", style="dim")
-                intervals[row.interval][length] = None  # or why there is none
+            elif interval := spread(row, share=share):
+                cell.append(f"\n{interval} ", style="dim")
             cells.append(cell)
         table.add_row(variant.label, *cells)
-    lines = [Text(task.estimand, style="dim")]
-    for name, where in intervals.items():
-        if task.estimand.endswith(f"interval: {name}"):
-            continue
-        lengths = f" at {', '.join(f'{n:,}' for n in where)}" if len(intervals) > 1 else ""
-        lines.append(Text(f"interval{lengths}: {name}", style="dim"))
+    rows = [row for row in result.rows if row.task == task.name]
+    lines = [Text(said, style="dim") for said in (rows[0].estimand, *intervals(rows))]
     if beyond:
         lines.append(Text("* beyond the window that the model claims", style="dim"))
     lines += [Text(failure, style="red") for failure in failures]

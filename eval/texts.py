@@ -12,7 +12,7 @@ from longctx.prompts import Texts, held_out
 __all__ = ["digest", "texts_of"]
 
 
-def texts_of(paths: tuple[str, ...]) -> Texts:
+def texts_of(paths: str | tuple[str, ...]) -> Texts:
     """One document per file, folders taken with all their files; the embedded texts for none.
 
     Raises:
@@ -20,6 +20,8 @@ def texts_of(paths: tuple[str, ...]) -> Texts:
     """
     if not paths:
         return held_out()
+    if isinstance(paths, str):
+        paths = (paths,)
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():

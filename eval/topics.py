@@ -32,6 +32,7 @@ _INTRO = (
     " topic of <TOPIC>'. Memorize each <TOPIC>. At the end of the record, I will ask you to "
     "retrieve the first topic. Now the record starts."
 )
+_ANNOUNCED = "discuss the topic of "  # a topic, and not what <TOPIC> stands for
 _QUESTION = (
     "Now the record ends. What is the first topic we discussed? Only give me the topic name."
 )
@@ -135,11 +136,11 @@ class Topics(LongEval):
             return (
                 f"share of first topics that greedy decoding returns, over at most {self.samples} "
                 "published prompts that have up to that many tokens, and more than the next "
-                "shorter length; interval: Wilson 95%"
+                "shorter length"
             )
         return (
             f"share of {self.samples} first topics that greedy decoding returns, each of a "
-            "conversation that fills the prompt to exactly that many tokens; interval: Wilson 95%"
+            "conversation that fills the prompt to exactly that many tokens"
         )
 
     def place(self, index: int, length: int, longest: int | None) -> Place:
@@ -199,8 +200,13 @@ class Topics(LongEval):
     def case(self, record: dict[str, Any], where: str) -> Case:
         """A published prompt; its topic as the conversation spells it, which has no capital."""
         text = field(record, "prompt", str, where)
-        topic = str(field(record, "topics", list, where)[0])
-        found = text.lower().find(topic.lower())
+        topic = field(record, "topics", list, where)[0]
+        if not isinstance(topic, str) or not topic.strip():
+            raise DataError(
+                f"{where} has {topic!r} as its first topic: expected a string that its prompt "
+                "holds."
+            )
+        found = text.lower().find(topic.lower(), max(text.lower().find(_ANNOUNCED), 0))
         if found < 0:
             raise DataError(f"{where}: its prompt holds nothing of {topic!r}, its first topic.")
         return Case(text, _PREFIX, text[found : found + len(topic)], depth=found / len(text))

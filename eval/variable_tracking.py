@@ -45,9 +45,10 @@ class VariableTracking(Hidden):
     @property
     def asked(self) -> str:
         """What is to be returned."""
+        chains = f"one of {self.chains} chains, " if self.chains > 1 else ""
         return (
-            f"lists of {self.hops + 1} variables (one of {self.chains} chains, the first assignment"
-            " at the depth, the others evenly after it)"
+            f"lists of {self.hops + 1} variables ({chains}the first assignment at the depth, the "
+            "others evenly after it)"
         )
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:

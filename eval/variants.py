@@ -85,7 +85,7 @@ def original_window(model: PreTrainedModel) -> int | None:
 
 
 def variants_of(
-    model: PreTrainedModel, methods: Sequence[Method | str | None] | None, *, replace: bool
+    model: PreTrainedModel, methods: Sequence[Method | str | None] | str | None, *, replace: bool
 ) -> list[Variant]:
     """Put each method on the model and take it off again, so that an impossible one fails now.
 
@@ -99,6 +99,8 @@ def variants_of(
         MethodError: what cannot be put on this model.
         RunError: none, or the same one twice.
     """
+    if isinstance(methods, str):
+        methods = [methods]
     parsed = [parse_method(m) if isinstance(m, str) else m for m in (methods or [None])]
     found: list[Variant] = []
     for method in parsed:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice, zip_longest
+from random import Random
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +20,10 @@ from .records import Record
 from .retrieval import Retrieval
 from .task import Unit
 
-__all__ = ["Verification", "generated", "verify"]
+__all__ = ["Verification", "generated", "notes_of", "verify"]
+
+_Case: TypeAlias = tuple[int, str, Prompt]
+"""Length, item, prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,17 @@ class Verification:
         return f"{told}, {len(self.disagreements)} NOT as scored: {wrong}{lost}"
 
 
+def notes_of(checks: Sequence[Verification]) -> list[str]:
+    """What goes under the tables: what is wrong each by itself, what is right in a sentence."""
+    clean = [c for c in checks if c.checked and not c.disagreements and not c.lost]
+    notes = [check.note for check in checks if check not in clean]
+    if clean:
+        counts = sum(check.checked for check in clean)
+        which = ", ".join(dict.fromkeys(f"{check.task} under {check.method}" for check in clean))
+        notes.append(f"{counts} answers were generated too, all as scored ({which})")
+    return notes
+
+
 def verify(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -58,7 +76,7 @@ def verify(
     records: Sequence[Record],
     count: int,
 ) -> Verification:
-    """Generate `count` answers, evenly over all prompts, and compare each with its score."""
+    """Generate `count` answers, drawn from each length in turn, and compare each with its score."""
     scored = {
         (o.length, o.item): o
         for record in records
@@ -71,8 +89,7 @@ def verify(
         for length, place, prompt in task.cases(tokenizer, unit)
         if (length, str(place.index)) in scored
     ]
-    count = min(count, len(cases))
-    chosen = [cases[i * len(cases) // count] for i in range(count)]
+    chosen = _drawn(cases, count)
     wrong: list[str] = []
     lost: list[str] = []
     for length, item, prompt in chosen:
@@ -90,7 +107,19 @@ def verify(
                 f"prompt {item} at {length}: scored {tokenizer.decode(list(said[:known]))!r}, "
                 f"generated {tokenizer.decode(list(answer[:known]))!r} for {prompt.answer!r}"
             )
-    return Verification(method, task.name, count - len(lost), tuple(wrong), tuple(lost))
+    checked = len(chosen) - len(lost)
+    return Verification(method, task.name, checked, tuple(wrong), tuple(lost))
+
+
+def _drawn(cases: Sequence[_Case], count: int) -> list[_Case]:
+    """Some prompts, each length in turn and at random within: depths and haystacks have cycles."""
+    by_length: dict[int, list[_Case]] = defaultdict(list)
+    for case in cases:
+        by_length[case[0]].append(case)
+    for length, those in by_length.items():
+        Random(f"verify/{length}").shuffle(those)
+    turns = chain.from_iterable(zip_longest(*by_length.values()))
+    return list(islice((case for case in turns if case is not None), count))
 
 
 def _known(said: Sequence[int], answer: Sequence[int]) -> int:

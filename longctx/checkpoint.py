@@ -84,7 +84,8 @@ def load(
             **placed,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
-        raise ModelError(f"cannot load {str(source)!r}: {error}") from error
+        taken = "" if isinstance(path, Path) else " (no folder here, so taken for a hub id)"
+        raise ModelError(f"cannot load {str(source)!r}{taken}: {error}") from error
     except Exception as error:  # safetensors and tokenizers raise bare Exception subclasses
         raise ModelError(
             f"cannot load {str(source)!r}, a file of it is corrupt or incomplete "

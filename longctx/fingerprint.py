@@ -29,7 +29,9 @@ def json_digest(value: Any) -> str:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Digest of configuration (a patch in place included) and of all that a checkpoint holds.
+    """Digest of configuration, of all that a checkpoint holds, and of the rotary as it is.
+
+    A patch in place shows in it, and so does a rotary that was changed by hand.
 
     Raises:
         ModelError: weights that were never loaded.
@@ -46,6 +48,7 @@ def model_digest(model: PreTrainedModel) -> str:
         if weight.is_meta and name not in offloaded:
             raise ModelError(f"{name} has no values (it is on the meta device): load its weights.")
         found.update(_sums((offloaded[name]() if weight.is_meta else weight).detach()))
+    found.update(effect_digest(model).encode())
     return found.hexdigest()[:24]
 
 
@@ -74,10 +77,13 @@ def _sums(weight: Tensor) -> bytes:
 
 
 def effect_digest(model: PreTrainedModel) -> str:
-    """Digest of what a method has put on a model: another formula gives another one."""
+    """Digest of rotary and attention as a method has put them: another formula gives another."""
     try:
         rotary = rotary_of(model)
-        rules = [getattr(module, ATTRIBUTE, None) for _, module, _ in attention_modules(model)]
+        rules = [
+            (getattr(module, ATTRIBUTE, None), getattr(module, "scaling", None))
+            for _, module, _ in attention_modules(model)
+        ]
     except ModelError:  # nothing that a method could reach
         return ""
     buffers = [(name, buffer.double().tolist()) for name, buffer in rotary.named_buffers()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from longctx.errors import RunError
 from longctx.eval import Adaptive, Measured, Observation, Passkey, Unit, sweep
 from longctx.eval.adaptive import Verdict, boundary
+from longctx.eval.html import write_html
 from longctx.prompts import SHORT
 
 LENGTHS = (400, 600, 800, 1000, 1200, 1400)
@@ -180,6 +182,13 @@ def test_a_sweep_asks_less_and_says_so(model: Any, tokenizer: Any, tmp_path: Pat
         assert f"; {n} of 360 prompts asked" in note
         assert min(rows[800].n, rows[1000].n) > 0
         assert any(row.n == 0 and math.isnan(row.value) and not row.failed for row in rows.values())
+    assert all("asked only until it was decided" in row.estimand for row in result.rows)
+    result.write(tmp_path)
+    (page,) = write_html([tmp_path], tmp_path / "report.html")
+    text = page.read_text()
+    assert "was swept adaptively" in text
+    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    assert all(one["text"] is one["yarn"] is None for one in data["runs"][0]["effective"])
     again = run()
     assert len(task.asked_for) == asked, "what is known is not asked again"
     assert again.rows == result.rows

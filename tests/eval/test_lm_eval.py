@@ -122,11 +122,9 @@ def test_scores_are_those_of_the_patched_model(folder: Path, tmp_path: Path) -> 
 
 
 @needs
-def test_an_interrupted_call_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_call_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask: dict[str, Any] = {"methods": ["none", "yarn:2"], "include_path": folder, "limit": 2}
-    asked: list[str] = []
+    asked: list[str] = []  # the results lie among the tasks, of which they are none
     evaluate = lm_eval_bridge._evaluate  # pyright: ignore[reportPrivateUsage]
 
     def interrupted(model: Any, tokenizer: Any, tasks: Any, variant: Any, *rest: Any) -> Any:
@@ -138,16 +136,19 @@ def test_an_interrupted_call_goes_on(
 
     monkeypatch.setattr(lm_eval_bridge, "_evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_lm_eval(byte_model(), byte_tokenizer(), "words", [600], **ask, out=tmp_path)
-    frame = run_lm_eval(byte_model(), byte_tokenizer(), "words", [600], **ask, out=tmp_path)
+        run_lm_eval(byte_model(), byte_tokenizer(), "words", [600], **ask, out=folder)
+    frame = run_lm_eval(byte_model(), byte_tokenizer(), "words", [600], **ask, out=folder)
     assert asked == ["none", "interrupted", "yarn:2"]
     assert frame["n"].tolist() == [2, 2]
-    assert run_lm_eval(byte_model(), byte_tokenizer(), "words", [600], **ask, out=tmp_path).equals(
+    assert run_lm_eval(byte_model(), byte_tokenizer(), "words", [600], **ask, out=folder).equals(
         frame
     )
     assert len(asked) == 3
+    fewer: dict[str, Any] = {**ask, "methods": ["none"]}
+    with pytest.raises(RunError, match=r"tables with yarn:2, 600 \(method, length\), which"):
+        run_lm_eval(byte_model(), byte_tokenizer(), "words", [600], **fewer, out=folder)
     with pytest.raises(RunError, match="another model"):
-        run_lm_eval(byte_model(1), byte_tokenizer(), "words", [600], **ask, out=tmp_path)
+        run_lm_eval(byte_model(1), byte_tokenizer(), "words", [600], **ask, out=folder)
 
 
 @needs
@@ -193,6 +194,8 @@ def test_bad_input_is_named(folder: Path) -> None:
         run_lm_eval(model, tokenizer, [], [600])
     with pytest.raises(RunError, match="limit=0, batch_size=1"):
         run_lm_eval(model, tokenizer, ["words"], [600], limit=0)
+    with pytest.raises(RunError, match="has no chat template: pass chat=False"):
+        run_lm_eval(model, tokenizer, ["words"], [600], chat=True, **ask)
     with pytest.raises(RunError, match="is no folder"):
         run_lm_eval(model, tokenizer, ["words"], [600], include_path=folder / "words.yaml")
 

@@ -130,5 +130,8 @@ def test_files_that_are_no_text_or_hold_another_topic(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no UTF-8"):
         Topics(file=str(path)).plan(byte_tokenizer(), (400,), length_invariant=True)
     (tmp_path / "y").write_text(json.dumps({**TOPICS, "topics": ["Other"]}))
+    (tmp_path / "z").write_text(json.dumps({**TOPICS, "topics": [3]}))
+    with pytest.raises(DataError, match="has 3 as its first topic: expected a string"):
+        Topics(file=str(tmp_path / "z")).plan(byte_tokenizer(), (400,), length_invariant=True)
     with pytest.raises(DataError, match="holds nothing of 'Other'"):
         Topics(file=str(tmp_path / "y")).plan(byte_tokenizer(), (400,), length_invariant=True)

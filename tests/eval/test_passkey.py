@@ -176,7 +176,7 @@ def test_the_plan_fails_early_and_the_spec_follows_the_text(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": 0}, "samples=0: expected at least one"),
+        ({"samples": 0}, "samples=0: expected 1 to"),
         ({"depths": 0}, "depths=0: expected at least one, or None"),
         ({"haystack": "hay"}, "haystack='hay': expected 'grass', 'text' or 'both'"),
     ],

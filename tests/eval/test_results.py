@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from longctx.errors import RunError
 from longctx.eval import Adaptive, Passkey, Perplexity, SweepResult, sweep
 from longctx.eval.plot import draw
 from longctx.eval.results import cell_key
+from longctx.eval.table import intervals
 
 from .conftest import byte_model, byte_tokenizer
 from .test_sweep import Count
@@ -88,6 +90,16 @@ def test_the_plot_shows_what_was_measured(result: SweepResult) -> None:
     assert len({line.get_color() for line in perplexity.lines[:4]}) == 3
 
 
+def test_intervals_that_differ_are_told_with_their_place(result: SweepResult) -> None:
+    rows = [row for row in result.rows if row.task == "perplexity"]
+    own = [dataclasses.replace(row, interval="A" if row.length == 300 else "B") for row in rows]
+    assert intervals(own) == ["interval (at 300): A", "interval (at 600, 1,200): B"]
+    own[0] = dataclasses.replace(own[0], interval="B")  # none at 300
+    first = "yarn:2 at 300; yarn:4 at 300; ntk:2 at 300"
+    assert "none at 300, 600, 1,200; yarn:2 at 600, 1,200" in intervals(own)[0]
+    assert intervals(own)[1] == f"interval ({first}): A"
+
+
 def test_the_table_says_what_it_shows(result: SweepResult) -> None:
     out = io.StringIO()
     result.print(Console(file=out, width=300))
@@ -101,7 +113,7 @@ def test_the_table_says_what_it_shows(result: SweepResult) -> None:
     assert result.tasks[1].estimand in text
     assert "a note" in text
     assert "interval: made up" in text
-    assert text.count("interval: t over documents, 95%") == 1, "said once, by what the value is"
+    assert text.count("interval: t over 2 documents, 95%") == 1
 
 
 def test_a_larger_report_takes_the_place_of_a_smaller_one(

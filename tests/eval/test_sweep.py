@@ -161,6 +161,19 @@ def test_results_of_another_model_are_refused(model: Any, tokenizer: Any, tmp_pa
     sweep(model, tokenizer, [Count()], LENGTHS, results=path, progress=False)
     with pytest.raises(RunError, match="holds the results of another model"):
         sweep(byte_model(1), tokenizer, [Count()], LENGTHS, results=path, progress=False)
+    by_hand: Any = byte_model()
+    by_hand.model.rotary_emb.inv_freq.div_(4)
+    with pytest.raises(RunError, match="holds the results of another model"):
+        sweep(by_hand, tokenizer, [Count()], LENGTHS, results=path, progress=False)
+    eager: Any = byte_model()
+    eager.set_attn_implementation("eager")
+    with pytest.raises(RunError, match=r"another attention implementation \(sdpa, this"):
+        sweep(eager, tokenizer, [Count()], LENGTHS, results=path, progress=False)
+
+
+def test_one_of_each_needs_no_list(model: Any, tokenizer: Any) -> None:
+    found = sweep(model, tokenizer, Count(), 600, methods="yarn:2", progress=False)
+    assert [(row.method, row.length) for row in found.rows] == [("yarn:2", 600)]
 
 
 def test_memory_that_runs_out_fails_cells_and_not_the_sweep(
@@ -214,8 +227,16 @@ def test_what_does_not_fit_is_refused_before_any_work(
         run([task], "1x")
     with pytest.raises(RunError, match="batch_tokens=0"):
         run([task], batch_tokens=0)
-    with pytest.raises(RunError, match="verify=-1: expected 0 or"):
+    with pytest.raises(RunError, match="verify=-1: expected a whole number, 0"):
         run([task], verify=-1)
+    with pytest.raises(RunError, match="batch_tokens='a': expected a whole number"):
+        run([task], batch_tokens="a")
+    with pytest.raises(RunError, match="adaptive=True: expected an Adaptive"):
+        run([task], adaptive=True)
+    with pytest.raises(RunError, match=r"class .*Count'> is no task: pass an instance"):
+        run([Count])
+    with pytest.raises(DataError, match=r"(?s)task passkey: .*too short.*\ntask perplexity: "):
+        run(["passkey", "perplexity"], "16,64")
     with pytest.raises(DataError, match="no document is long enough"):
         run([task, Perplexity(text=texts)], "4k")
     with pytest.raises(MethodError, match="factor"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import longctx
+from longctx.assembly import Prompt
 from longctx.eval import Passkey, sweep
 from longctx.eval.verify import Verification, generated, verify
 from longctx.prompts import SHORT
@@ -27,7 +28,23 @@ def test_scores_agree_with_generate(method: str, texts: tuple[str, ...]) -> None
     )  # fmt: skip
     (check,) = result.verified
     assert (check.checked, check.disagreements) == (9, ())
-    assert f"passkey under {method}: 9 answers were generated too, all as scored" in result.notes
+    said = f"9 answers were generated too, all as scored (passkey under {method})"
+    assert said in result.notes
+
+
+def test_what_is_generated_is_spread_over_lengths_haystacks_and_depths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Prompt] = []
+    monkeypatch.setattr(
+        "longctx.eval.verify.generated", lambda model, prompt: asked.append(prompt) or ()
+    )
+    model, tokenizer = longctx.load("demo")
+    sweep(model, tokenizer, ["passkey"], (256, 512), verify=10, progress=False)
+    assert {(len(p.input_ids), p.haystack.partition("@")[0]) for p in asked} == {
+        (length, kind) for length in (256, 512) for kind in ("grass", "python-manual")
+    }
+    assert len({round(p.depth, 1) for p in asked}) > 4
 
 
 def test_the_embedded_models_scores_are_what_it_generates() -> None:
@@ -83,7 +100,8 @@ def test_no_memory_to_generate_costs_no_report(
     found = sweep(byte_model(), byte_tokenizer(), [task], (400,), verify=2, progress=False)
     (check,) = found.verified
     assert (check.checked, len(check.lost)) == (0, 2)
-    assert "no memory to generate after prompt 0 at 400" in check.note
+    assert f"no memory to generate after {check.lost[0]}, {check.lost[1]}" in check.note
+    assert check.note in found.notes
     assert all(not row.failed for row in found.rows)
 
 
