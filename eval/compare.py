@@ -117,10 +117,17 @@ def _refuse_unlike(entries: Sequence[Entry]) -> None:
     for entry in entries[1:]:
         if entry.tokenizer != base.tokenizer:
             raise RunError(
-                f"{base.name} and {entry.name} have different tokenizers or chat templates "
-                f"({base.tokenizer} and {entry.tokenizer}), so that no prompt is the same: compare "
-                "runs of one tokenizer."
+                f"{base.name} and {entry.name} have different tokenizers ({base.tokenizer} and "
+                f"{entry.tokenizer}), so that no prompt is the same: compare runs of one tokenizer."
             )
+        if entry.chat_template != base.chat_template:
+            for task in entry.tasks.keys() & base.tasks.keys():
+                if base.tasks[task].spec.get("chat", False) is not False:
+                    raise RunError(
+                        f"{base.name} and {entry.name} have different chat templates, so that no "
+                        f"prompt of {task} is the same: sweep both with chat=False (--chat False), "
+                        "or give both tokenizers one template."
+                    )
         for other in entries[: entries.index(entry)]:
             for task in entry.tasks.keys() & other.tasks.keys():
                 one, two = other.tasks[task].spec, entry.tasks[task].spec

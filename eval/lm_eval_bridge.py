@@ -95,7 +95,11 @@ def run_lm_eval(
     if chat and not tokenizer.chat_template:
         raise RunError("chat=True, but the tokenizer has no chat template: pass chat=False.")
     variants = variants_of(model, methods, replace=replace)
-    identity = {"model": model_digest(model), "tokenizer": tokenizer_digest(tokenizer)}
+    identity = {
+        "model": model_digest(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "chat template": json_digest(tokenizer.chat_template),
+    }
     folder = None if out is None else Path(out)
     if folder is not None:
         refuse_lost(folder, {(v.label, n) for v in variants for n in sizes}, ("method", "length"))

@@ -149,7 +149,7 @@ class SweepResult:
     model: str
     """Its hub id, the name of its folder, or its type."""
     identity: dict[str, str]
-    """Digests of model and tokenizer, and the name of the attention implementation."""
+    """Digests of model, tokenizer and chat template, and the attention implementation's name."""
     original_window: int | None
     """Tokens the model was trained to read."""
     lengths: tuple[int, ...]

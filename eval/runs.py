@@ -58,6 +58,8 @@ class Entry:
     method: str
     tokenizer: str
     """Its digest."""
+    chat_template: str
+    """Its digest."""
     original_window: int | None
     lengths: tuple[int, ...]
     tasks: Mapping[str, TaskSettings]
@@ -136,6 +138,7 @@ def _entry(name: str, swept: _Swept, method: str, of_run: str) -> Entry:
         model=swept.model,
         method=method,
         tokenizer=swept.identity["tokenizer"],
+        chat_template=swept.identity.get("chat template", ""),
         original_window=swept.original_window,
         lengths=swept.lengths,
         tasks=swept.tasks,

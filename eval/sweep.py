@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import DataError, ModelError, RunError, nearest
-from longctx.fingerprint import model_digest, tokenizer_digest
+from longctx.fingerprint import json_digest, model_digest, tokenizer_digest
 from longctx.methods import Method
 from longctx.model import learned_positions
 
@@ -120,6 +120,7 @@ def sweep(
     identity = {
         "model": model_digest(model),
         "tokenizer": tokenizer_digest(tokenizer),
+        "chat template": json_digest(tokenizer.chat_template),
         "attention implementation": str(getattr(model.config, "_attn_implementation", None)),
     }
     variants = variants_of(model, methods, replace=replace)

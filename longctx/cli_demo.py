@@ -55,6 +55,7 @@ class Demo:
             methods=tuple(methods),
             lengths=_LENGTHS,
             samples=self.samples,
+            chat=False,  # one that is trained now has the template that it was trained with
             out=out,
             overwrite=True,
             hardware=Hardware(device="cpu"),

@@ -35,6 +35,7 @@ _HIDDEN = ("passkey", "multi_key", "multi_value", "variable_tracking")
 _ANSWERED = (*_HIDDEN, "needle", "lines", "topics")
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "samples": _ANSWERED,
+    "chat": _ANSWERED,
     "share_lengths": _ANSWERED,
     "verify": _ANSWERED,
     "adaptive": _ANSWERED,
@@ -103,6 +104,8 @@ class Sweep:
     """Score the same perplexity targets at every length, in windows this many tokens apart."""
     seed: int = 0
     """Chooses keys and haystacks."""
+    chat: bool | None = None
+    """Put prompts into the tokenizer's chat template; default: if it has one."""
     share_lengths: bool = False
     """Let all lengths share keys and haystacks: cheaper, but they are no longer independent."""
     verify: int = 0
@@ -193,6 +196,7 @@ class Sweep:
             "samples": self.samples,
             "seed": self.seed,
             "share_lengths": self.share_lengths,
+            "chat": self.chat,
         }
         hidden: dict[str, Any] = {**drawn, "haystack": self.haystack, "text": self.text}
         asked: dict[str, Any] = {

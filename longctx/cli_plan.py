@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -42,8 +42,9 @@ class Plan:
     """GiB of each that the CUDA context, kernels and the allocator's fragments take."""
     device: Literal["cuda", "cpu"] = "cuda"
     """What it runs on."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What products compute in; full training keeps its weights in float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What products compute in, as in training by default: bfloat16 on CUDA, float32 on a CPU. Full
+    training keeps its weights in float32."""
     lora_rank: int = 0
     """Train LoRA adapters of this rank; 0 for all weights."""
     lora_targets: tuple[str, ...] = ()
@@ -75,7 +76,10 @@ class Plan:
         from longctx.train.planner import PlanSettings
 
         names = {field.name for field in fields(self)} - {"model"}
-        advice = advise(self.model, PlanSettings(**{name: getattr(self, name) for name in names}))
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.dtype == "auto":
+            settings["dtype"] = "bfloat16" if self.device == "cuda" else "float32"
+        advice = advise(self.model, PlanSettings(**settings))
         console = Console(highlight=False)
         console.print(advice.asked.table())
         if advice.measures:

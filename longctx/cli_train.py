@@ -171,6 +171,7 @@ class Train:
 
     def run(self) -> int:
         """Load, extend, prepare, train, save."""
+        from longctx.train.folder import RunFolder
         from longctx.train.run import Run
         from longctx.train.settings import Gate
 
@@ -179,6 +180,8 @@ class Train:
         from .model import window
 
         recipe = self._recipe()
+        self._refuse_unmeasured()
+        RunFolder.refuse(self.output, resume=self.resume)
         first = os.environ.get("RANK", "0") == "0"
         model, tokenizer = self._loaded(recipe)
         old = window(model) if patch_of(model) is None else None
@@ -186,12 +189,6 @@ class Train:
         run = Run(recipe, self.data, self.output, self.template, split=self.split, **options)
         run.extend(model, replace=self.replace)
         patch = patch_of(model)
-        prepared = run.prepare(tokenizer)
-        work = run.work(tokenizer, prepared)
-        if first:
-            print(patch.report() if patch else "no method: the model is trained as it came")
-            print("\n".join(str(part.report) for part in prepared))
-            print(work)
         known = patch.report().original_window if patch else old
         short = min(known or recipe.max_length, recipe.max_length)
         gate = Gate(
@@ -200,12 +197,25 @@ class Train:
             action="warn" if self.warn else "stop",
             best=f"passkey@{recipe.max_length}" if self.best else None,
         )
-        run.check(model, evaluated=bool(self.evaluate), gate=gate)
-        if self.dry_run:
-            return 0
         figures = figures_of(
             tokenizer, short, recipe.max_length, tasks=self.evaluate, samples=self.samples
         )
+        run.check(model, evaluated=bool(self.evaluate), gate=gate, resume=self.resume)
+        prepared = run.prepare(tokenizer)
+        work = run.work(tokenizer, prepared)
+        measured = {"tasks": self.evaluate, "samples": self.samples}
+        work = replace(work, record={**work.record, "evaluation": measured})
+        if first:
+            print(patch.report() if patch else "no method: the model is trained as it came")
+            print("\n".join(str(part.report) for part in prepared))
+            print(work)
+            if recipe.training.warmup >= work.updates:
+                print(
+                    f"the warmup of {recipe.training.warmup:,} updates takes the whole run, whose "
+                    "learning rate stays below its peak: a smaller --warmup gets there"
+                )
+        if self.dry_run:
+            return 0
         done = run.start(
             model,
             tokenizer,
@@ -219,6 +229,8 @@ class Train:
         for name, after in done.after.items():
             print(f"{name}: {done.before[name]:.4g} → {after:.4g}")
         print(f"{done.updates:,} updates, {done.tokens:,} tokens. {done.saved.message}")
+        if done.stopped:
+            print(done.stopped)
         return 1 if done.stopped else 0
 
     def _recipe(self) -> Recipe:
@@ -236,6 +248,11 @@ class Train:
         base = RECIPES[self.recipe]
         lora = given(rank="lora_rank", alpha="lora_alpha", targets="lora_targets")
         lora |= {name: True for name in ("norms", "embeddings") if getattr(self, name)}
+        if lora.get("rank") == 0 and len(lora) > 1:
+            raise RunError(
+                "--lora-rank 0 trains all weights, and the other options of adapters are given "
+                "too: leave one out."
+            )
         if lora.get("rank") == 0:
             adapters = None
         elif lora and base.lora is None and "rank" not in lora:
@@ -252,7 +269,23 @@ class Train:
         training = replace(base.training, report_to=self.report_to, **given(*_TRAINING))
         changed = given(*_RECIPE) | ({"shifted": True} if self.shifted else {})
         changed |= {"pack": False} if self.no_pack else {}
-        return replace(base, lora=adapters, losses=losses, training=training, **changed)
+        recipe = replace(base, lora=adapters, losses=losses, training=training, **changed)
+        if self.window is not None and recipe.positions == "full":
+            raise RunError("--window is for --positions schedule, schedule-pose, pose or random.")
+        return recipe
+
+    def _refuse_unmeasured(self) -> None:
+        """Refuse a gate or a best checkpoint by what is not measured, and options of neither."""
+        for given, option, task in (
+            (self.gate is not None, "--gate", "perplexity"),
+            (self.best, "--best", "passkey"),
+        ):
+            if given and task not in self.evaluate:
+                raise RunError(f"{option} goes by {task}: add it to --evaluate.")
+        if self.warn and self.gate is None:
+            raise RunError("--warn is for --gate: pass a share that perplexity may get worse by.")
+        if self.evaluate and self.samples < 1:
+            raise RunError(f"--samples {self.samples}: expected 1 or more.")
 
     def _loaded(self, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """What is trained is held in float32; a base that only carries adapters may be bfloat16."""

@@ -92,9 +92,9 @@ def effect_digest(model: PreTrainedModel) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of vocabulary, rules and chat template."""
+    """Digest of vocabulary, rules and special tokens; the chat template is another thing."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     rules: dict[str, Any] = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
     # The last call's padding and truncation stay in a fast tokenizer and are no part of it.
     rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
-    return json_digest([rules, tokenizer.special_tokens_map, tokenizer.chat_template])
+    return json_digest([rules, tokenizer.special_tokens_map])

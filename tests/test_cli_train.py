@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longctx.cli import main
 from longctx.cli_train import Train
 from longctx.train.recipes import LONGLORA, YARN_POSE
 
+SCHEDULE = ["--method", "linear:2", "--positions", "schedule"]
 CHAT = {
     "conversations": [
         {"from": "human", "value": "What is a passkey?"},
@@ -47,10 +48,14 @@ def test_a_run_from_the_shell_serves(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert model.config.max_position_embeddings == 512
     assert torch.isfinite(model(input_ids=torch.arange(9)[None]).logits).all()
     # The same again is refused, and the run is finished.
-    assert main(command(tmp_path, "--method", "yarn:2")) == 2
-    assert "holds a run already" in capsys.readouterr().err
-    assert main(command(tmp_path, "--method", "yarn:2", "--resume")) == 2
-    assert "is finished" in capsys.readouterr().err
+    for more in ([], ["--resume"], ["--dry-run"]):
+        assert main(command(tmp_path, "--method", "yarn:2", *more)) == 2
+        assert "is finished" in capsys.readouterr().err
+    # It answers in the template that it learnt.
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    asked = [{"role": "user", "content": "What?"}]
+    said = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert said.endswith("USER: What? ASSISTANT:")
 
 
 def test_evaluation_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,8 +146,20 @@ def test_data_that_cannot_be_learnt_from(
         (["--method", "linear:2", "--norms"], "norms without adapters: pass --lora-rank too"),
         (["--method", "linear:2", "--retrieval", "1.5"], "retrieval=1.5: expected a share"),
         (["--method", "linear:2", "--batch-size", "0"], "batch_size=0: expected 1 or more"),
-        (["--method", "linear:2", "--positions", "schedule", "--no-pack"], "leave packing on"),
-        (["--method", "linear:2", "--positions", "pose"], "2 ≤ chunks ≤ window ≤ target"),
+        ([*SCHEDULE, "--window", "64", "--no-pack"], "leave packing on"),
+        (SCHEDULE, "window=2,048 (--window): expected 2 to max_length=512 tokens"),
+        (["--method", "linear:2", "--window", "64"], "--window is for --positions schedule"),
+        (["--method", "linear:2", "--lora-rank", "0", "--norms"], "--lora-rank 0 trains all"),
+        (["--method", "linear:2", "--lora-rank", "4", "--lora-targets", "no"], "no linear layer"),
+        (["--method", "linear:2", "--warn"], "--warn is for --gate"),
+        (["--method", "linear:2", "--gate", "0.1"], "--gate goes by perplexity: add it"),
+        (["--method", "linear:2", "--seed", "-1"], "seed=-1: expected"),
+        (["--method", "linear:2", "--weight-decay", "-1"], "weight_decay=-1.0: expected 0 or"),
+        (["--method", "linear:2", "--learning-rate", "inf"], "learning_rate=inf: expected"),
+        (["--method", "linear:2", "--optimizer", "adamw_torhc"], "did you mean 'adamw_torch"),
+        (["--method", "linear:2", "--report-to", "nope"], "no such tracker is installed"),
+        (["--method", "dynamic:4"], "dynamic:4 changes nothing within the 256 tokens"),
+        (["--method", "alibi", "--shifted"], "shifted"),
         (["--method", "linear:2", "--best"], "pass evaluate_every"),
         (["--method", "linear:2", "--cp", "2"], "context parallel (2) and packing"),
         (["--method", "alibi", "--cp", "2", "--no-pack"], "context parallel (2) and alibi"),

@@ -73,6 +73,31 @@ class Lora:
                 "('q_proj', 'v_proj')."
             )
 
+    def targets_in(self, model: PreTrainedModel) -> list[str]:
+        """The names that were asked for, if there are such layers, else those of the attention.
+
+        Raises:
+            RunError: no such layer below the head.
+        """
+        if not self.targets:
+            blocks = [module for _, module, _ in attention_modules(model)]
+            parts = (part for block in blocks for part in block.named_modules())
+            return sorted({name for name, part in parts if isinstance(part, nn.Linear)})
+        head: Any = model.get_output_embeddings()
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+        absent = [name for name in self.targets if name not in linear]
+        if absent:
+            raise RunError(
+                f"targets={self.targets!r}: model type {model.config.model_type!r} has no linear "
+                f"layer {', '.join(map(repr, absent))} below its head{nearest(absent[0], linear)} "
+                f"(it has {', '.join(sorted(linear))})."
+            )
+        return list(self.targets)
+
 
 def add_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> PeftModel:
     """Put adapters on `model`, in place; nothing else of it is trained from now on.
@@ -95,7 +120,7 @@ def add_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> PeftModel:
             f"{type(model).__name__} has adapters already: merge them first (merged(model)), or "
             "load the base anew."
         )
-    targets = _targets(model, lora.targets)
+    targets = lora.targets_in(model)
     tied = lora.embeddings and _tied(model)
     config = peft.LoraConfig(
         r=lora.rank,
@@ -205,28 +230,6 @@ def _without_deprecations() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         yield
-
-
-def _targets(model: PreTrainedModel, targets: tuple[str, ...]) -> list[str]:
-    """The names that were asked for, if there are such layers, else those of the attention."""
-    if not targets:
-        blocks = [module for _, module, _ in attention_modules(model)]
-        parts = (part for block in blocks for part in block.named_modules())
-        return sorted({name for name, part in parts if isinstance(part, nn.Linear)})
-    head: Any = model.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    absent = [name for name in targets if name not in linear]
-    if absent:
-        raise RunError(
-            f"targets={targets!r}: model type {model.config.model_type!r} has no linear layer "
-            f"{', '.join(map(repr, absent))} below its head{nearest(absent[0], linear)} "
-            f"(it has {', '.join(sorted(linear))})."
-        )
-    return list(targets)
 
 
 def _tied(model: PreTrainedModel) -> bool:

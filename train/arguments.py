@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sized
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 
-from longctx.errors import RunError
+from longctx.errors import RunError, nearest
 
 from .contract import Setup, check_contract
 from .forward import causal_of
@@ -48,8 +51,12 @@ def checked(
     Raises:
         RunError: names the settings and the way out.
     """
+    _refuse_unknown(training)
     if not evaluated and (gate.short or gate.best or training.evaluate_every):
-        raise RunError("a gate or an evaluation every so often needs `evaluate`, a function.")
+        raise RunError(
+            "a gate, a best checkpoint or an evaluation every so often needs figures: pass "
+            "`evaluate` (--evaluate passkey perplexity)."
+        )
     if gate.best and not training.evaluate_every:
         raise RunError(
             f"the best checkpoint by {gate.best} is asked for, and no evaluation on the way: pass "
@@ -73,6 +80,33 @@ def checked(
     check_contract(setup)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     return setup, parallel_arguments(training, started, setup.attention)
+
+
+def _refuse_unknown(training: Training) -> None:
+    """Refuse optimizers and trackers that are not there: transformers would when all is tokenised.
+
+    Raises:
+        RunError: it names those that are.
+    """
+    optimizers = [str(name.value) for name in OptimizerNames]
+    if training.optimizer not in optimizers:
+        raise RunError(
+            f"optimizer={training.optimizer!r}{nearest(training.optimizer, optimizers)}: expected "
+            f"one of {', '.join(optimizers)}."
+        )
+    wanted_by = "8bit", "4bit", "paged", "bnb"
+    if any(word in training.optimizer for word in wanted_by) and not find_spec("bitsandbytes"):
+        raise RunError(
+            f"optimizer={training.optimizer!r} is bitsandbytes': pip install bitsandbytes, or take "
+            "adamw_torch."
+        )
+    there = get_available_reporting_integrations()
+    absent = [name for name in training.report_to if name not in there]
+    if absent:
+        raise RunError(
+            f"report_to={absent[0]!r}: no such tracker is installed (here: "
+            f"{', '.join(there) or 'none'}); pip install it, or leave it out."
+        )
 
 
 def trainer_arguments(

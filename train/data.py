@@ -238,6 +238,7 @@ def _report(records: Records, settings: Settings, totals: Any, notes: Iterable[s
 def _refuse_nothing(report: DataReport) -> None:
     if not report.samples:
         raise DataError(
-            "no sample is left to train on. Raise max_length, pass overflow='cut' to keep the "
-            f"beginning of what is too long, or pass other data.\n{report}"
+            "no sample is left to train on: see below what became of the records. Pass data in "
+            "which an assistant answers; where they are too long, raise max_length, or pass "
+            f"overflow='cut' to keep their beginnings.\n{report}"
         )

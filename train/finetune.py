@@ -137,7 +137,9 @@ def finetune(
                 "model": model.name_or_path,
                 "weights": model_digest(model),
                 "method": str(getattr(patch_of(model), "method", None)),
-                "training": str(training),
+                **training.record(),
+                "gate": str(gate),
+                "evaluated": evaluated,
                 "positions": str(positions),
                 "losses": str(losses),
                 "lora": str(lora),
@@ -198,16 +200,16 @@ def finetune(
         whole = merged(whole)
         rounded = 0.0 if beside is None else difference(beside, probe(whole))
     history: list[dict[str, Any]] = trainer.state.log_history
-    figures = [
-        {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
+    figures = {
+        entry["step"]: {k.removeprefix("eval_"): v for k, v in entry.items() if "eval_" in k[:5]}
         for entry in history
         if any(key.startswith("eval_") for key in entry)
-    ]
+    }
     done: dict[str, Any] = {
         "updates": trainer.state.global_step,
         "tokens": trainer.state.num_input_tokens_seen,
-        "before": figures[0] if figures else {},
-        "after": figures[-1] if figures else {},
+        "before": figures.get(0, {}),
+        "after": figures[max(figures)] if figures else {},
         "stopped": trainer.stopped,
         "rounded": rounded,
     }

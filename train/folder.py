@@ -20,9 +20,10 @@ from typing import Any
 
 from longctx.errors import RunError
 
-from .trainer import WHOLE, last_whole
+__all__ = ["WHOLE", "RunFolder", "last_whole"]
 
-__all__ = ["RunFolder"]
+WHOLE = "whole"
+"""An empty file that the last thing written to a checkpoint leaves there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,8 @@ class RunFolder:
         """
         folder = cls(path)
         wanted = json.loads(json.dumps(record))
-        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not folder.run.is_file()):
-            raise RunError(f"{path} holds something that is no run: choose another folder.")
+        cls.refuse(path, resume=resume or not first)
         if folder.run.is_file() and (folder._begun or not first):
-            if not resume:
-                raise RunError(
-                    f"{path} holds a run already: pass resume (--resume) to go on with it, or "
-                    "choose another folder."
-                )
             folder._refuse_other(wanted)
         elif first:
             try:
@@ -63,6 +58,26 @@ class RunFolder:
             except OSError as error:
                 raise RunError(f"cannot write to {path}: {error}") from error
         return folder
+
+    @classmethod
+    def refuse(cls, path: Path, *, resume: bool) -> None:
+        """Refuse what `open` would whatever the run: before work is done.
+
+        Raises:
+            RunError: see there.
+        """
+        folder = cls(path)
+        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not folder.run.is_file()):
+            raise RunError(f"{path} holds something that is no run: choose another folder.")
+        if folder.model.exists():
+            raise RunError(
+                f"{path} is finished: its model is {folder.model}. Choose another folder."
+            )
+        if folder.run.is_file() and folder._begun and not resume:
+            raise RunError(
+                f"{path} holds a run already: pass resume (--resume) to go on with it, or choose "
+                "another folder."
+            )
 
     @property
     def _begun(self) -> bool:
@@ -75,6 +90,8 @@ class RunFolder:
         except ValueError as error:
             raise RunError(f"{self.run} is damaged ({error}): choose another folder.") from error
         names = [n for n in sorted({*there, *wanted}) if there.get(n) != wanted.get(n)]
+        # Where weights and data came from may change: their contents are compared.
+        names = [n for n in names if not (n == "model" or (n == "data" and "content" in wanted))]
         if names:
             said = "; ".join(f"{n}: {there.get(n)} there, {wanted.get(n)} here" for n in names)
             raise RunError(
@@ -103,20 +120,28 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def unchecked(self) -> Path:
+        """The model before it was looked at again."""
+        return self.path / "model-unchecked"
+
+    @property
     def adapter(self) -> Path:
         """LoRA's weights."""
         return self.path / "adapter"
 
     def last_checkpoint(self, *, first: bool) -> Path | None:
-        """The latest whole checkpoint; what was not written to its end is removed.
-
-        Raises:
-            RunError: the models of a finished run are there.
-        """
-        if self.model.exists():
-            raise RunError(f"{self.path} is finished: its model is {self.model}.")
+        """The latest whole checkpoint; what was not written to its end is removed."""
         if first:
             for path in self.checkpoints.glob("checkpoint-*"):
                 if not (path / WHOLE).exists():
                     shutil.rmtree(path)
+            for name in (self.adapter.name, self.unchecked.name):
+                for path in self.path.glob(f".{name}-*"):  # a kill while it was written
+                    shutil.rmtree(path)
         return last_whole(self.checkpoints)
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The latest checkpoint that was written to its end."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{WHOLE}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

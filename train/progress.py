@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from longctx.errors import RunError
+
 __all__ = ["Log"]
 
 _EVERY = 30.0  # seconds between two lines where there is no terminal
@@ -47,8 +49,7 @@ class Log(TrainerCallback):
         self.began = self.said = time.monotonic()
         self.before = state.num_input_tokens_seen, state.global_step
         if state.is_world_process_zero:
-            lines = (json.dumps(entry) + "\n" for entry in state.log_history)
-            self.path.write_text("".join(lines))
+            self._write("".join(json.dumps(entry) + "\n" for entry in state.log_history), "w")
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
         self.bar.start()
 
@@ -64,8 +65,8 @@ class Log(TrainerCallback):
             return
         entry = state.log_history[-1]
         entry["tokens"] = state.num_input_tokens_seen
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        entry.pop("epoch", None)  # of the rows drawn for this run, which are no pass over the data
+        self._write(json.dumps(entry) + "\n", "a")
         found = [name for name in ("loss", "sequence_loss") if name in entry]
         if not found:
             return
@@ -82,6 +83,15 @@ class Log(TrainerCallback):
                 f"update {state.global_step:,} of {state.max_steps:,}, {what}, "
                 f"{left / 60:.0f} min left"
             )
+
+    def _write(self, text: str, mode: str) -> None:
+        try:
+            with self.path.open(mode) as file:
+                file.write(text)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.path}: {error}. Make room and pass resume (--resume)."
+            ) from error
 
     def close(self) -> None:
         """Take the bar off the screen."""

@@ -41,7 +41,7 @@ class Recipe:
     method: str = "linear:8"
     """As the command line writes it; "none" trains the model as it came."""
     max_length: int = 16_384
-    """Tokens of a row, and the length that is learnt."""
+    """The length that is learnt, and the tokens of a row (`row_tokens`)."""
     overflow: Overflow = "continue"
     """What becomes of longer conversations; see `encode.Settings`."""
     positions: Policy = "full"
@@ -69,6 +69,11 @@ class Recipe:
             raise RunError(f"retrieval={self.retrieval}: expected a share from 0 up to, not 1.")
         if self.max_length < 2:
             raise RunError(f"max_length={self.max_length}: expected 2 tokens or more.")
+        if self.positions != "full" and not 2 <= self.window <= self.max_length:
+            raise RunError(
+                f"window={self.window:,} (--window): expected 2 to max_length={self.max_length:,} "
+                f"tokens under positions={self.positions!r}."
+            )
         if self.drawn and not self.pack:
             raise RunError(
                 "a schedule and retrieval prompts are drawn into packed rows: leave packing on."
@@ -83,6 +88,11 @@ class Recipe:
     def document_tokens(self) -> int:
         """Most tokens of a document."""
         return self.window if self.positions in ("pose", "random") else self.max_length
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row: of a short window where windows are all that is read."""
+        return self.max_length if self.drawn else self.document_tokens
 
     def policy(self, steps: int) -> Positions:
         """The policy of positions for a run of so many updates."""
@@ -108,7 +118,8 @@ YARN_POSE = Recipe(
     positions="pose",
     training=Training(learning_rate=2e-5, warmup=10),
 )
-"""YaRN learnt on windows of 2,048 tokens whose positions reach 16,384: a short window's cost.
+"""YaRN learnt on windows of 2,048 tokens whose positions reach 16,384, a window to a row: what a
+short window costs.
 
 Source: Zhu et al. 2023, PoSE (arXiv:2309.10400), section 4.1."""
 

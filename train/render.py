@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from longctx.errors import DataError
@@ -106,6 +106,11 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=generation,
             )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"{self.name} is no chat template: {error} (line {error.lineno}). Mend it, or pass "
+                "another (--template vicuna, or a Jinja file)."
+            ) from error
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages[:6])
             raise DataError(

@@ -9,6 +9,7 @@ The model is extended first, so that what cannot be put on is refused before any
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping
@@ -30,8 +31,10 @@ from .data import Prepared, prepare
 from .encode import Settings
 from .feed import Epochs, Feed, Mixture, Rows, Share
 from .finetune import Finetuned, finetune
+from .folder import RunFolder
 from .positions import Positions
 from .recipes import Recipe
+from .render import chat_template
 from .retrieval import Passkeys, training_text
 from .settings import Gate
 
@@ -95,6 +98,12 @@ class Run:
             extend(model, method, replace=replace)
         known = reach(model)
         if known is not None and self.recipe.max_length > known:
+            if method is not None and not method.length_invariant:
+                raise RunError(
+                    f"{self.recipe.method} changes nothing within the {known:,} tokens of the old "
+                    "window and depends on the whole input beyond it: it is not trained. Take ntk "
+                    "or yarn."
+                )
             raise RunError(
                 f"max_length={self.recipe.max_length:,} is beyond the {known:,} tokens of the "
                 f"patched window ({self.recipe.method}): pass a larger factor, a target, or a "
@@ -108,8 +117,15 @@ class Run:
         dataset = concatenate_datasets([part.dataset for part in prepared])
         return Work.of(self.recipe, dataset, tokenizer, self._record(prepared))
 
-    def check(self, model: PreTrainedModel, *, evaluated: bool, gate: Gate | None = None) -> None:
-        """Refuse what `start` would, as far as it can be seen without beginning.
+    def check(
+        self,
+        model: PreTrainedModel,
+        *,
+        evaluated: bool,
+        gate: Gate | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Refuse what `start` would, as far as it can be seen before the data are read.
 
         Raises:
             RunError: settings that do not go together.
@@ -117,6 +133,11 @@ class Run:
         recipe = self.recipe
         choices: dict[str, Any] = {"packed": recipe.pack, "shifted": recipe.shifted}
         gate = gate or Gate()
+        RunFolder.refuse(self.output, resume=resume)
+        if recipe.lora is not None:
+            recipe.lora.targets_in(model)
+        if recipe.shifted:
+            extend(model, "shifted").remove()
         checked(model, recipe.training, gate, recipe.losses, evaluated=evaluated, **choices)
 
     def start(
@@ -142,6 +163,9 @@ class Run:
             progress: show how it goes.
         """
         work = work or self.work(tokenizer, self.prepare(tokenizer))
+        if self.template is not None:  # it is served with the template that it learns
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = chat_template(tokenizer, self.template).source
         return finetune(
             model,
             tokenizer,
@@ -203,10 +227,10 @@ class Work:
         training, rows = recipe.training, rows_per_update(recipe.training)
         tokens = sum(dataset["length"])
         if not recipe.drawn:
-            whole = pack(dataset, recipe.max_length) if recipe.pack else dataset
+            whole = pack(dataset, recipe.row_tokens) if recipe.pack else dataset
             updates = training.steps or math.ceil(training.epochs * len(whole) / rows)
             feed: Feed = Epochs(whole, updates * rows, seed=training.seed)
-            room = len(whole) * recipe.max_length
+            room = len(whole) * recipe.row_tokens
             about = f"{len(whole):,} rows a pass, {tokens / room:.0%} full"
             return cls(feed, recipe.policy(updates), updates, rows, about, record)
         row = recipe.max_length * (1 - recipe.retrieval)

@@ -33,17 +33,25 @@ def save_served(
     Raises:
         RunError: the disk refuses, or what was reloaded answers otherwise.
     """
-    saved = save(model, tokenizer, folder.model)
+    # Under its name it would pass for finished, whatever happened before it was looked at.
+    saved = save(model, tokenizer, folder.unchecked, overwrite=True)
     record: dict[str, Any] = json.loads(folder.run.read_text())
-    (folder.model / "README.md").write_text(model_card(model, saved, record, done))
     off = _difference(model, saved)
     if not off <= 1e-4 * (1 if model.dtype == torch.float32 else 100):
-        # Else the run would pass for finished.
-        aside = folder.model.rename(folder.model.with_name("model-refused"))
         raise RunError(
-            f"{aside}: reloaded, its logits are off by {off:.3g} (relative to their largest; inf: "
-            "its window is another). Do not serve it; the run's checkpoints are whole."
+            f"{saved.path}: reloaded, its logits are off by {off:.3g} (relative to their largest; "
+            "inf: its window is another; nan: its weights are no numbers). Do not serve it."
         )
+    message = saved.message.replace(str(saved.path), str(folder.model))
+    saved = Saved(folder.model, saved.plain, message)
+    try:
+        card = model_card(model, saved, record, done)
+        (folder.unchecked / "README.md").write_text(card, encoding="utf-8")
+        folder.unchecked.rename(folder.model)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {folder.model}: {error}. Make room and pass resume (--resume)."
+        ) from error
     return saved
 
 

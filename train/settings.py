@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from longctx.errors import RunError
 
@@ -77,15 +78,27 @@ class Training:
         for name in ("steps", "evaluate_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RunError(f"{name}={getattr(self, name)}: expected 1 or more, or none.")
-        if not self.learning_rate > 0 or not self.epochs > 0:
+        for name in ("learning_rate", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RunError(f"{name}={getattr(self, name)}: expected a number above 0.")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise RunError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if not 0 <= self.beta2 < 1 or not 0 <= self.seed < 2**32:
             raise RunError(
-                f"learning_rate={self.learning_rate}, epochs={self.epochs}: expected both above 0."
+                f"beta2={self.beta2}, seed={self.seed}: expected a share below 1, and a whole "
+                "number from 0 to 2³² − 1."
             )
         for name, known in (("checkpointing", Checkpointing), ("schedule", Schedule)):
             if getattr(self, name) not in get_args(known):
                 raise RunError(
                     f"{name}={getattr(self, name)!r}: expected {', '.join(get_args(known))}."
                 )
+
+    def record(self) -> dict[str, Any]:
+        """What makes a run another one, if it changes: not where it is told, kept or recomputed."""
+        apart = ("save_every", "keep", "report_to", "checkpointing")
+        return {name: value for name, value in asdict(self).items() if name not in apart}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +115,10 @@ class Gate:
     """Figure by which the best checkpoint is chosen, higher is better unless it is a perplexity;
     None for the last checkpoint. Checkpoints are then written whenever it is measured
     (`evaluate_every`), and not every `save_every` updates."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.worse < math.inf:
+            raise RunError(f"worse={self.worse} (--gate): expected a share, 0 or more.")
 
     @staticmethod
     def falls(figure: str) -> bool:

@@ -30,16 +30,14 @@ from .batch import PADDING, Collator, unpacked_inputs
 from .continuation import SequenceUnlikelihood
 from .encode import IGNORED
 from .feed import Feed
+from .folder import WHOLE, last_whole
 from .forward import causal_of
 from .packed import PackedAttention
 from .pieces import SharedRows, model_inputs, piece, whole_inputs
 from .settings import Gate
 from .ulysses import Aside, borrowed
 
-__all__ = ["WHOLE", "Evaluate", "LongTrainer"]
-
-WHOLE = "whole"
-"""An empty file that the last thing written to a checkpoint leaves there."""
+__all__ = ["Evaluate", "LongTrainer"]
 
 Evaluate = Callable[[Any], Mapping[str, float]]
 """Figures of a model by name, such as {"passkey@2048": 0.9, "perplexity@256": 34.0}."""
@@ -166,13 +164,21 @@ class LongTrainer(Trainer):
             learnt = batch["labels"][:, 1:] != IGNORED
             of = batch.get("kind_ids", torch.zeros_like(batch["labels"]))[:, 1:]
             counts[:kinds] += torch.bincount(of[learnt], minlength=kinds)
-            counts[kinds] += (batch["document_ids"] != PADDING).sum()
+            counts[kinds] += self._read(batch)
         if self.args.world_size > 1:
             gathered: Any = self.accelerator.gather(counts[None].to(device))
             counts = gathered.sum(0).cpu()
         counts //= self.sharers  # these processes hold the same rows
         self.state.num_input_tokens_seen += int(counts[kinds])
         return counts[:kinds].to(device)
+
+    def _read(self, batch: Batch) -> int:
+        """Tokens that an update reads: all, or what is continued and the continuation."""
+        step = self.state.global_step
+        if self.sequence is not None and self.sequence.has_turn(step):
+            prefixes = self.sequence.prefixes(batch, step)
+            return len(prefixes) * (prefixes.shape[1] + self.sequence.tokens)
+        return int((batch["document_ids"] != PADDING).sum())
 
     def _refuse_beyond_window(self, position_ids: Tensor) -> None:
         reached = int(position_ids.max()) + 1
@@ -265,14 +271,14 @@ class LongTrainer(Trainer):
         if self.gate.short is None:
             return
         key = f"eval_{self.gate.short}"
-        before = next(entry[key] for entry in self.state.log_history if key in entry)
+        before = next(e[key] for e in self.state.log_history if key in e and e["step"] == 0)
         sign = 1 if Gate.falls(self.gate.short) else -1
         if sign * (found[key] - before) <= self.gate.worse * abs(before):
             return
         step, steps = self.state.global_step, self.state.max_steps
         said = (
             f"{self.gate.short} went from {before:.4g} to {found[key]:.4g} by update {step} of "
-            f"{steps}, beyond the {self.gate.worse:.0%} that the gate allows"
+            f"{steps}, beyond the {100 * self.gate.worse:.3g}% that the gate allows"
         )
         if self.gate.action == "stop":
             self.stopped = said if step == steps else f"the run was ended: {said}"
@@ -281,15 +287,9 @@ class LongTrainer(Trainer):
             print(f"longctx: {said}", flush=True)
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The latest checkpoint that was written to its end."""
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{WHOLE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
 def _of_the_disk(error: Exception) -> bool:
     """Whether a write failed; torch wraps what the disk says in a RuntimeError of its own."""
     if isinstance(error, (OSError, SafetensorError)):
         return True
-    words = ("PytorchStreamWriter", "unexpected pos", os.strerror(errno.ENOSPC))
+    words = ("PytorchStreamWriter", "unexpected pos", "iostream", os.strerror(errno.ENOSPC))
     return any(word in str(error) for word in words)

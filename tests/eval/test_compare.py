@@ -71,6 +71,7 @@ def swept(
     *,
     model: str = "m",
     tokenizer: str = "t",
+    chat_template: str = "c",
     tasks: Sequence[Task] = (ASKED, READ),
     failed: dict[str, int] | None = None,
     window: int | None = 256,
@@ -96,8 +97,8 @@ def swept(
             records += own
             rows += rows_of(variant, task, lengths, own)
     return SweepResult(
-        model, {"model": model, "tokenizer": tokenizer}, window, tuple(lengths), tuple(tasks),
-        tuple(variants), tuple(rows), tuple(records), (), None,
+        model, {"model": model, "tokenizer": tokenizer, "chat template": chat_template}, window,
+        tuple(lengths), tuple(tasks), tuple(variants), tuple(rows), tuple(records), (), None,
     )  # fmt: skip
 
 
@@ -300,6 +301,11 @@ def test_unlike_runs_are_refused() -> None:
     base = one(BASE, BASE_NLL)
     with pytest.raises(RunError, match=r"base and new have different tokenizers .*t and u"):
         compare({"base": base, "new": one(BASE, BASE_NLL, tokenizer="u")})
+    with pytest.raises(RunError, match=r"different chat templates, so that no prompt of passkey"):
+        compare({"base": base, "new": one(BASE, BASE_NLL, chat_template="u")})
+    plain = (dataclasses.replace(ASKED, chat=False), READ)
+    tuned = one(BASE, BASE_NLL, chat_template="u", tasks=plain)
+    assert compare({"base": one(BASE, BASE_NLL, tasks=plain), "new": tuned}).rows
     other = one(BASE, BASE_NLL, tasks=[dataclasses.replace(ASKED, samples=9, seed=1), READ])
     with pytest.raises(RunError, match=r"settings of passkey: samples 8 and 9, seed 0 and 1\."):
         compare({"base": base, "new": other})

@@ -136,7 +136,12 @@ def test_updates_of_sequence_unlikelihood_take_turns_and_are_logged_apart(tmp_pa
     ]
     assert len(done.losses) == 6 - sum(turns)
     first = turns.index(True)
-    expected = settings(model, settings.prefixes(batch, first))
+    prefixes = settings.prefixes(batch, first)
+    expected = settings(model, prefixes)
+    read = [logged[n + 1]["tokens"] - (logged[n]["tokens"] if n else 0) for n in range(6)]
+    assert read[first] == len(prefixes) * (20 + 30)
+    assert all(count == 128 for count, turn in zip(read, turns, strict=True) if not turn)
+    assert all("epoch" not in entry for entry in log)
     assert logged[first + 1]["sequence_loss"] == pytest.approx(expected.item(), rel=1e-4)
     assert expected > 0
 
@@ -154,12 +159,16 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one_bit_for_bit(
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train(path, feed=Noise(last=7))  # in the fourth update; the last checkpoint is the second's
-    (path / "checkpoints" / "checkpoint-3").mkdir()  # as a kill while writing would leave it
+    # As kills while writing would leave it: a checkpoint, the model, and before it was looked at.
+    for left in ("checkpoints/checkpoint-3", ".model-unchecked-x", "model-unchecked"):
+        (path / left).mkdir()
+    (path / "model-unchecked" / "config.json").write_text("{}")
     done = train(path, resume=True)
     assert done.losses == whole[1].losses
     assert done.tokens == whole[1].tokens
     ours, theirs = weights(path / "model"), weights(whole[0] / "model")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {found.name for found in path.iterdir()} == {found.name for found in whole[0].iterdir()}
     lines = (path / "log.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if '"loss"' in line]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -196,17 +205,29 @@ def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(
 
 
 def test_a_folder_is_never_taken_twice(whole: tuple[Path, Finetuned], tmp_path: Path) -> None:
+    for resume in (False, True):
+        with pytest.raises(RunError, match="is finished: its model is"):
+            train(whole[0], resume=resume)
+    begun = tmp_path / "begun"
+    with pytest.raises(KeyboardInterrupt):
+        train(begun, feed=Noise(last=7))
     with pytest.raises(RunError, match="holds a run already: pass resume"):
-        train(whole[0])
-    with pytest.raises(RunError, match="is finished: its model is"):
-        train(whole[0], resume=True)
-    with pytest.raises(RunError, match=r"another run \(training: .*seed=0.*seed=5"):
-        train(whole[0], replace(STEPS, seed=5), resume=True)
+        train(begun)
+    with pytest.raises(RunError, match=r"another run \(seed: 0 there, 5 here\): ask"):
+        train(begun, replace(STEPS, seed=5), resume=True)
+    with pytest.raises(RunError, match=r"another run \(evaluated: False there, True here\)"):
+        train(begun, resume=True, evaluate=counting())
     other, tokenizer = loaded()
     with torch.no_grad():
         next(other.parameters()).mul_(1.001)  # of the same name
     with pytest.raises(RunError, match=r"another run \(weights: "):
-        finetune(other, tokenizer, Noise(), STEPS, output=whole[0], resume=True, progress=False)
+        finetune(other, tokenizer, Noise(), STEPS, output=begun, resume=True, progress=False)
+    # Where it came from, how often it is kept and what is recomputed do not make it another.
+    same, tokenizer = loaded()
+    same.name_or_path = "elsewhere"
+    settings = replace(STEPS, save_every=3, checkpointing="layers")
+    done = finetune(same, tokenizer, Noise(), settings, output=begun, resume=True, progress=False)
+    assert done.losses == pytest.approx(whole[1].losses, abs=1e-6)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="holds something that is no run"):
         train(tmp_path)
@@ -249,7 +270,7 @@ def test_a_model_that_reloads_otherwise_is_set_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("longctx.train.serve._difference", lambda model, saved: 0.5)
-    with pytest.raises(RunError, match=r"model-refused: reloaded, its logits are off by 0\.5"):
+    with pytest.raises(RunError, match=r"model-unchecked: reloaded, its logits are off by 0\.5"):
         train(tmp_path / "run", replace(STEPS, steps=2))
     assert not (tmp_path / "run" / "model").exists()
     monkeypatch.undo()
@@ -381,7 +402,7 @@ def test_a_gate_on_a_figure_that_is_not_measured_is_refused(tmp_path: Path) -> N
     with pytest.raises(RunError, match="asks for 'passkey@512', the evaluation gives perplexity"):
         often = replace(STEPS, evaluate_every=2)
         train(tmp_path / "a", often, evaluate=counting(), gate=Gate(best="passkey@512"))
-    with pytest.raises(RunError, match="needs `evaluate`, a function"):
+    with pytest.raises(RunError, match="needs figures: pass `evaluate`"):
         train(tmp_path / "b", gate=Gate(short="perplexity@256"))
     with pytest.raises(RunError, match="no evaluation on the way: pass evaluate_every"):
         train(tmp_path / "c", evaluate=counting(), gate=Gate(best="passkey@2048"))

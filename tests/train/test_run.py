@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import longctx
-from longctx.train.recipes import LONGCHAT_16K, Recipe
+from longctx.train.recipes import LONGCHAT_16K, YARN_POSE, Recipe
 from longctx.train.run import Run, Work
 from longctx.train.settings import Training
 
@@ -47,6 +47,15 @@ def test_an_epoch_holds_every_document(tmp_path: Path, pack: bool) -> None:
     seen = {tuple(found.feed[n]["input_ids"]) for n in range(20)}
     assert seen == {tuple(ids) for ids in dataset["input_ids"]}
     assert str(found).startswith("7 updates of 3 rows; 20 rows a pass, ")
+
+
+def test_windows_on_long_positions_cost_rows_of_a_window(tmp_path: Path) -> None:
+    recipe = replace(YARN_POSE, max_length=2048, window=256, training=Training())
+    found, _ = work(tmp_path, recipe, [20] * 20)
+    rows = [found.feed[n]["input_ids"] for n in range(found.updates)]
+    assert max(map(len, rows)) <= 256 < sum(map(len, rows))
+    share = sum(map(len, rows)) / (256 * len(rows))
+    assert f"{len(rows)} rows a pass, {share:.0%} full" in str(found)
 
 
 def test_passes_and_updates_follow_from_each_other(tmp_path: Path) -> None:
