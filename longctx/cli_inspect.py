@@ -46,7 +46,10 @@ class Inspect:
         from longctx.train.show import inspect_samples
 
         from .checkpoint import load_tokenizer
+        from .errors import RunError
 
+        if self.count < 1:
+            raise RunError(f"--count {self.count}: expected 1 or more samples.")
         tokenizer = load_tokenizer(self.model)
         settings = Settings(self.max_length, self.overflow, self.template, self.strict)
         options: dict[str, Any] = {"salvage": self.salvage, "split": self.split}

@@ -61,7 +61,8 @@ class Train:
             --salvage --lora-rank 16 --norms --steps 20 --output runs/pose
         longctx train demo --recipe embedded --data manual sample --template vicuna \
             --output runs/demo
-        torchrun --standalone --nproc-per-node 8 --no-python longctx train MODEL --dp-shard 8 …
+        torchrun --standalone --nproc-per-node 8 --no-python longctx train MODEL --dp-shard 8 \
+            --evaluate --data chats.json --output runs/y
     """
 
     model: Positional[str]

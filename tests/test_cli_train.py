@@ -190,3 +190,5 @@ def test_inspect_shows_what_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert "⟦A number hidden in a long text." in said.replace("⟦ ", "⟦")
     assert "1 conversations → 1 samples" in said
+    assert main(["inspect", data, "demo", "--template", "vicuna", "--count", "0"]) == 2
+    assert "--count 0: expected 1 or more" in capsys.readouterr().err

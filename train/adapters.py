@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Lora", "add_lora", "load_adapter", "merged", "save_adapter"]
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
+_CARD = "# LoRA adapters of {}\n\nFor the base as `config.json` extends it: `load_adapter` does.\n"
 _SETTINGS = ("max_position_embeddings", "rope_parameters")
 
 
@@ -171,6 +172,7 @@ def save_adapter(
         # What is trained whole is saved in any case; "auto" would ask the hub about the rest.
         model.save_pretrained(str(staging), save_embedding_layers=False)
         causal.config.save_pretrained(staging)
+        (staging / "README.md").write_text(_CARD.format(Path(causal.name_or_path).name))
 
 
 def load_adapter(base_model: PreTrainedModel, folder: str | os.PathLike[str]) -> PeftModel:

@@ -153,7 +153,7 @@ def trainer_arguments(
     half = device == "cuda" and torch.float32 in whole
     best = f"eval_{gate.best}" if gate.best else None
     every = training.evaluate_every
-    arguments = TrainingArguments(
+    settings: dict[str, Any] = dict(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=training.batch_size,
@@ -184,6 +184,10 @@ def trainer_arguments(
         dataloader_pin_memory=device == "cuda",
         **precision(parallel, half=half),
     )
+    try:
+        arguments = TrainingArguments(**settings)
+    except ValueError as error:  # of distribution on a CPU, say
+        raise RunError(f"transformers refuses these settings: {error}") from error
     if arguments.n_gpu > 1:  # one process, one GPU: the Trainer would wrap the model for all
         arguments._n_gpu = 1  # pyright: ignore[reportPrivateUsage]
     if arguments.fsdp_plugin_args is not None:

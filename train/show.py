@@ -18,7 +18,6 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from longctx.errors import RunError
 from longctx.haystacks import decode
 
 from .encode import IGNORED
@@ -43,8 +42,6 @@ def inspect_samples(
         stretch: most characters of each stretch that is learnt, or is not; 0 shows all.
         console: where to; standard output if None.
     """
-    if count < 1:
-        raise RunError(f"count={count}: expected 1 or more samples.")
     console = console or Console(highlight=False)
     for number, row in enumerate(islice(rows, count), 1):
         ids = [int(token) for token in row["input_ids"]]
