@@ -88,9 +88,11 @@ def generation(model: PreTrainedModel, prompts: list[Prompt]) -> None:
 def timed(length: int) -> dict[str, str]:
     """The embedded model on ten depths of one haystack."""
     model, tokenizer = longctx.load("demo")
-    task = Passkey(samples=DEPTHS, depths=DEPTHS, haystack="text")
+    # With fewer samples than these, a task deals its depths out to several haystacks.
+    task = Passkey(samples=DEPTHS * HAYSTACKS, depths=DEPTHS, haystack="text")
     (unit,) = task.plan(tokenizer, [length], length_invariant=True).units
-    prompts = [prompt for _, _, prompt in task.cases(tokenizer, unit)]
+    prompts = [prompt for _, _, prompt in task.cases(tokenizer, unit)][:DEPTHS]
+    assert len({prompt.haystack for prompt in prompts}) == 1
     ours = partial(shared, model, prompts, sharing=True)
     whole = partial(shared, model, prompts, sharing=False)
     against_whole = paired_ratio(whole, ours, rounds=ROUNDS, warmup=1)
