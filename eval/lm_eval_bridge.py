@@ -29,7 +29,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import RunError, nearest
-from longctx.fingerprint import json_digest, model_digest, tokenizer_digest
+from longctx.fingerprint import identity_of, json_digest
 from longctx.methods import Method
 
 from .lengths import parse_lengths
@@ -95,11 +95,7 @@ def run_lm_eval(
     if chat and not tokenizer.chat_template:
         raise RunError("chat=True, but the tokenizer has no chat template: pass chat=False.")
     variants = variants_of(model, methods, replace=replace)
-    identity = {
-        "model": model_digest(model),
-        "tokenizer": tokenizer_digest(tokenizer),
-        "chat template": json_digest(tokenizer.chat_template),
-    }
+    identity = identity_of(model, tokenizer)
     folder = None if out is None else Path(out)
     if folder is not None:
         refuse_lost(folder, {(v.label, n) for v in variants for n in sizes}, ("method", "length"))

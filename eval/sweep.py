@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import DataError, ModelError, RunError, nearest
-from longctx.fingerprint import json_digest, model_digest, tokenizer_digest
+from longctx.fingerprint import identity_of
 from longctx.methods import Method
 from longctx.model import learned_positions
 
@@ -117,12 +117,7 @@ def sweep(
     if adaptive is not None and not hasattr(adaptive, "decide"):
         raise RunError(f"adaptive={adaptive!r}: expected an Adaptive(threshold=0.8, …) or None.")
     _refuse_beyond_table(model, sizes)
-    identity = {
-        "model": model_digest(model),
-        "tokenizer": tokenizer_digest(tokenizer),
-        "chat template": json_digest(tokenizer.chat_template),
-        "attention implementation": str(getattr(model.config, "_attn_implementation", None)),
-    }
+    identity = identity_of(model, tokenizer)
     variants = variants_of(model, methods, replace=replace)
     invariants = {variant.length_invariant for variant in variants}
     plans = _plans(chosen, tokenizer, sizes, invariants)

@@ -16,7 +16,7 @@ from longctx.errors import ModelError
 from longctx.interface import ATTRIBUTE
 from longctx.model import attention_modules, rotary_of
 
-__all__ = ["effect_digest", "json_digest", "model_digest", "tokenizer_digest"]
+__all__ = ["effect_digest", "identity_of", "json_digest", "model_digest", "tokenizer_digest"]
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures")
@@ -26,6 +26,16 @@ def json_digest(value: Any) -> str:
     """Digest of a JSON-able value; whatever JSON has no form for goes in as its text."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def identity_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What a file of results belongs to: other results are of another model, or run otherwise."""
+    return {
+        "model": model_digest(model),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "chat template": json_digest(tokenizer.chat_template),
+        "attention implementation": str(getattr(model.config, "_attn_implementation", None)),
+    }
 
 
 def model_digest(model: PreTrainedModel) -> str:

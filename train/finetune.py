@@ -201,7 +201,7 @@ def finetune(
         rounded = 0.0 if beside is None else difference(beside, probe(whole))
     history: list[dict[str, Any]] = trainer.state.log_history
     figures = {
-        entry["step"]: {k.removeprefix("eval_"): v for k, v in entry.items() if "eval_" in k[:5]}
+        entry["step"]: {k[5:]: v for k, v in entry.items() if k.startswith("eval_")}
         for entry in history
         if any(key.startswith("eval_") for key in entry)
     }
