@@ -94,8 +94,8 @@ def _refuse_unknown(training: Training) -> None:
             f"optimizer={training.optimizer!r}{nearest(training.optimizer, optimizers)}: expected "
             f"one of {', '.join(optimizers)}."
         )
-    wanted_by = "8bit", "4bit", "paged", "bnb"
-    if any(word in training.optimizer for word in wanted_by) and not find_spec("bitsandbytes"):
+    theirs = any(word in training.optimizer for word in ("8bit", "4bit", "paged", "bnb"))
+    if theirs and not find_spec("bitsandbytes"):
         raise RunError(
             f"optimizer={training.optimizer!r} is bitsandbytes': pip install bitsandbytes, or take "
             "adamw_torch."
