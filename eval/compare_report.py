@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import RunError
+from longctx.folders import refuse_other_than_folder
 
 from .files import finite, write_whole
 
@@ -20,13 +21,14 @@ __all__ = ["refuse_taken_comparison", "write_comparison"]
 _REPORT = "compare.json"
 
 
-def refuse_taken_comparison(folder: Path) -> None:
+def refuse_taken_comparison(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that holds a comparison: before any work is done.
 
     Raises:
-        RunError: it does.
+        RunError: it does and `overwrite` is off, or it is not a folder.
     """
-    if (folder / _REPORT).exists():
+    refuse_other_than_folder(folder)
+    if (folder / _REPORT).exists() and not overwrite:
         raise RunError(
             f"{folder} holds a comparison already: name another folder, or pass overwrite."
         )
@@ -36,8 +38,7 @@ def write_comparison(comparison: Comparison, folder: Path, *, overwrite: bool) -
     """Write all files of a comparison; see `Comparison.write`."""
     from .compare_plot import draw
 
-    if not overwrite:
-        refuse_taken_comparison(folder)
+    refuse_taken_comparison(folder, overwrite)
     frame, figure = comparison.frame(), draw(comparison)
     text = json.dumps(_report(comparison), indent=1, allow_nan=False)
     # The JSON last: it is what marks a folder as taken.

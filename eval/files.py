@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from longctx.folders import refuse_other_than_file
+
 __all__ = ["finite", "write_whole"]
 
 
@@ -16,7 +18,9 @@ def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:
 
     Raises:
         OSError: the disk refuses; what was at `path` is still there.
+        RunError: a folder, device, FIFO, socket or a link to one has that name.
     """
+    refuse_other_than_file(path)
     part = path.with_name(f".{path.name}.part")
     try:
         writer(part)

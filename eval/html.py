@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from longctx.errors import RunError
+from longctx.folders import refuse_other_than_file
 
 from . import html_sections as sections
 from .files import write_whole
@@ -66,8 +67,7 @@ def write_html(
 
         files |= figures(sweeps, _names(sweeps), out)
     for path in files:
-        if path.is_dir():
-            raise RunError(f"{path} is a folder: name a file, such as {path / 'report.html'}.")
+        refuse_other_than_file(path)
         if path.exists() and not overwrite:
             raise RunError(f"{path} exists: name another --out, or pass --overwrite.")
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import RunError
+from longctx.folders import refuse_other_than_file, refuse_other_than_folder
 
 from .files import finite, write_whole
 
@@ -29,6 +30,8 @@ def refuse_lost_cells(folder: Path, identity: dict[str, str], cells: Iterable[st
         RunError: another model's report, or one with further cells, or a file that is none.
     """
     path = folder / _REPORT
+    refuse_other_than_folder(folder)
+    refuse_other_than_file(path)
     if not path.exists():
         return
     way_out = "name another folder, or pass overwrite to replace the report"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from longctx.errors import RunError
+from longctx.folders import refuse_other_than_file, refuse_other_than_folder
 
 from .records import (
     Record,
@@ -63,6 +64,8 @@ class Store:
         if rank:
             self._own = path.with_name(f"{path.stem}.{rank}of{ranks}{path.suffix}")
         assert self._own is not None
+        refuse_other_than_folder(path.parent)
+        refuse_other_than_file(self._own)  # opening a FIFO would wait for its reader
         self._lock = FileLock(self._own.with_name(f".{self._own.name}.lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,8 +43,8 @@ class Compare:
         from longctx.eval.compare import compare
         from longctx.eval.compare_report import refuse_taken_comparison
 
-        if self.out is not None and not self.overwrite:
-            refuse_taken_comparison(self.out)
+        if self.out is not None:
+            refuse_taken_comparison(self.out, self.overwrite)
         comparison = compare(_named(self.runs), interval=self.interval)
         comparison.print()
         if self.out is not None:

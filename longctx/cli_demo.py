@@ -41,6 +41,9 @@ class Demo:
 
     def run(self) -> int:
         """Sweep the embedded model, extended and fine-tuned, and say what the figures say."""
+        from .folders import refuse_other_than_folder
+
+        refuse_other_than_folder(self.out)
         methods = [f"{name}:{factor}" for name in _METHODS for factor in (2, 4, 8)]
         before, code = self._swept("demo", ["none", *methods, "alibi"], self.out)
         print(_untrained(before))

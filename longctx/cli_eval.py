@@ -128,8 +128,10 @@ class Sweep:
         from longctx.eval import parse_lengths
         from longctx.eval.ranks import Ranks
 
+        from .folders import refuse_other_than_folder
         from .methods import parse_method
 
+        refuse_other_than_folder(self.out)
         for method in self.methods:
             parse_method(method)
         self._chosen()

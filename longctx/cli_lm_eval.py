@@ -57,8 +57,11 @@ class LmEval:
         from longctx.eval import parse_lengths
         from longctx.eval.lm_eval_bridge import run_lm_eval
 
+        from .folders import refuse_other_than_folder
         from .methods import parse_method
 
+        if self.out is not None:
+            refuse_other_than_folder(self.out)
         for method in self.methods:
             parse_method(method)
         lengths = parse_lengths(",".join(self.lengths))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,16 +14,60 @@ from safetensors import SafetensorError
 
 from .errors import RunError
 
-__all__ = ["new_folder", "refuse_taken"]
+__all__ = ["new_folder", "refuse_other_than_file", "refuse_other_than_folder", "refuse_taken"]
+
+_KINDS = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFREG: "file",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+
+
+def _refuse_other_than(expected: str, out: Path) -> None:
+    link = "link to a " if out.is_symlink() else ""
+    try:
+        kind = _KINDS.get(stat.S_IFMT(out.stat().st_mode), "special file")
+    except FileNotFoundError:
+        kind = "missing file" if link else expected
+    except OSError as error:
+        raise RunError(f"cannot write to {out}: {error}. Name another.") from error
+    if kind != expected:
+        raise RunError(
+            f"{out} is a {link}{kind}, which longctx does not write to or replace: expected a "
+            f"{expected}, or a name that is free. Name another."
+        )
+
+
+def refuse_other_than_folder(out: Path) -> None:
+    """Refuse an output folder whose name a file, device, FIFO, socket or a link to one has.
+
+    Raises:
+        RunError: it has, it is a link to nothing, or it cannot be looked at.
+    """
+    _refuse_other_than("folder", out)
+
+
+def refuse_other_than_file(out: Path) -> None:
+    """Refuse an output file whose name a folder, device, FIFO, socket or a link to one has.
+
+    Raises:
+        RunError: it has, it is a link to nothing, or it cannot be looked at.
+    """
+    _refuse_other_than("file", out)
 
 
 def refuse_taken(out: Path, overwrite: bool) -> None:
     """Refuse to replace what was not made by this program: before any work is done.
 
     Raises:
-        RunError: `out` holds something and `overwrite` is off, or something else than a checkpoint.
+        RunError: `out` holds something and `overwrite` is off, or something else than a checkpoint,
+            or is not a folder.
     """
-    if not out.is_file() and not (out.is_dir() and any(out.iterdir())):
+    refuse_other_than_folder(out)
+    if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
         raise RunError(f"{out} exists and is not empty: choose another folder or pass overwrite.")
@@ -41,8 +86,8 @@ def new_folder(out: Path, *, overwrite: bool = False) -> Generator[Path]:
         RunError: `out` is taken and `overwrite` is off, holds something else than a checkpoint, or
             the disk refuses.
     """
-    out = Path(os.path.realpath(out))  # "." and links have a parent and a name of their own
     refuse_taken(out, overwrite)
+    out = Path(os.path.realpath(out))  # "." and links have a parent and a name of their own
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.errors import RunError
+from longctx.folders import refuse_other_than_folder
 
 __all__ = ["WHOLE", "RunFolder", "last_whole"]
 
@@ -67,7 +68,8 @@ class RunFolder:
             RunError: see there.
         """
         folder = cls(path)
-        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not folder.run.is_file()):
+        refuse_other_than_folder(path)
+        if path.is_dir() and any(path.iterdir()) and not folder.run.is_file():
             raise RunError(f"{path} holds something that is no run: choose another folder.")
         if folder.model.exists():
             raise RunError(

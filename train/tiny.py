@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from longctx.folders import refuse_other_than_folder
 from longctx.haystacks import Grass, Texts
 from longctx.prompts import CLASSIC
 
@@ -183,6 +184,7 @@ def loss_of(model: LlamaForCausalLM, inputs: Tensor, labels: list[Tensor]) -> Te
 
 def train(recipe: Pretraining) -> None:
     """Train, or go on training, and write the checkpoint to `recipe.out`."""
+    refuse_other_than_folder(recipe.out)
     texts = training_text()
     tokenizer = train_tokenizer(texts)
     model = build_model(recipe.seed, recipe.rope_theta)
