@@ -3,12 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench types
+.PHONY: demo test test-floor test-latest lint bench types
 demo: $(VENV)/ready
 	$(BIN)/longctx demo
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+# Exactly the floors of pyproject.toml, and the newest of everything: constraints.txt is not read.
+test-floor: RESOLUTION := lowest-direct
+test-latest: RESOLUTION := highest
+test-floor test-latest:
+	$(PYTHON) -m venv --clear .venv-$(RESOLUTION)
+	.venv-$(RESOLUTION)/bin/pip install -q uv
+	.venv-$(RESOLUTION)/bin/uv pip install -q --python .venv-$(RESOLUTION)/bin/python \
+		--resolution $(RESOLUTION) -r pyproject.toml --extra dev
+	.venv-$(RESOLUTION)/bin/uv pip install -q --python .venv-$(RESOLUTION)/bin/python --no-deps -e .
+	OMP_NUM_THREADS=1 .venv-$(RESOLUTION)/bin/pytest -n auto
 
 lint: $(VENV)/ready types
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from longctx.train.adapters import Lora, add_lora
+from longctx.train.before_transformers_5_23 import checkpoint_activations
 from longctx.train.losses import Losses
 from longctx.train.planner import MemoryPlan, PlanSettings, plan
 
@@ -100,7 +101,7 @@ def train(case: Case) -> None:
     whole: Any = add_lora(model, Lora(rank=RANK)) if case.lora else model
     whole.train()
     if case.checkpointing != "none":
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, {"use_reentrant": False})
     trained = [p for p in whole.parameters() if p.requires_grad]
     adam = case.optimizer == "adamw_torch"
     optimizer = torch.optim.AdamW(trained) if adam else torch.optim.SGD(trained)

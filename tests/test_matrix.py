@@ -19,8 +19,9 @@ from longctx.methods import Method, make_method, method_class
 from longctx.model import rope_of, rotary_of, text_config
 from longctx.patches.dynamic import reserve
 from longctx.rope import frequencies_of
+from longctx.train.before_transformers_5_23 import checkpoint_activations
 
-from .families import WINDOW, build, checkpoint_activations, tokens
+from .families import WINDOW, build, tokens
 
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3")
 MORE = ("qwen2", "phi3", "olmo2")

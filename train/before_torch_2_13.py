@@ -43,45 +43,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
     ) -> Tensor:
         precise = torch.promote_types(weight.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=precise)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        inputs = (hidden, weight, bias)
-        grads = [
-            torch.zeros_like(x, dtype=x.dtype if x is hidden else precise)
-            if x is not None and needed
-            else None
-            for x, needed in zip(inputs, ctx.needs_input_grad[:3], strict=True)
-        ]
-        grad_hidden, grad_weight, grad_bias = grads
-        for first in range(0, len(hidden), chunk):
-            rows = slice(first, first + chunk)
+        for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden) if for_hidden else None
+        # Sums over chunks are kept in float32 where the gradients are shorter.
+        grad_weight = torch.zeros_like(weight, dtype=precise) if for_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=precise) if for_bias and bias is not None else None
+
+        def add(rows: slice) -> Tensor:
+            """Loss of a chunk; probabilities and gradients take the place of its logits."""
             logits = functional.linear(hidden[rows], weight, bias).to(precise)
             goals = targets[rows, None]
-            norms = logits.logsumexp(1, keepdim=True)
-            total += (norms - logits.gather(1, goals)).sum()
-            if all(grad is None for grad in grads):
-                continue
-            # p − 1 at the target: the gradient of the logits, in their place.
-            slopes = logits.sub_(norms).exp_()
-            slopes.scatter_add_(1, goals, slopes.new_full((1, 1), -1.0).expand(len(goals), 1))
-            short = slopes.to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = short @ weight
-            if grad_weight is not None and weight.dtype == precise:
-                grad_weight.addmm_(short.T, hidden[rows])
-            elif grad_weight is not None:  # a chunk's product is rounded, the sum over chunks not
-                grad_weight += short.T @ hidden[rows]
-            if grad_bias is not None:
-                grad_bias += slopes.sum(0)
-        ctx.grads = grads
+            largest = logits.amax(1, keepdim=True)
+            reached = logits.gather(1, goals) - largest
+            norm = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            if grad_hidden is not None or grad_weight is not None or grad_bias is not None:
+                slopes = logits.div_(norm)  # p, and p − 1 at the target
+                slopes.scatter_add_(1, goals, slopes.new_full((1, 1), -1.0).expand_as(goals))
+                if grad_bias is not None:
+                    grad_bias.add_(slopes.sum(0))
+                slopes = slopes.to(weight.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = slopes @ weight
+                if grad_weight is not None and weight.dtype == precise:
+                    grad_weight.addmm_(slopes.T, hidden[rows])
+                elif grad_weight is not None:
+                    grad_weight.add_(slopes.T @ hidden[rows])
+            return (norm.log() - reached).sum()
+
+        total = hidden.new_zeros((), dtype=precise)
+        for first in range(0, len(hidden), chunk):
+            total += add(slice(first, first + chunk))
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        scaled = [
-            None if made is None else made.mul_(grad.to(made.dtype)).to(dtype)
-            for made, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
-        ]
+        grads = [x if x is None else x.mul_(grad).to(ctx.dtype) for x in ctx.grads]
         del ctx.grads
-        return (*scaled, None, None)
+        return (*grads, None, None)

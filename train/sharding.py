@@ -20,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from longctx.errors import RunError
 
+from .before_transformers_5_23 import checkpointing_arguments
 from .settings import Training
 from .ulysses import ulysses_arguments
 
@@ -48,11 +49,7 @@ def parallel_arguments(training: Training, processes: int, attention: str) -> di
         arguments = ulysses_arguments(training, processes, attention) if training.sp > 1 else {}
         if training.checkpointing == "none":
             return arguments
-        offload = {"offload": True} if training.checkpointing == "offload" else {}
-        return arguments | {
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": False, **offload},
-        }
+        return arguments | checkpointing_arguments(offload=training.checkpointing == "offload")
     shared = training.dp_shard * training.cp
     replicas, rest = divmod(processes, shared)
     if rest or not replicas:

@@ -16,9 +16,10 @@ from longctx.errors import MethodError, ModelError
 from longctx.interface import ATTRIBUTE
 from longctx.model import attention_modules
 from longctx.patches.shifted import GroupedAttention, Shifted
+from longctx.train.before_transformers_5_23 import checkpoint_activations
 from longctx.train.packed import packed_attention
 
-from ..families import WINDOW, build, checkpoint_activations, tokens
+from ..families import WINDOW, build, tokens
 
 LONG = WINDOW + 40
 HEADS = ((4, 4), (4, 2), (4, 1), (6, 2), (6, 3), (12, 3), (3, 3), (3, 1), (1, 1))

@@ -14,10 +14,11 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3NextConfig, Qwen3
 import longctx
 from longctx.errors import DataError, ModelError, RunError
 from longctx.train.batch import Collator, unpacked_inputs
+from longctx.train.before_transformers_5_23 import checkpoint_activations
 from longctx.train.packed import DocumentAttention, PackedAttention, packed_attention
 from longctx.train.positions import FullLength, PoSE, Positions
 
-from ..families import WINDOW, build, checkpoint_activations, tokens
+from ..families import WINDOW, build, tokens
 
 LENGTHS = (37, 5, 40, 1, 29)
 DOCUMENTS = [tokens(length, seed=length)[0].tolist() for length in LENGTHS]
