@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 
 import longctx
 from longctx.checkpoint import load
-from longctx.core import patch_of
-from longctx.methods import Method, make_method, method_class
 from longctx.model import rope_of, rotary_of, text_config
+from longctx.patch import Method, patch_of
 from longctx.patches.dynamic import reserve
+from longctx.registry import make_method, method_class
 from longctx.rope import frequencies_of
 
 from .families import WINDOW, build, tokens

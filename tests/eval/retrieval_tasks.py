@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from longctx.assembly import Prompt
-from longctx.eval.adaptive import Adaptive
-from longctx.eval.retrieval import Retrieval
-from longctx.eval.verify import generated
+from longctx.eval.running.verify import generated
+from longctx.eval.tasks.adaptive import Adaptive
+from longctx.eval.tasks.retrieval import Retrieval
+from longctx.prompts.assembly import Prompt
 
 from .conftest import byte_model, byte_tokenizer
 

@@ -12,11 +12,11 @@ from torch.nn import functional
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 import longctx
+from longctx.attention.hook import ATTRIBUTE
 from longctx.errors import MethodError, ModelError
-from longctx.interface import ATTRIBUTE
 from longctx.model import attention_modules
 from longctx.patches.shifted import GroupedAttention, Shifted
-from longctx.train.packed import packed_attention
+from longctx.train.engine.packed_attention import packed_attention
 
 from ..families import WINDOW, build, tokens
 
