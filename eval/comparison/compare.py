@@ -122,7 +122,7 @@ def _refuse_unlike(entries: Sequence[Entry]) -> None:
             )
         if entry.chat_template != base.chat_template:
             for task in entry.tasks.keys() & base.tasks.keys():
-                if base.tasks[task].spec.get("chat", False) is not False:
+                if base.tasks[task].cache_key.get("chat", False) is not False:
                     raise RunError(
                         f"{base.name} and {entry.name} have different chat templates, so that no "
                         f"prompt of {task} is the same: sweep both with chat=False (--chat False), "
@@ -130,7 +130,7 @@ def _refuse_unlike(entries: Sequence[Entry]) -> None:
                     )
         for other in entries[: entries.index(entry)]:
             for task in entry.tasks.keys() & other.tasks.keys():
-                one, two = other.tasks[task].spec, entry.tasks[task].spec
+                one, two = other.tasks[task].cache_key, entry.tasks[task].cache_key
                 if json_digest(one) != json_digest(two):
                     raise RunError(
                         f"{other.name} and {entry.name} have different settings of {task}: "
@@ -147,7 +147,8 @@ def _other_texts(entries: Sequence[Entry]) -> list[str]:
         for entry in entries[1:]
         for task in base.tasks
         if task in entry.tasks
-        and json_digest(base.tasks[task].scope) != json_digest(entry.tasks[task].scope)
+        and json_digest(base.tasks[task].report_identity)
+        != json_digest(entry.tasks[task].report_identity)
     ]
 
 

@@ -40,9 +40,9 @@ class Cell:
 class TaskSettings:
     """A task as a sweep had it."""
 
-    spec: dict[str, Any]
+    cache_key: dict[str, Any]
     """Its settings, as JSON."""
-    scope: dict[str, Any]
+    report_identity: dict[str, Any]
     """Those and all else that its figures depend on."""
     estimand: str
     scale: Literal["share", "perplexity"]
@@ -168,7 +168,11 @@ def _of_result(result: SweepResult) -> _Swept:
         methods=tuple(variant.label for variant in result.variants),
         tasks={
             task.name: TaskSettings(
-                task.spec(), task.scope(), task.estimand, task.scale, task.higher_is_better
+                task.cache_key(),
+                task.report_identity(),
+                task.estimand,
+                task.scale,
+                task.higher_is_better,
             )
             for task in result.tasks
         },

@@ -14,7 +14,7 @@ from longctx.files import finite, write_whole
 from longctx.folders import refuse_other_than_file, refuse_other_than_folder
 
 from ..comparison.comparison import Comparison
-from ..results.sweep_result import SweepResult, cell_key, stated
+from ..results.sweep_result import SweepResult, cell_key, estimand_text
 from .tables import regressions
 
 __all__ = ["refuse_lost_cells", "refuse_taken_comparison", "write_comparison", "write_sweep"]
@@ -112,11 +112,11 @@ def _sweep_report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
         "tasks": [
             {
                 "name": task.name,
-                "estimand": stated(task, result.adaptive),
+                "estimand": estimand_text(task, result.adaptive),
                 "scale": task.scale,
                 "higher_is_better": task.higher_is_better,
-                "spec": task.spec(),
-                "scope": task.scope(),
+                "spec": task.cache_key(),
+                "scope": task.report_identity(),
             }
             for task in result.tasks
         ],

@@ -22,7 +22,7 @@ from .verification import Verification
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Row", "SweepResult", "cell_key", "rows_of", "stated"]
+__all__ = ["Row", "SweepResult", "cell_key", "estimand_text", "rows_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +71,10 @@ def cell_key(method: str, task: Task, length: int, adaptive: Adaptive | None) ->
     Which windows and haystacks of them depends on the longest length of the sweep too.
     """
     rule = "" if adaptive is None else f" {adaptive}"
-    return f"{method} {task.name} {json_digest(task.scope())} {length}{rule}"
+    return f"{method} {task.name} {json_digest(task.report_identity())} {length}{rule}"
 
 
-def stated(task: Task, adaptive: Adaptive | None) -> str:
+def estimand_text(task: Task, adaptive: Adaptive | None) -> str:
     """What the figures of a task are, and that they were stopped early where they were."""
     if adaptive is None or not isinstance(task, Retrieval):
         return task.estimand
@@ -89,7 +89,7 @@ def rows_of(
     adaptive: Adaptive | None = None,
 ) -> list[Row]:
     """Summarise the records of one method and task into a row per length."""
-    said = stated(task, adaptive)
+    said = estimand_text(task, adaptive)
     return [
         _row(variant, task, length, [r for r in records if length in r.lengths], said)
         for length in lengths

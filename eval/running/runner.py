@@ -33,7 +33,7 @@ from ..tasks.protocol import Measured, Observation, Plan, Task, Unit
 from ..tasks.retrieval import Retrieval
 from .verify import verify
 
-__all__ = ["Engine", "Job", "Progress", "Ranks", "Run", "cost"]
+__all__ = ["Job", "Progress", "Ranks", "SweepRunner", "UnitRunner", "cost"]
 
 _LONGEST = timedelta(days=7)  # that one process may have to wait for another's last unit
 _Ask: TypeAlias = Callable[..., list[Record]]
@@ -122,7 +122,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class UnitRunner:
     """A model, and the store that its results go to."""
 
     model: PreTrainedModel
@@ -154,7 +154,7 @@ class Engine:
             found = Measured((), unit.tokens, "failed")
             failed = f"out of memory at {max(unit.lengths)} tokens, one prompt at a time"
         if failed and len(unit.lengths) > 1:
-            return [record for single in unit.alone() for record in self.run(job, single)]
+            return [record for single in unit.by_length() for record in self.run(job, single)]
         record = Record(
             key=self._key(job, unit),
             method=job.variant.label,
@@ -178,12 +178,12 @@ class Engine:
         whole = self.store.last(self._key(job, unit))
         if whole is not None and not (whole.failed and len(unit.lengths) > 1):
             return [whole]
-        singles = [] if len(unit.lengths) == 1 else unit.alone()
+        singles = [] if len(unit.lengths) == 1 else unit.by_length()
         return [record for single in singles for record in self.recorded(job, single)]
 
     def known(self, job: Job, unit: Unit) -> list[Record]:
         """The records of a unit that was run before, as a whole or length by length; else none."""
-        singles = [unit] if len(unit.lengths) == 1 else [unit, *unit.alone()]
+        singles = [unit] if len(unit.lengths) == 1 else [unit, *unit.by_length()]
         found = [self.store.get(self._key(job, single)) for single in singles]
         if found[0] is not None:
             return [found[0]]
@@ -191,7 +191,7 @@ class Engine:
         return rest if len(rest) == len(singles) - 1 > 0 else []
 
     def _key(self, job: Job, unit: Unit) -> str:
-        task = [job.task.name, job.task.spec()]
+        task = [job.task.name, job.task.cache_key()]
         return json_digest(
             [self.store.identity, job.variant.record(), task, unit.lengths, unit.spec]
         )
@@ -203,10 +203,10 @@ def cost(units: Iterable[Unit]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SweepRunner:
     """A sweep under way."""
 
-    engine: Engine
+    unit_runner: UnitRunner
     lengths: tuple[int, ...]
     adaptive: Adaptive | None
     ranks: Ranks
@@ -217,31 +217,31 @@ class Run:
         number = 0
         with Progress(total, shown=progress and self.ranks.first) as bar:
             for turn, job in enumerate(jobs):
-                with job.variant.applied(self.engine.model, replace=replace):
+                with job.variant.applied(self.unit_runner.model, replace=replace):
                     # Where each step depends on the last, whole jobs are shared out.
                     if self._adapts(job):
                         bar.at(f"{job.variant.label} {job.task.name}")
                         if self.ranks.mine(turn):
-                            self._walk(job, self.engine.run)
+                            self._walk(job, self.unit_runner.run)
                         bar.advance(cost(job.plan.units))
                         continue
                     for unit in job.plan.units:
                         bar.at(f"{job.variant.label} {job.task.name} {max(unit.lengths)}")
                         if self.ranks.mine(number):
-                            self.engine.run(job, unit)
+                            self.unit_runner.run(job, unit)
                         number += 1
                         bar.advance(cost((unit,)))
 
     def collect(self, job: Job) -> tuple[list[Record], list[str]]:
         """All records of a job, whichever process made them, and what is to be said of them."""
-        return self._walk(job, self.engine.recorded)
+        return self._walk(job, self.unit_runner.recorded)
 
     def check(self, job: Job, count: int, *, replace: bool) -> Verification | None:
         """Generate `count` answers of a retrieval task too; None for other tasks."""
         if not isinstance(job.task, Retrieval) or not count:
             return None
         records = self.collect(job)[0]
-        model, tokenizer = self.engine.model, self.engine.tokenizer
+        model, tokenizer = self.unit_runner.model, self.unit_runner.tokenizer
         with job.variant.applied(model, replace=replace):
             return verify(
                 model, tokenizer, job.variant.label, job.task, job.plan.units, records, count

@@ -35,7 +35,7 @@ from ..tasks.protocol import Plan, Task
 from ..tasks.repetition import Repetition
 from ..tasks.variable_tracking import VariableTracking
 from .lengths import parse_lengths
-from .runner import Engine, Job, Ranks, Run
+from .runner import Job, Ranks, SweepRunner, UnitRunner
 
 __all__ = ["TASKS", "sweep"]
 
@@ -69,7 +69,7 @@ def sweep(
     adaptive: Adaptive | None = None,
     replace: bool = False,
     overwrite: bool = False,
-    alone: bool = False,
+    single_process: bool = False,
     progress: bool = True,
 ) -> SweepResult:
     """Measure a model under several methods over lengths.
@@ -98,7 +98,8 @@ def sweep(
         replace: let methods replace the RoPE scaling that the checkpoint ships with.
         overwrite: go on although the folder of `results` holds a report with cells that this
             sweep lacks, so that `write_sweep` to it needs `overwrite` too.
-        alone: this process runs all of it, whatever others were started with it; in training, say.
+        single_process: this process runs all of it, whatever others were started with it; in
+            training, say.
         progress: show a bar with the remaining time on stderr, if that is a terminal.
 
     Raises:
@@ -130,21 +131,21 @@ def sweep(
             cell_key(v.label, task, n, adaptive) for v in variants for task in chosen for n in sizes
         ]
         refuse_lost_cells(path.parent, identity, cells)
-    ranks = Ranks() if alone else Ranks.here()
+    ranks = Ranks() if single_process else Ranks.here()
     if ranks.ranks > 1 and path is None:
         raise RunError(
             f"{ranks.ranks} processes share this sweep: pass `results`, the file that they meet in "
-            "(or `alone`, for each to run all of it)."
+            "(or `single_process`, for each to run all of it)."
         )
     store = Store(path, identity, rank=ranks.rank, ranks=ranks.ranks)
     try:
-        engine = Engine(model, tokenizer, store, batch_tokens)
-        run = Run(engine, sizes, adaptive, ranks)
-        run.measure(jobs, replace=replace, progress=progress)
+        unit_runner = UnitRunner(model, tokenizer, store, batch_tokens)
+        runner = SweepRunner(unit_runner, sizes, adaptive, ranks)
+        runner.measure(jobs, replace=replace, progress=progress)
         ranks.wait()
         store.reload()
-        collected = {(job.variant.label, job.task.name): run.collect(job) for job in jobs}
-        checks = [run.check(job, verify, replace=replace) for job in jobs if ranks.first]
+        collected = {(job.variant.label, job.task.name): runner.collect(job) for job in jobs}
+        checks = [runner.check(job, verify, replace=replace) for job in jobs if ranks.first]
         ranks.wait()
     finally:
         store.close()

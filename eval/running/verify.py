@@ -43,10 +43,10 @@ def verify(
         if o.correct is not None
     }
     cases = [
-        (length, str(place.index), prompt)
+        (length, str(spec.index), prompt)
         for unit in units
-        for length, place, prompt in task.cases(tokenizer, unit)
-        if (length, str(place.index)) in scored
+        for length, spec, prompt in task.cases(tokenizer, unit)
+        if (length, str(spec.index)) in scored
     ]
     chosen = _drawn(cases, count)
     wrong: list[str] = []

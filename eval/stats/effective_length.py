@@ -24,7 +24,7 @@ from scipy import optimize, special, stats
 
 from longctx.errors import DataError
 
-from .paired_tests import Floats, Ranks, check_clusters, check_numbers
+from .paired_tests import Floats, Indices, check_clusters, check_numbers
 
 __all__ = ["EffectiveLength", "effective_length", "pi_length", "ruler_length", "yarn_length"]
 
@@ -269,7 +269,7 @@ def _ends(curve: _Curve, best: _Fit, drop: float) -> tuple[float | None, float |
 
 
 def _limit(
-    curve: _Curve, best: _Fit, y: Floats, which: Ranks, group: Ranks | None, confidence: float
+    curve: _Curve, best: _Fit, y: Floats, which: Indices, group: Indices | None, confidence: float
 ) -> tuple[float, str]:
     """What twice the log-likelihood may fall by within the interval, and the interval's name."""
     if group is None:

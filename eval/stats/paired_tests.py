@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Floats: TypeAlias = NDArray[np.float64]
-Ranks: TypeAlias = NDArray[np.intp]
+Indices: TypeAlias = NDArray[np.intp]
 
 _ENUMERATED = 20  # clusters: 2²⁰ sign patterns take 8 MiB and some ms
 _TIE = 1e-12  # relative; figures that differ by rounding alone are equal
@@ -263,7 +263,7 @@ def check_numbers(values: ArrayLike, what: str, *, binary: bool = False) -> Floa
     return found
 
 
-def check_clusters(clusters: ArrayLike, n: int) -> Ranks:
+def check_clusters(clusters: ArrayLike, n: int) -> Indices:
     """Return the rank of each one's name among all names; DataError unless there are n."""
     names = np.asarray(clusters)
     if names.shape != (n,):
@@ -279,14 +279,14 @@ def _paired(first: ArrayLike, second: ArrayLike, *, binary: bool = False) -> tup
     return a, b
 
 
-def _sums(values: Floats, group: Ranks) -> Floats:
+def _sums(values: Floats, group: Indices) -> Floats:
     """Sum by cluster, rounded once, so that the order within a cluster does not matter."""
     order = np.argsort(group, kind="stable")
     parts = np.split(values[order], np.flatnonzero(np.diff(group[order])) + 1)
     return np.array([math.fsum(part) for part in parts])
 
 
-def _draw(below: int, rows: int, width: int, seed: int) -> Iterator[Ranks]:
+def _draw(below: int, rows: int, width: int, seed: int) -> Iterator[Indices]:
     """Draw rows × width integers below `below`, some 8 MiB at a time."""
     if rows < 1:
         raise DataError(f"{rows} random draws: expected at least 1, better some thousands.")

@@ -14,16 +14,16 @@ from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt, assemble
 from longctx.prompts.haystacks import Grass, Haystack
 
-from .retrieval import Place, Retrieval, depth_grid, turn_of
+from .retrieval import PromptSpec, Retrieval, depth_grid, turn_of
 from .texts import digest, texts_of
 
-__all__ = ["Hidden"]
+__all__ = ["HaystackTask"]
 
 _HAYSTACKS = 5  # pieces of real text in a cell at least, where it has so many prompts
 
 
 @dataclass(frozen=True, slots=True)
-class Hidden(Retrieval):
+class HaystackTask(Retrieval):
     """A task that hides something in a haystack."""
 
     depths: int | None = 10
@@ -57,14 +57,14 @@ class Hidden(Retrieval):
             f"prompt of exactly that many tokens (haystack: {self.haystack})"
         )
 
-    def spec(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """Settings, and the haystacks by their content."""
         texts = [
             digest("\f".join(h.documents)) for h in self._haystacks() if not isinstance(h, Grass)
         ]
-        return {**Retrieval.spec(self), "text": texts}
+        return {**Retrieval.cache_key(self), "text": texts}
 
-    def place(self, index: int, length: int, longest: int | None) -> Place:
+    def prompt_spec(self, index: int, length: int, longest: int | None) -> PromptSpec:
         """The kinds of haystack alternate; each goes through all depths."""
         kinds = self._haystacks()
         seed = self.base(length)
@@ -74,7 +74,7 @@ class Hidden(Retrieval):
             turns = -(-prompts // len(grid))
             each = -(-min(prompts, _HAYSTACKS) // turns)
         number, depth = turn_of(index // len(kinds), seed + index, grid, each)
-        return Place(
+        return PromptSpec(
             index=index,
             seed=seed + index,
             haystack_seed=seed + number,
@@ -83,15 +83,15 @@ class Hidden(Retrieval):
             haystack=kinds[index % len(kinds)],
         )
 
-    def cluster(self, place: Place, prompt: Prompt) -> str:
+    def cluster(self, spec: PromptSpec, prompt: Prompt) -> str:
         """The haystack; grass is the same everywhere, so that its prompts differ in needles."""
-        return f"grass/{place.seed}" if isinstance(place.haystack, Grass) else prompt.haystack
+        return f"grass/{spec.seed}" if isinstance(spec.haystack, Grass) else prompt.haystack
 
     def hide(
         self,
         tokenizer: PreTrainedTokenizerBase,
         length: int,
-        place: Place,
+        spec: PromptSpec,
         *,
         needles: Sequence[str],
         depths: Sequence[float],
@@ -101,12 +101,12 @@ class Hidden(Retrieval):
         key: str,
         ordered: int = 0,
     ) -> Prompt:
-        """Put needles into the place's haystack.
+        """Put needles into the haystack of a spec.
 
         Args:
             tokenizer: as in `longctx.assembly.assemble`, as are the others.
             length: tokens of the prompt.
-            place: haystack and seeds.
+            spec: haystack and seeds.
             needles: sentences.
             depths: of each needle; the first is the one that counts as the prompt's.
             intro: before the haystack.
@@ -119,23 +119,23 @@ class Hidden(Retrieval):
         Raises:
             DataError: as in `assemble`.
         """
-        assert place.haystack is not None
+        assert spec.haystack is not None
 
         def build(sentences: Sequence[str]) -> Prompt:
-            assert place.haystack is not None
+            assert spec.haystack is not None
             return assemble(
                 tokenizer,
                 length,
-                haystack=place.haystack,
+                haystack=spec.haystack,
                 needles=sentences,
                 depths=depths,
                 question=question,
                 answer_prefix=answer_prefix,
                 key=key,
                 intro=intro,
-                seed=place.seed,
-                haystack_seed=place.haystack_seed,
-                longest=place.longest or length,
+                seed=spec.seed,
+                haystack_seed=spec.haystack_seed,
+                longest=spec.longest or length,
                 chat=self.chat,
             )
 

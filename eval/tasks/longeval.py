@@ -21,7 +21,7 @@ from longctx.prompts.assembly import Prompt, answer_after, frame
 from longctx.prompts.haystacks import decode
 
 from .protocol import Plan, Unit
-from .retrieval import Place, Retrieval
+from .retrieval import PromptSpec, Retrieval
 from .texts import digest
 
 __all__ = ["Case", "LongEval", "field"]
@@ -59,13 +59,13 @@ class LongEval(Retrieval):
         """
 
     @abstractmethod
-    def generate(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
+    def generate(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
         """Build a prompt of exactly that many tokens."""
 
-    def spec(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """Settings, and the file by its content."""
         cases = [json.dumps(record) for _, record in _read(self.file)] if self.file else []
-        return {**Retrieval.spec(self), "file": digest("\n".join(cases)) if cases else ""}
+        return {**Retrieval.cache_key(self), "file": digest("\n".join(cases)) if cases else ""}
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
@@ -116,18 +116,18 @@ class LongEval(Retrieval):
 
     def cases(
         self, tokenizer: PreTrainedTokenizerBase, unit: Unit
-    ) -> list[tuple[int, Place, Prompt]]:
+    ) -> list[tuple[int, PromptSpec, Prompt]]:
         """As for any retrieval task; what a file hides lies where it does, and not in a grid."""
         cases = Retrieval.cases(self, tokenizer, unit)
         if not self.file:
             return cases
-        return [(n, replace(place, depth=prompt.depth), prompt) for n, place, prompt in cases]
+        return [(n, replace(spec, depth=prompt.depth), prompt) for n, spec, prompt in cases]
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
-        """A generated prompt, or test case `place.index` (from 0) of the file."""
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
+        """A generated prompt, or test case `spec.index` (from 0) of the file."""
         if self.file:
-            return self._from_file(tokenizer, place.index)
-        return self.generate(tokenizer, length, place)
+            return self._from_file(tokenizer, spec.index)
+        return self.generate(tokenizer, length, spec)
 
     def _from_file(self, tokenizer: PreTrainedTokenizerBase, number: int) -> Prompt:
         line, record = _read(self.file)[number]

@@ -21,7 +21,7 @@ from longctx.prompts.haystacks import decode
 
 from .line_packing import cut, fit
 from .longeval import Case, LongEval, field
-from .retrieval import Place, depth_grid, turn_of
+from .retrieval import PromptSpec, depth_grid, turn_of
 from .vocabulary import names, number
 
 __all__ = ["Lines"]
@@ -97,11 +97,11 @@ class Lines(LongEval):
             "record that fills the prompt to exactly that many tokens"
         )
 
-    def place(self, index: int, length: int, longest: int | None) -> Place:
+    def prompt_spec(self, index: int, length: int, longest: int | None) -> PromptSpec:
         """A line at each depth of one record, then the next record."""
         seed = self.base(length)
         record, depth = turn_of(index, seed + index, self._grid())
-        return Place(
+        return PromptSpec(
             index=index,
             seed=seed + index,
             haystack_seed=seed + record,
@@ -109,13 +109,13 @@ class Lines(LongEval):
             depth=depth,
         )
 
-    def generate(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
+    def generate(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
         """A line of its own for each depth, put there in a record of whole lines.
 
         Raises:
             DataError: too few lines for that, or more than there are.
         """
-        last, lines = _record(tokenizer, place.longest or length, place.haystack_seed)
+        last, lines = _record(tokenizer, spec.longest or length, spec.haystack_seed)
         sizes = [len(line.ids) for line in lines]
         head, tail, answer = self._around(tokenizer, last)
         room = length - len(head) - len(tail) - len(answer) - len(last.ids)
@@ -128,7 +128,7 @@ class Lines(LongEval):
         )
         if count < least:
             raise DataError(too_short)
-        row = round(place.depth * count)
+        row = round(spec.depth * count)
         asked = last if row == count else lines[row]
         head, tail, answer = self._around(tokenizer, asked)
         room = length - len(head) - len(tail) - len(answer) - len(last.ids)
@@ -148,7 +148,7 @@ class Lines(LongEval):
         record = [*(others[i] for i in chosen), last]
         if asked is not last:
             sums = [0, *accumulate(len(line.ids) for line in record)]
-            wanted = place.depth * sums[-1]
+            wanted = spec.depth * sums[-1]
             record.insert(min(range(len(record)), key=lambda i: abs(sums[i] - wanted)), asked)
         before = sum(len(line.ids) for line in record[: record.index(asked)])
         ids = [*head, *(token for line in record for token in line.ids), *tail]
@@ -159,8 +159,8 @@ class Lines(LongEval):
             key=asked.content,
             needle_starts=(len(head) + before,),
             depth=before / sum(len(line.ids) for line in record if line is not asked),
-            haystack=f"lines@{place.haystack_seed}",
-            seed=place.seed,
+            haystack=f"lines@{spec.haystack_seed}",
+            seed=spec.seed,
         )
 
     def _around(

@@ -21,7 +21,7 @@ from longctx.prompts.haystacks import decode
 
 from .line_packing import cut, exact
 from .longeval import Case, LongEval, field
-from .retrieval import Place
+from .retrieval import PromptSpec
 from .vocabulary import topics
 
 __all__ = ["Topics"]
@@ -143,15 +143,15 @@ class Topics(LongEval):
             "conversation that fills the prompt to exactly that many tokens"
         )
 
-    def place(self, index: int, length: int, longest: int | None) -> Place:
+    def prompt_spec(self, index: int, length: int, longest: int | None) -> PromptSpec:
         """A conversation of its own."""
         seed = self.base(length) + index
-        return Place(index, seed, seed, longest if self.share_lengths else None)
+        return PromptSpec(index, seed, seed, longest if self.share_lengths else None)
 
-    def generate(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
+    def generate(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
         """Whole discussions, and as much of a last one as makes the length exact."""
-        size = place.longest or length
-        rng = Random(f"topics/{place.seed}/{size}")
+        size = spec.longest or length
+        rng = Random(f"topics/{spec.seed}/{size}")
         order = rng.sample(topics(), len(topics()))
         first = "the {} of {}".format(*order[0])
         head, tail = frame(tokenizer, _INTRO, _QUESTION, _PREFIX, self.chat)
@@ -188,8 +188,8 @@ class Topics(LongEval):
                 key=first,
                 needle_starts=(len(head),),
                 depth=0.0,
-                haystack=f"topics@{place.haystack_seed}",
-                seed=place.seed,
+                haystack=f"topics@{spec.haystack_seed}",
+                seed=spec.seed,
             )
         raise DataError(
             f"length={length} is too short for this prompt; it needs at least "

@@ -16,15 +16,15 @@ from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt
 from longctx.prompts.haystacks import Grass
 
-from .haystack_task import Hidden
-from .retrieval import Place
+from .haystack_task import HaystackTask
+from .retrieval import PromptSpec
 from .vocabulary import names, number
 
 __all__ = ["MultiKey"]
 
 
 @dataclass(frozen=True, slots=True)
-class MultiKey(Hidden):
+class MultiKey(HaystackTask):
     """Values of several keys; the value of a cell is the share of those asked for that are found.
 
     The other keys, their values and places belong to the haystack: its prompts share them.
@@ -40,7 +40,7 @@ class MultiKey(Hidden):
     name: ClassVar[str] = "multi_key"
 
     def __post_init__(self) -> None:
-        Hidden.__post_init__(self)
+        HaystackTask.__post_init__(self)
         if not 2 <= self.keys <= 1000:
             raise DataError(f"keys={self.keys}: pass 2 to 1000 (for one there is 'passkey').")
         if self.values not in ("numbers", "words"):
@@ -54,20 +54,20 @@ class MultiKey(Hidden):
         what = f"numbers of {self.digits} digits" if self.values == "numbers" else "words"
         return f"{what} (one of {self.keys} keys is asked for)"
 
-    def cluster(self, place: Place, prompt: Prompt) -> str:
+    def cluster(self, spec: PromptSpec, prompt: Prompt) -> str:
         """The haystack, whose prompts have the other keys in common."""
-        grass = isinstance(place.haystack, Grass)
-        return f"grass/{place.haystack_seed}" if grass else prompt.haystack
+        grass = isinstance(spec.haystack, Grass)
+        return f"grass/{spec.haystack_seed}" if grass else prompt.haystack
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
-        """The key that is asked for at the place's depth, the others where the haystack says."""
-        rng = Random(f"multi_key/others/{place.haystack_seed}")
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
+        """The key that is asked for at the wanted depth, the others where the haystack says."""
+        rng = Random(f"multi_key/others/{spec.haystack_seed}")
         known: dict[str, str] = {}
-        depths = [place.depth]
+        depths = [spec.depth]
         while len(known) < self.keys - 1:
             self._add(rng, known)
             depths.append(rng.random())
-        asked, value = self._add(Random(f"multi_key/{place.seed}"), known)
+        asked, value = self._add(Random(f"multi_key/{spec.seed}"), known)
         needles = [
             f"One of the special magic {self.values} for {key} is: {known[key]}."
             for key in [asked, *(key for key in known if key != asked)]
@@ -76,7 +76,7 @@ class MultiKey(Hidden):
         return self.hide(
             tokenizer,
             length,
-            place,
+            spec,
             needles=needles,
             depths=depths,
             intro=(

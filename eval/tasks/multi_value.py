@@ -15,15 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt
 
-from .haystack_task import Hidden
-from .retrieval import Place
+from .haystack_task import HaystackTask
+from .retrieval import PromptSpec
 from .vocabulary import listed, names, number
 
 __all__ = ["MultiValue"]
 
 
 @dataclass(frozen=True, slots=True)
-class MultiValue(Hidden):
+class MultiValue(HaystackTask):
     """Lists of values; the value of a cell is the share of lists that are right as a whole."""
 
     values: int = 4
@@ -34,7 +34,7 @@ class MultiValue(Hidden):
     name: ClassVar[str] = "multi_value"
 
     def __post_init__(self) -> None:
-        Hidden.__post_init__(self)
+        HaystackTask.__post_init__(self)
         if not 2 <= self.values <= 100:
             raise DataError(f"values={self.values}: pass 2 to 100 (for one there is 'passkey').")
         if not 5 <= self.digits <= 18:
@@ -48,20 +48,20 @@ class MultiValue(Hidden):
             "others anywhere after it, asked for in that order)"
         )
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
-        """The first value at the place's depth, the others at random places after it."""
-        rng = Random(f"multi_value/{place.seed}")
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
+        """The first value at the wanted depth, the others at random places after it."""
+        rng = Random(f"multi_value/{spec.seed}")
         key = rng.choice(names())
         values: list[str] = []
         while len(values) < self.values:
             values.append(number(rng, self.digits, values))
-        after = sorted(place.depth + (1 - place.depth) * rng.random() for _ in values[1:])
+        after = sorted(spec.depth + (1 - spec.depth) * rng.random() for _ in values[1:])
         return self.hide(
             tokenizer,
             length,
-            place,
+            spec,
             needles=[f"One of the special magic numbers for {key} is: {v}." for v in values],
-            depths=[place.depth, *after],
+            depths=[spec.depth, *after],
             ordered=self.values,
             intro=(
                 "Some special magic numbers are hidden within the following text. Make sure to "

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt
 
-from .haystack_task import Hidden
+from .haystack_task import HaystackTask
 from .protocol import Plan
-from .retrieval import Place
+from .retrieval import PromptSpec
 
 __all__ = ["Needle"]
 
@@ -28,7 +28,7 @@ _INTRO = (
 
 
 @dataclass(frozen=True, slots=True)
-class Needle(Hidden):
+class Needle(HaystackTask):
     """A sentence in real text; the value of a cell is the share of answers given word for word.
 
     The beginning of the answer is given: what the needle says before the answer, or "The answer
@@ -51,7 +51,7 @@ class Needle(Hidden):
     name: ClassVar[str] = "needle"
 
     def __post_init__(self) -> None:
-        Hidden.__post_init__(self)
+        HaystackTask.__post_init__(self)
         if self.haystack != "text":
             raise DataError(
                 f"haystack={self.haystack!r}: this task's needles are hidden in real text; pass "
@@ -82,7 +82,7 @@ class Needle(Hidden):
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
     ) -> Plan:
         """As for any retrieval task; answers that are no part of their needle are told."""
-        plan = Hidden.plan(self, tokenizer, lengths, length_invariant=length_invariant)
+        plan = HaystackTask.plan(self, tokenizer, lengths, length_invariant=length_invariant)
         told = [
             f"needle: the answer {answer!r} is no part of its needle {needle!r}, so that no words "
             "of the needle lead to it: the model must give it after 'The answer is'"
@@ -91,18 +91,18 @@ class Needle(Hidden):
         ]
         return dataclasses.replace(plan, notes=(*plan.notes, *told))
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
-        """A needle at the place's depth; over the haystacks, each needle comes to each depth."""
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
+        """A needle at the wanted depth; over the haystacks, each needle comes to each depth."""
         grid = max(len(self._grid()), 1)
-        which = (place.index % grid + place.index // grid) % len(self.needle)
+        which = (spec.index % grid + spec.index // grid) % len(self.needle)
         needle, answer = self.needle[which], self.answer[which]
         begin, found, _ = needle.partition(answer)
         return self.hide(
             tokenizer,
             length,
-            place,
+            spec,
             needles=[needle],
-            depths=[place.depth],
+            depths=[spec.depth],
             intro=_INTRO,
             question=self.question[which],
             answer_prefix=begin.strip() if found and begin.strip() else "The answer is",

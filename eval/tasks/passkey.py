@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from longctx.prompts.passkey_prompts import CLASSIC, Prompt, Wording, passkey
 
-from .haystack_task import Hidden
-from .retrieval import Place
+from .haystack_task import HaystackTask
+from .retrieval import PromptSpec
 
 __all__ = ["Passkey"]
 
 
 @dataclass(frozen=True, slots=True)
-class Passkey(Hidden):
+class Passkey(HaystackTask):
     """Passkey retrieval; the value of a cell is the share of keys found."""
 
     digits: int = 5
@@ -36,17 +36,17 @@ class Passkey(Hidden):
         """What is to be returned."""
         return f"keys of {self.digits} digits"
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
-        """A key at the place's depth."""
-        assert place.haystack is not None
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
+        """A key at the wanted depth."""
+        assert spec.haystack is not None
         return passkey(
             tokenizer,
             length,
-            depth=place.depth,
-            seed=place.seed,
-            haystack=place.haystack,
-            haystack_seed=place.haystack_seed,
-            longest=place.longest or length,
+            depth=spec.depth,
+            seed=spec.seed,
+            haystack=spec.haystack,
+            haystack_seed=spec.haystack_seed,
+            longest=spec.longest or length,
             split="eval",
             chat=self.chat,
             digits=self.digits,

@@ -84,15 +84,15 @@ class Perplexity:
             )
         return f"exp(mean NLL) over {targets}"
 
-    def spec(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """Settings that a unit's figures depend on; its text is in the unit's own spec."""
         settings = dataclasses.asdict(self)
         return {key: settings[key] for key in ("last", "stride")}
 
-    def scope(self) -> dict[str, Any]:
+    def report_identity(self) -> dict[str, Any]:
         """Beside those settings, how many windows of which documents."""
         documents = [digest(document) for document in texts_of(self.text).documents]
-        return {**self.spec(), "windows": self.windows, "text": documents}
+        return {**self.cache_key(), "windows": self.windows, "text": documents}
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
@@ -127,7 +127,7 @@ class Perplexity:
                 units += [Unit((length,), length * count, spec) for length in lengths]
             else:
                 whole = Unit(tuple(lengths), longest, {**spec, "start": start})
-                units += [whole] if length_invariant else whole.alone()
+                units += [whole] if length_invariant else whole.by_length()
         return Plan(tuple(units), notes if short else ())
 
     def measure(

@@ -30,7 +30,7 @@ class Unit:
     spec: dict[str, Any] = field(default_factory=dict[str, Any])
     """What sets its inputs apart from those of other units of the task, as JSON."""
 
-    def alone(self) -> list[Unit]:
+    def by_length(self) -> list[Unit]:
         """The same work one length at a time: the way out when one pass over all does not fit."""
         return [Unit((length,), length, self.spec) for length in self.lengths]
 
@@ -107,12 +107,12 @@ class Task(Protocol):
         """What exactly is estimated, in a sentence that goes under the table."""
         ...
 
-    def spec(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """All that its inputs depend on beside tokenizer and unit, as JSON, texts by digest."""
         ...
 
-    def scope(self) -> dict[str, Any]:
-        """`spec` and all else that a cell's figure depends on: what a report is about."""
+    def report_identity(self) -> dict[str, Any]:
+        """`cache_key` and all else that a cell's figure depends on: what a report is about."""
         ...
 
     def plan(

@@ -103,14 +103,14 @@ class Repetition:
             "length"
         )
 
-    def spec(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """Settings, and the documents by their content."""
         documents = [digest(document) for document in texts_of(self.text).documents]
         return {**dataclasses.asdict(self), "text": documents}
 
-    def scope(self) -> dict[str, Any]:
+    def report_identity(self) -> dict[str, Any]:
         """The same: a cell's figure depends on nothing else."""
-        return self.spec()
+        return self.cache_key()
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool

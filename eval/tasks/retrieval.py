@@ -29,14 +29,14 @@ from longctx.scoring.prefix_sharing import score_prompts
 from ..stats.intervals import wilson
 from .protocol import Measured, Observation, Plan, Summary, Unit
 
-__all__ = ["Place", "Retrieval", "depth_grid", "turn_of"]
+__all__ = ["PromptSpec", "Retrieval", "depth_grid", "turn_of"]
 
 _MOST = 10**6  # seeds that a length has to itself
 _PROMPTS = 3  # counted up when the same settings give other prompts: old results are not reused
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PromptSpec:
     """What prompt `index` of a cell is drawn with."""
 
     index: int
@@ -67,8 +67,8 @@ def turn_of(turn: int, seed: int, grid: Sequence[float], each: int = 1) -> tuple
     Without a grid, each prompt has a haystack of its own and `seed` draws its depth.
     """
     if grid:
-        turns, place = divmod(turn, len(grid))
-        return turns * each + place % each, grid[place]
+        turns, depth = divmod(turn, len(grid))
+        return turns * each + depth % each, grid[depth]
     return turn, Random(f"depth/{seed}").random()
 
 
@@ -92,11 +92,11 @@ class Retrieval(ABC):
     higher_is_better: ClassVar[bool] = True
 
     @abstractmethod
-    def place(self, index: int, length: int, longest: int | None) -> Place:
+    def prompt_spec(self, index: int, length: int, longest: int | None) -> PromptSpec:
         """What prompt `index` of a length is drawn with; `longest` of all matters if they share."""
 
     @abstractmethod
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
         """Build one prompt; the same for every method."""
 
     @property
@@ -115,13 +115,13 @@ class Retrieval(ABC):
         own = 0 if self.share_lengths else length
         return own * 10**12 + self.seed * 10**6
 
-    def spec(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """All settings, and which prompts they give."""
         return {**dataclasses.asdict(self), "prompts": _PROMPTS}
 
-    def scope(self) -> dict[str, Any]:
+    def report_identity(self) -> dict[str, Any]:
         """The same: a cell's figure depends on nothing else."""
-        return self.spec()
+        return self.cache_key()
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
@@ -130,7 +130,7 @@ class Retrieval(ABC):
         longest = max(lengths)
         for length in lengths:
             for index in range(self.samples):
-                self.prompt(tokenizer, length, self.place(index, length, longest))
+                self.prompt(tokenizer, length, self.prompt_spec(index, length, longest))
         everything = range(self.samples)
         if self.share_lengths and length_invariant:
             whole = self.part(longest, everything, longest)
@@ -171,15 +171,15 @@ class Retrieval(ABC):
 
     def cases(
         self, tokenizer: PreTrainedTokenizerBase, unit: Unit
-    ) -> list[tuple[int, Place, Prompt]]:
-        """The prompts of a unit, each with its length and place."""
+    ) -> list[tuple[int, PromptSpec, Prompt]]:
+        """The prompts of a unit, each with its length and what it is drawn with."""
         longest: int | None = unit.spec.get("longest")
-        places = [
-            (length, self.place(index, length, longest))
+        specs = [
+            (length, self.prompt_spec(index, length, longest))
             for length in unit.lengths
             for index in unit.spec["prompts"]
         ]
-        return [(length, place, self.prompt(tokenizer, length, place)) for length, place in places]
+        return [(length, spec, self.prompt(tokenizer, length, spec)) for length, spec in specs]
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:
         """The share of answers found; NaN where any prompt's logits held a NaN."""
@@ -194,7 +194,7 @@ class Retrieval(ABC):
             name += f", as if its {len(answers)} prompts from {several} were independent"
         return Summary(hits / len(answers), *wilson(hits, len(answers)), name)
 
-    def cluster(self, place: Place, prompt: Prompt) -> str:
+    def cluster(self, spec: PromptSpec, prompt: Prompt) -> str:
         """What the prompt has in common with others, so that they are not independent."""
         return prompt.haystack
 
@@ -202,7 +202,7 @@ class Retrieval(ABC):
         self,
         tokenizer: PreTrainedTokenizerBase,
         length: int,
-        place: Place,
+        spec: PromptSpec,
         prompt: Prompt,
         nll: torch.Tensor,
         argmax: torch.Tensor,
@@ -212,7 +212,7 @@ class Retrieval(ABC):
         detail: dict[str, Any] = {
             "key": prompt.key,
             "depth": prompt.depth,
-            "wanted_depth": place.depth,
+            "wanted_depth": spec.depth,
             "haystack": prompt.haystack,
             "seed": prompt.seed,
         }
@@ -224,5 +224,5 @@ class Retrieval(ABC):
             detail["argmax"] = tokenizer.decode(said)  # given the right tokens before each
             detail["argmax_ids"] = said
         return Observation(
-            length, str(place.index), self.cluster(place, prompt), total, len(said), correct, detail
+            length, str(spec.index), self.cluster(spec, prompt), total, len(said), correct, detail
         )

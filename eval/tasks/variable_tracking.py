@@ -19,15 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt
 
-from .haystack_task import Hidden
-from .retrieval import Place
+from .haystack_task import HaystackTask
+from .retrieval import PromptSpec
 from .vocabulary import listed, number, variable
 
 __all__ = ["VariableTracking"]
 
 
 @dataclass(frozen=True, slots=True)
-class VariableTracking(Hidden):
+class VariableTracking(HaystackTask):
     """Chains of variables; the value of a cell is the share of chains that are listed whole."""
 
     hops: int = 4
@@ -38,7 +38,7 @@ class VariableTracking(Hidden):
     name: ClassVar[str] = "variable_tracking"
 
     def __post_init__(self) -> None:
-        Hidden.__post_init__(self)
+        HaystackTask.__post_init__(self)
         if not 1 <= self.hops <= 100 or not 1 <= self.chains <= 100:
             raise DataError(f"hops={self.hops}, chains={self.chains}: pass 1 to 100 of each.")
 
@@ -51,9 +51,9 @@ class VariableTracking(Hidden):
             "others evenly after it)"
         )
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, place: Place) -> Prompt:
-        """The first assignment at the place's depth, the last at the end of the haystack."""
-        rng = Random(f"variable_tracking/{place.seed}")
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
+        """The first assignment at the wanted depth, the last at the end of the haystack."""
+        rng = Random(f"variable_tracking/{spec.seed}")
         taken: list[str] = []
         values: list[str] = []
         needles: list[str] = []
@@ -66,13 +66,13 @@ class VariableTracking(Hidden):
             needles.append(f"VAR {chain[0]} = {values[-1]}")
             needles += [f"VAR {later} = VAR {earlier}" for earlier, later in pairwise(chain)]
         count = self.hops + 1
-        depths = [place.depth + (1 - place.depth) * hop / self.hops for hop in range(count)]
+        depths = [spec.depth + (1 - spec.depth) * hop / self.hops for hop in range(count)]
         for _ in range(self.chains - 1):
             depths += sorted(rng.random() for _ in range(count))
         return self.hide(
             tokenizer,
             length,
-            place,
+            spec,
             needles=needles,
             depths=depths,
             ordered=count,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .device_options import Hardware
+from .device_options import DeviceOptions
 from .sweep import Sweep, write
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ class Demo:
             chat=False,  # one that is trained now has the template that it was trained with
             out=out,
             overwrite=True,
-            hardware=Hardware(device="cpu"),
+            device_options=DeviceOptions(device="cpu"),
         )
-        result = command.sweep(*command.hardware.load(model))
+        result = command.sweep(*command.device_options.load(model))
         print_sweep(result)
         return result, write(result, out, overwrite=True)
 
@@ -77,7 +77,7 @@ class Demo:
         folder = self.out / "train"
         if not (folder / "model").exists():
             run = Run(EMBEDDED, ("manual", "sample"), folder, template="vicuna")
-            model, tokenizer = Hardware(device="cpu").load("demo")
+            model, tokenizer = DeviceOptions(device="cpu").load("demo")
             run.extend(model)
             run.start(model, tokenizer, resume=True)
         return str(folder / "model")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Hardware"]
+__all__ = ["DeviceOptions"]
 
 
 @dataclass(frozen=True, slots=True)
-class Hardware:
+class DeviceOptions:
     """Device, precision and attention kernel."""
 
     device: str = "auto"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from .device_options import Hardware
+from .device_options import DeviceOptions
 
 __all__ = ["LmEval"]
 
@@ -47,7 +47,7 @@ class LmEval:
     """Folder for the results; default: they are printed only."""
     replace: bool = False
     """Let methods replace the RoPE scaling that the checkpoint ships with."""
-    hardware: Annotated[Hardware, arg(name="")] = field(default_factory=Hardware)
+    device_options: Annotated[DeviceOptions, arg(name="")] = field(default_factory=DeviceOptions)
 
     def run(self) -> int:
         """Load, evaluate, print and write."""
@@ -65,7 +65,7 @@ class LmEval:
         for method in self.methods:
             parse_method(method)
         lengths = parse_lengths(",".join(self.lengths))
-        model, tokenizer = self.hardware.load(self.model)
+        model, tokenizer = self.device_options.load(self.model)
         frame = run_lm_eval(
             model,
             tokenizer,

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg, subcommand
 from ..errors import LongctxError
 from .compare import Compare
 from .demo import Demo
-from .device_options import Hardware
+from .device_options import DeviceOptions
 from .inspect import Inspect
 from .lm_eval import LmEval
 from .plan import Plan
@@ -71,7 +71,7 @@ class Convert:
     """Folder to write; it must not exist yet, unless --overwrite."""
     overwrite: bool = False
     """Replace what is there, once the new checkpoint is complete."""
-    hardware: Annotated[Hardware, arg(name="")] = field(default_factory=Hardware)
+    device_options: Annotated[DeviceOptions, arg(name="")] = field(default_factory=DeviceOptions)
 
     def run(self) -> int:
         """Load and save."""
@@ -79,7 +79,7 @@ class Convert:
         from ..folders import refuse_taken
 
         refuse_taken(self.out, self.overwrite)
-        model, tokenizer = self.hardware.load(self.source)
+        model, tokenizer = self.device_options.load(self.source)
         print(save(model, tokenizer, self.out, overwrite=self.overwrite).message)
         return FINE
 
@@ -104,7 +104,7 @@ class Extend:
     """Replace the RoPE scaling that the checkpoint ships with."""
     overwrite: bool = False
     """Replace the folder, once the new checkpoint is complete."""
-    hardware: Annotated[Hardware, arg(name="")] = field(default_factory=Hardware)
+    device_options: Annotated[DeviceOptions, arg(name="")] = field(default_factory=DeviceOptions)
 
     def run(self) -> int:
         """Load, extend, report, save."""
@@ -118,7 +118,7 @@ class Extend:
         if method is None:
             raise MethodError("'none' extends nothing; `longctx convert` copies a checkpoint.")
         refuse_taken(self.out, self.overwrite)
-        model, tokenizer = self.hardware.load(self.model)
+        model, tokenizer = self.device_options.load(self.model)
         print(extend(model, method, replace=self.replace).report())
         print(save(model, tokenizer, self.out, overwrite=self.overwrite).message)
         return FINE

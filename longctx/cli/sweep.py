@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from tyro.conf import Positional, arg
 
 from ..errors import RunError
-from .device_options import Hardware
+from .device_options import DeviceOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,7 +121,7 @@ class Sweep:
     """Let methods replace the RoPE scaling that the checkpoint ships with."""
     batch_tokens: int = 16_384
     """Tokens forwarded at a time; halved on out-of-memory."""
-    hardware: Annotated[Hardware, arg(name="")] = field(default_factory=Hardware)
+    device_options: Annotated[DeviceOptions, arg(name="")] = field(default_factory=DeviceOptions)
 
     def run(self) -> int:
         """Load, sweep, print and write."""
@@ -137,7 +137,7 @@ class Sweep:
         self._chosen()
         if self.lengths:
             parse_lengths(self.lengths)
-        model, tokenizer = self.hardware.load(self.model)
+        model, tokenizer = self.device_options.load(self.model)
         result = self.sweep(model, tokenizer)
         if not Ranks.here().first:  # it reports for all
             return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ..errors import RunError
-from .device_options import Hardware
+from .device_options import DeviceOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -168,7 +168,7 @@ class Train:
     """Save the checkpoint that finds most keys at max_length, instead of the last one."""
     replace: bool = False
     """Let the method replace the RoPE scaling that the checkpoint ships with."""
-    hardware: Annotated[Hardware, arg(name="")] = field(default_factory=Hardware)
+    device_options: Annotated[DeviceOptions, arg(name="")] = field(default_factory=DeviceOptions)
 
     def run(self) -> int:
         """Load, extend, prepare, train, save."""
@@ -290,8 +290,8 @@ class Train:
 
     def _loaded(self, recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """What is trained is held in float32; a base that only carries adapters may be bfloat16."""
-        hardware, lora = self.hardware, recipe.lora
+        device_options, lora = self.device_options, recipe.lora
         whole = lora is None or lora.norms or lora.embeddings
-        if hardware.dtype == "auto" and whole:
-            hardware = replace(hardware, dtype="float32")
-        return hardware.load(self.model)
+        if device_options.dtype == "auto" and whole:
+            device_options = replace(device_options, dtype="float32")
+        return device_options.load(self.model)

@@ -46,7 +46,7 @@ def figures_of(
 
         found: dict[str, float] = {}
         # Every process trains, and has to know the figures that stop it.
-        how: dict[str, Any] = {"alone": True, "progress": False}
+        how: dict[str, Any] = {"single_process": True, "progress": False}
         ends = sorted({short, long})
         if "passkey" in tasks:
             result = sweep(model, tokenizer, [Passkey(samples=samples)], ends, **how)

@@ -61,9 +61,9 @@ def _score_equals_generate(task: Retrieval, length: int) -> None:
     kind: Any = type(task)
 
     class Told(kind):
-        def prompt(self, tokenizer: Any, length: int, place: Any) -> Prompt:
-            prompt = super().prompt(tokenizer, length, place)
-            if not place.index % 2:
+        def prompt(self, tokenizer: Any, length: int, spec: Any) -> Prompt:
+            prompt = super().prompt(tokenizer, length, spec)
+            if not spec.index % 2:
                 return prompt
             told = prompt.input_ids[: prompt.answer_start] + generated(model, prompt)
             return dataclasses.replace(prompt, input_ids=told)

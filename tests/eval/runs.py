@@ -33,10 +33,10 @@ class _Repetition:
     higher_is_better: ClassVar[bool] = False
     estimand: ClassVar[str] = "mean seq-rep-4"
 
-    def scope(self) -> dict[str, Any]:
-        return self.spec()
+    def report_identity(self) -> dict[str, Any]:
+        return self.cache_key()
 
-    def spec(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         return {"prompt": NASTY}
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:

@@ -196,7 +196,9 @@ def test_other_windows_or_an_adaptive_sweep_are_other_cells() -> None:
 
     assert key(Perplexity()) == key(Perplexity())
     assert key(Perplexity(windows=2)) != key(Perplexity(windows=3))
-    assert Perplexity(windows=2).spec() == Perplexity(windows=3).spec(), "windows are reused"
+    assert Perplexity(windows=2).cache_key() == Perplexity(windows=3).cache_key(), (
+        "windows are reused"
+    )
     assert key(Passkey(), Adaptive()) != key(Passkey())
 
 

@@ -40,15 +40,15 @@ class Count:
     def estimand(self) -> str:
         return "nothing"
 
-    def scope(self) -> dict[str, Any]:
-        return self.spec()
+    def report_identity(self) -> dict[str, Any]:
+        return self.cache_key()
 
-    def spec(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         return {"memory": self.memory}
 
     def plan(self, tokenizer: Any, lengths: Sequence[int], *, length_invariant: bool) -> Plan:
         whole = Unit(tuple(lengths), max(lengths))
-        return Plan((whole,) if length_invariant else tuple(whole.alone()), ("a note",))
+        return Plan((whole,) if length_invariant else tuple(whole.by_length()), ("a note",))
 
     def measure(
         self, model: Any, tokenizer: Any, unit: Unit, *, batch_tokens: int, length_invariant: bool
@@ -276,6 +276,6 @@ def test_a_process_beside_others_runs_all_of_a_sweep_alone(
     whole = run()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert run(alone=True) == whole
+    assert run(single_process=True) == whole
     with pytest.raises(RunError, match=r"2 processes share this sweep: pass `results`"):
         run()

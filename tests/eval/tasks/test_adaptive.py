@@ -156,10 +156,10 @@ class Known(Passkey):
         self.asked_for.extend([length] * len(found))
         return Measured(found, length * len(found), "not at all")
 
-    def scope(self) -> dict[str, Any]:
-        return self.spec()
+    def report_identity(self) -> dict[str, Any]:
+        return self.cache_key()
 
-    def spec(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         return {"limit": self.limit}
 
 

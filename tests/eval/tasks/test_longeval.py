@@ -63,11 +63,11 @@ def test_prompts_go_to_the_shortest_length_that_holds_them(lines_file: Path) -> 
 def test_what_a_reader_sees(lines_file: Path, tmp_path: Path) -> None:
     task = Lines(file=str(lines_file))
     (unit,) = task.plan(byte_tokenizer(), (1000,), length_invariant=True).units
-    (_, place, prompt), *_ = task.cases(byte_tokenizer(), unit)
+    (_, spec, prompt), *_ = task.cases(byte_tokenizer(), unit)
     assert text_of(prompt) == (
         lines_case(5)["prompt"].strip() + " The <REGISTER_CONTENT> in line calm-3 is <44"
     )
-    assert place.index == 0
+    assert spec.index == 0
     assert 0 < prompt.depth < 1
     assert len(generated(byte_model(), prompt)) == len("44")
     path = tmp_path / "topics.jsonl"
@@ -78,14 +78,14 @@ def test_what_a_reader_sees(lines_file: Path, tmp_path: Path) -> None:
         "first topic? The first topic began with 'I would like to discuss the topic of the joy of "
         "art"
     ), "the topic as the prompt spells it"
-    assert topics.spec() != Topics().spec()
+    assert topics.cache_key() != Topics().cache_key()
 
 
 def test_blank_lines_are_no_test_cases(lines_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "gaps.jsonl"
     path.write_text(lines_file.read_text().replace("\n", "\n\n"))
     gaps, plain = Lines(file=str(path)), Lines(file=str(lines_file))
-    assert gaps.spec() == plain.spec()
+    assert gaps.cache_key() == plain.cache_key()
     with pytest.raises(DataError, match=r"gaps.jsonl:3 has \d+ tokens"):
         gaps.plan(byte_tokenizer(), (300, 400), length_invariant=True)
 

@@ -73,7 +73,7 @@ def test_no_prompt_comes_twice_and_each_is_at_its_depth(length: int) -> None:
     assert len({prompt.input_ids for prompt in prompts}) == 20
     lines = len(LINE.findall(str(tokenizer.decode(list(prompts[0].input_ids)))))
     for index, prompt in enumerate(prompts):
-        wanted = task.place(index, length, None).depth
+        wanted = task.prompt_spec(index, length, None).depth
         assert abs(prompt.depth - wanted) < 1 / lines, index
 
 

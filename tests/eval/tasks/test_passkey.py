@@ -116,9 +116,9 @@ def test_real_text_comes_from_several_places(
     samples: int, depths: int, haystacks: int, texts: tuple[str, ...]
 ) -> None:
     task = Passkey(samples=samples, depths=depths, haystack="text", text=texts, wording=SHORT)
-    places = [task.place(index, LENGTH, None) for index in range(samples)]
-    assert len({place.haystack_seed for place in places}) == haystacks
-    assert len({(place.haystack_seed, place.depth) for place in places}) == samples
+    specs = [task.prompt_spec(index, LENGTH, None) for index in range(samples)]
+    assert len({spec.haystack_seed for spec in specs}) == haystacks
+    assert len({(spec.haystack_seed, spec.depth) for spec in specs}) == samples
 
 
 def test_grass_counts_as_one_haystack(model: Any) -> None:
@@ -170,7 +170,7 @@ def test_the_plan_fails_early_and_the_spec_follows_the_text(
     real = Passkey(haystack="text", text=texts, wording=SHORT)
     with pytest.raises(DataError, match="has 6504 tokens, the prompt needs 19955"):
         real.plan(tokenizer, (400, 20_000), length_invariant=True)
-    assert real.spec() != Passkey(haystack="text", wording=SHORT).spec()
+    assert real.cache_key() != Passkey(haystack="text", wording=SHORT).cache_key()
 
 
 @pytest.mark.parametrize(

@@ -144,4 +144,4 @@ def test_what_cannot_be_measured_is_refused(texts: tuple[str, ...], tokenizer: A
 
 def test_a_unit_can_be_taken_apart() -> None:
     whole = Unit((100, 200), 200, {"document": "x"})
-    assert whole.alone() == [Unit((100,), 100, whole.spec), Unit((200,), 200, whole.spec)]
+    assert whole.by_length() == [Unit((100,), 100, whole.spec), Unit((200,), 200, whole.spec)]
