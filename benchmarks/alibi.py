@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longctx.attention import attend
-from longctx.naive import attention_with_linear_bias
+from longctx.attention.dispatch import attend
+from longctx.attention.reference import attention_with_linear_bias
 from longctx.patches.alibi import slopes
 
 from ._measure import paired_ratio, peak_memory, write_results

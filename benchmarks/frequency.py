@@ -1,7 +1,7 @@
 """A frequency method costs nothing: `python -m benchmarks.frequency`.
 
-The patched forward runs the native model's operators (`tests/test_rope.py` compares the lists), so
-the paired ratio of their times is 1 within its interval.
+The patched forward runs the native model's operators (`tests/core/test_rope.py` compares the
+lists), so the paired ratio of their times is 1 within its interval.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longctx.train.losses import Losses
+from longctx.train.loss.objective import Losses
 
 from ._measure import paired_ratio, peak_memory, write_results
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longctx.train.adapters import Lora, add_lora
-from longctx.train.before_transformers_5_23 import checkpoint_activations
-from longctx.train.losses import Losses
-from longctx.train.planner import MemoryPlan, PlanSettings, plan
+from longctx.train.engine.lora import Lora, add_lora
+from longctx.train.loss.objective import Losses
+from longctx.train.memory.plan_settings import PlanSettings
+from longctx.train.memory.planner import MemoryPlan, plan
+from longctx.train.parallel.before_transformers_5_23 import checkpoint_activations
 
 from ._measure import peak_memory, write_results
 

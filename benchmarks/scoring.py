@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from longctx.scoring import score
+from longctx.scoring.token_scores import score
 
 from ._measure import paired_ratio, peak_memory, write_results
 

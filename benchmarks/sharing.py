@@ -13,10 +13,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import longctx
-from longctx.assembly import Prompt
 from longctx.eval import Passkey, Perplexity
-from longctx.eval.verify import generated
-from longctx.sharing import score_prompts
+from longctx.eval.running.verify import generated
+from longctx.prompts.assembly import Prompt
+from longctx.scoring.prefix_sharing import score_prompts
 
 from ._measure import paired_ratio, write_results
 

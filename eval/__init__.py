@@ -1,27 +1,34 @@
 """Measuring how far a model reads: tasks, sweeps over lengths and methods, tables and plots.
 
->>> from longctx.eval import Passkey, sweep
+>>> from longctx.eval import Passkey, print_sweep, sweep
 >>> result = sweep(model, tokenizer, [Passkey(samples=40), "perplexity"], "1k:16k",
 ...                methods=["none", "yarn:2"])                                # doctest: +SKIP
+>>> print_sweep(result)                                                       # doctest: +SKIP
 """
 
-from .adaptive import Adaptive
-from .compare import compare
-from .comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
-from .generation import Repetition
-from .lengths import parse_lengths
-from .lines import Lines
-from .longppl import key_tokens, long_ppl, position_curve
-from .multi_key import MultiKey
-from .multi_value import MultiValue
-from .needle import Needle
-from .passkey import Passkey
-from .perplexity import Perplexity
-from .results import Row, SweepResult
-from .sweep import TASKS, sweep
-from .task import Measured, Observation, Plan, Summary, Task, Unit
-from .topics import Topics
-from .variable_tracking import VariableTracking
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .comparison.compare import compare
+    from .comparison.comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
+    from .reporting.files import write_comparison, write_sweep
+    from .reporting.tables import print_comparison, print_sweep, regressions
+    from .results.sweep_result import Row, SweepResult
+    from .running.lengths import parse_lengths
+    from .running.sweep import TASKS, sweep
+    from .stats.longppl import key_tokens, long_ppl, position_curve
+    from .tasks.adaptive import Adaptive
+    from .tasks.longeval_lines import Lines
+    from .tasks.longeval_topics import Topics
+    from .tasks.multi_key import MultiKey
+    from .tasks.multi_value import MultiValue
+    from .tasks.needle import Needle
+    from .tasks.passkey import Passkey
+    from .tasks.perplexity import Perplexity
+    from .tasks.protocol import Measured, Observation, Plan, Summary, Task, Unit
+    from .tasks.repetition import Repetition
+    from .tasks.variable_tracking import VariableTracking
 
 __all__ = [
     "TASKS",
@@ -52,5 +59,42 @@ __all__ = [
     "long_ppl",
     "parse_lengths",
     "position_curve",
+    "print_comparison",
+    "print_sweep",
+    "regressions",
     "sweep",
+    "write_comparison",
+    "write_sweep",
 ]
+
+_HOMES = (
+    "tasks.protocol",
+    "tasks.adaptive",
+    "tasks.passkey",
+    "tasks.needle",
+    "tasks.multi_key",
+    "tasks.multi_value",
+    "tasks.variable_tracking",
+    "tasks.longeval_lines",
+    "tasks.longeval_topics",
+    "tasks.perplexity",
+    "tasks.repetition",
+    "running.lengths",
+    "running.sweep",
+    "results.sweep_result",
+    "comparison.comparison",
+    "comparison.compare",
+    "reporting.tables",
+    "reporting.files",
+    "stats.longppl",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch, transformers and pandas take seconds."""
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(f".{home}", __name__)
+            if name in module.__all__:
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import Saved, load, save
-    from .core import Patch, Report, extend, patch_of
+    from .core import extend
     from .errors import DataError, LongctxError, MethodError, ModelError, RunError
-    from .methods import Check, Method, available, parse_method
+    from .patch import Check, Method, Patch, Report, patch_of
+    from .registry import available, parse_method
 
 __version__ = "0.1.0"
 
@@ -41,7 +42,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: torch and transformers take seconds."""
     if name in __all__:
-        for home in ("errors", "methods", "core", "checkpoint"):
+        for home in ("errors", "registry", "patch", "core", "checkpoint"):
             module = importlib.import_module(f".{home}", __name__)
             if name in module.__all__:
                 return getattr(module, name)

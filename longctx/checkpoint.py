@@ -19,12 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .core import extend, patch_of
+from .core import extend
 from .errors import ModelError
 from .folders import new_folder
 from .gguf import convert_gguf
-from .methods import make_method
 from .model import build_rotary, decoder_of, rope_entry, text_config
+from .patch import patch_of
+from .registry import make_method
 
 __all__ = ["Saved", "load", "load_tokenizer", "local_folder", "locate", "save"]
 

@@ -1,149 +1,18 @@
-"""The one reversible call: `extend` gives a model instance a method, `Patch` takes it back."""
+"""The one reversible call: `extend` gives a model instance a method, its patch takes it back."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from .errors import MethodError
-from .methods import Check, Method, make_method, parse_method
 from .model import decoder_of, rope_of, scaled_rope, text_config
-from .rope import Rope
+from .patch import HANDLE, Method, Patch, patch_of, roll_back
+from .registry import make_method, parse_method
 
-__all__ = ["Patch", "Report", "extend", "patch_of"]
-
-_HANDLE = "_longctx_patch"
-
-
-class _Missing:
-    """Stands for an attribute that was not there; a class, since a copy of one is itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Proof of effect: what `extend` promised, looked up in the patched model."""
-
-    method: Method
-    original_window: int
-    window: int
-    plain_loadable: bool
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether every check holds."""
-        return all(check.ok for check in self.checks)
-
-    def __str__(self) -> str:
-        where = "plain transformers" if self.plain_loadable else "longctx.load only"
-        lines = [
-            f"{self.method}",
-            f"  window {self.original_window} → {self.window} tokens; saved checkpoint: {where}",
-            *(f"  {'ok  ' if c.ok else 'FAIL'} {c.name}: {c.detail}" for c in self.checks),
-        ]
-        return "\n".join(lines)
-
-
-@dataclass(slots=True)
-class Patch:
-    """A method in place on one model: the undo log and the handle.
-
-    As a context manager it removes itself at the end of the block.
-    """
-
-    model: PreTrainedModel
-    method: Method
-    rope: Rope
-    """The geometry the model was trained with."""
-    below: Patch | None
-    """The patch that this one was put on top of."""
-    undo: list[tuple[Any, str, Any]] = field(default_factory=list)
-    """(object, attribute, what was there) in the order of the changes."""
-
-    def set(self, obj: Any, name: str, value: Any) -> None:
-        """Set `obj.name` and remember what was there, so that `remove` can put it back."""
-        self.undo.append((obj, name, _own(obj, name)))
-        setattr(obj, name, value)
-
-    @property
-    def active(self) -> bool:
-        """Whether it is still in place."""
-        patch = patch_of(self.model)
-        while patch is not None and patch is not self:
-            patch = patch.below
-        return patch is self
-
-    def report(self) -> Report:
-        """Verify the method on the model as it is now.
-
-        Raises:
-            MethodError: the patch was removed.
-        """
-        if not self.active:
-            raise MethodError(f"{self.method.name} was removed from the model: nothing to report.")
-        window = int(text_config(self.model).max_position_embeddings)
-        return Report(
-            method=self.method,
-            original_window=self.rope.length,
-            window=window,
-            plain_loadable=self.method.native_rope(self.rope) is not None,
-            checks=tuple(self.method.verify(self.model, self)),
-        )
-
-    def remove(self) -> None:
-        """Put back, in reverse, everything that was changed: bit for bit the model of before.
-
-        Raises:
-            MethodError: already removed, or another patch lies on top of it.
-        """
-        top = patch_of(self.model)
-        if not self.active:
-            raise MethodError(f"{self.method.name} is not on this model any more.")
-        if top is not None and top is not self:
-            raise MethodError(
-                f"{top.method.name} was put on top of {self.method.name}: remove it first "
-                "(`longctx.patch_of(model).remove()`)."
-            )
-        _roll_back(self)
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.active:
-            self.remove()
-
-
-def _roll_back(patch: Patch) -> None:
-    while patch.undo:
-        obj, name, value = patch.undo.pop()
-        if value is _Missing:
-            delattr(obj, name)
-        else:
-            setattr(obj, name, value)
-
-
-def _own(obj: Any, name: str) -> Any:
-    """The attribute where it belongs to the instance; a class attribute comes back by deletion."""
-    for store in ("__dict__", "_parameters", "_buffers", "_modules"):
-        values = getattr(obj, store, {})
-        if name in values:
-            return values[name]
-    return _Missing
-
-
-def patch_of(model: PreTrainedModel) -> Patch | None:
-    """The patch in place on `model` (the topmost where two are stacked), None if there is none."""
-    return model.__dict__.get(_HANDLE)
+__all__ = ["extend"]
 
 
 def extend(
@@ -179,7 +48,7 @@ def extend(
     try:
         method.apply(model, patch)
         patch.set(model.config, "longctx", _record(model, patch))
-        patch.set(model, _HANDLE, patch)
+        patch.set(model, HANDLE, patch)
         failed = [check for check in patch.report().checks if not check.ok]
         if failed:
             raise MethodError(
@@ -187,7 +56,7 @@ def extend(
                 + "; ".join(f"{c.name} ({c.detail})" for c in failed)
             )
     except BaseException:
-        _roll_back(patch)
+        roll_back(patch)
         raise
     return patch
 

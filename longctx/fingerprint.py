@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longctx.errors import ModelError
-from longctx.interface import ATTRIBUTE
-from longctx.model import attention_modules, rotary_of
+from .attention.hook import ATTRIBUTE
+from .errors import ModelError
+from .model import attention_modules, rotary_of
 
 __all__ = ["effect_digest", "identity_of", "json_digest", "model_digest", "tokenizer_digest"]
 

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from longctx.core import Patch
 from longctx.errors import ModelError
-from longctx.methods import Check, Method
 from longctx.model import build_rotary, decoder_of, refusal, rotary_of, text_config, with_rope_entry
+from longctx.patch import Check, Method, Patch
 from longctx.rope import (
     Frequencies,
     Rope,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from longctx.methods import Method
+from longctx.patch import Method
 from longctx.rope import Frequencies, Rope
 
 from ._frequency import FrequencyMethod

@@ -22,12 +22,11 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from longctx.attention import LinearBias
-from longctx.core import Patch
+from longctx.attention.dispatch import LinearBias
+from longctx.attention.hook import ATTRIBUTE, NAME, IdentityRotary, register
 from longctx.errors import ModelError
-from longctx.interface import ATTRIBUTE, NAME, IdentityRotary, register
-from longctx.methods import Check, Method
 from longctx.model import attention_modules, decoder_of, rotary_of, text_config
+from longctx.patch import Check, Method, Patch
 from longctx.rope import Rope
 
 from ._scale import check_extent, extended_length

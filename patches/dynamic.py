@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from longctx.core import Patch
 from longctx.errors import MethodError
-from longctx.methods import Check, Method
 from longctx.model import decoder_of, rotary_of, text_config
+from longctx.patch import Check, Method, Patch
 from longctx.rope import Frequencies, Rope, ScaledRotary, frequencies_of
 
 from ._frequency import frequency_checks, install_rope, position_check

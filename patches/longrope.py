@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from longctx.errors import MethodError
-from longctx.methods import Method
+from longctx.patch import Method
 from longctx.rope import Frequencies, Rope, as_longrope
 
 from ._frequency import FrequencyMethod

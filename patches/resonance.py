@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from longctx.errors import MethodError
-from longctx.methods import Method, method_class
+from longctx.patch import Method
+from longctx.registry import method_class
 from longctx.rope import Frequencies, Rope
 
 from ._frequency import FrequencyMethod

@@ -36,12 +36,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from longctx.attention import attend
-from longctx.core import Patch
+from longctx.attention.dispatch import attend
+from longctx.attention.hook import ATTRIBUTE, NAME, register
 from longctx.errors import MethodError, ModelError
-from longctx.interface import ATTRIBUTE, NAME, register
-from longctx.methods import Check, Method
 from longctx.model import attention_modules, text_config
+from longctx.patch import Check, Method, Patch
 from longctx.rope import Rope
 
 __all__ = ["METHOD", "GroupedAttention", "Shifted"]

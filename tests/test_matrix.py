@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 
 import longctx
 from longctx.checkpoint import load
-from longctx.core import patch_of
-from longctx.methods import Method, make_method, method_class
 from longctx.model import rope_of, rotary_of, text_config
+from longctx.patch import Method, patch_of
 from longctx.patches.dynamic import reserve
+from longctx.registry import make_method, method_class
 from longctx.rope import frequencies_of
-from longctx.train.before_transformers_5_23 import checkpoint_activations
+from longctx.train.parallel.before_transformers_5_23 import checkpoint_activations
 
 from .families import WINDOW, build, tokens
 

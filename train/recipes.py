@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from longctx.errors import RunError
-from longctx.methods import parse_method
+from longctx.registry import parse_method
 
-from .adapters import Lora
-from .encode import Overflow
-from .losses import Losses
+from .config import Training
+from .data.tokenize import Overflow
+from .engine.lora import Lora
+from .loss.objective import Losses
 from .positions import FullLength, LengthSchedule, PoSE, Positions, RandomPositions
-from .settings import Training
 
 __all__ = [
     "ALIBI",

@@ -21,27 +21,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.core import extend
 from longctx.errors import RunError
-from longctx.haystacks import bos_of
-from longctx.methods import parse_method
+from longctx.prompts.haystacks import bos_of
+from longctx.registry import parse_method
 
-from .arguments import checked, rows_per_update
-from .batch import pack
-from .contract import reach
-from .data import Prepared, prepare
-from .encode import Settings
-from .feed import Epochs, Feed, Mixture, Rows, Share
-from .finetune import Finetuned, finetune
-from .folder import RunFolder
+from .config import Gate
+from .data.chat_template import chat_template
+from .data.collate import pack
+from .data.passkeys import Passkeys, training_text
+from .data.prepare import Prepared, prepare
+from .data.sampling import Epochs, Feed, Mixture, Rows, Share
+from .data.tokenize import Settings
+from .engine.finetune import Finetuned, finetune
+from .engine.run_folder import RunFolder
+from .engine.trainer_arguments import checked, rows_per_update
+from .parallel.compatibility import reach
 from .positions import Positions
 from .recipes import Recipe
-from .render import chat_template
-from .retrieval import Passkeys, training_text
-from .settings import Gate
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .trainer import Evaluate
+    from .engine.trainer import Evaluate
 
 __all__ = ["Run", "Work"]
 

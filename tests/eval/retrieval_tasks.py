@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from longctx.assembly import Prompt
-from longctx.eval.adaptive import Adaptive
-from longctx.eval.retrieval import Retrieval
-from longctx.eval.verify import generated
+from longctx.eval.running.verify import generated
+from longctx.eval.tasks.adaptive import Adaptive
+from longctx.eval.tasks.retrieval import Retrieval
+from longctx.prompts.assembly import Prompt
 
 from .conftest import byte_model, byte_tokenizer
 
@@ -61,9 +61,9 @@ def _score_equals_generate(task: Retrieval, length: int) -> None:
     kind: Any = type(task)
 
     class Told(kind):
-        def prompt(self, tokenizer: Any, length: int, place: Any) -> Prompt:
-            prompt = super().prompt(tokenizer, length, place)
-            if not place.index % 2:
+        def prompt(self, tokenizer: Any, length: int, spec: Any) -> Prompt:
+            prompt = super().prompt(tokenizer, length, spec)
+            if not spec.index % 2:
                 return prompt
             told = prompt.input_ids[: prompt.answer_start] + generated(model, prompt)
             return dataclasses.replace(prompt, input_ids=told)

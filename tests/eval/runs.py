@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from longctx.eval import Observation, Passkey, Perplexity, Summary, SweepResult, Task
-from longctx.eval.records import Record
-from longctx.eval.results import rows_of
-from longctx.eval.store import Store
-from longctx.eval.variants import Variant
-from longctx.eval.verify import Verification
+from longctx.eval.reporting.files import write_sweep
+from longctx.eval.results.records import Record
+from longctx.eval.results.store import Store
+from longctx.eval.results.sweep_result import rows_of
+from longctx.eval.results.variants import Variant
+from longctx.eval.results.verification import Verification
 
 IDENTITY = {"model": "0123456789abcdef", "tokenizer": "fedcba9876543210"}
 WINDOW = 512
@@ -32,10 +33,10 @@ class _Repetition:
     higher_is_better: ClassVar[bool] = False
     estimand: ClassVar[str] = "mean seq-rep-4"
 
-    def scope(self) -> dict[str, Any]:
-        return self.spec()
+    def report_identity(self) -> dict[str, Any]:
+        return self.cache_key()
 
-    def spec(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         return {"prompt": NASTY}
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:
@@ -100,7 +101,7 @@ def write_run(
         results=folder / "results.jsonl",
         verified=(Verification(methods[0], "passkey", 3, ("prompt 1 at 256: otherwise",)),),
     )
-    result.write(folder)
+    write_sweep(result, folder)
     return result
 
 

@@ -16,10 +16,10 @@ import torch
 import tyro
 
 import longctx
-from longctx.cli_lm_eval import LmEval
+from longctx.cli.lm_eval import LmEval
 from longctx.errors import RunError
-from longctx.eval import lm_eval_bridge
-from longctx.eval.lm_eval_bridge import run_lm_eval
+from longctx.eval import lm_eval
+from longctx.eval.lm_eval import run_lm_eval
 
 from .conftest import byte_model, byte_tokenizer
 
@@ -125,7 +125,7 @@ def test_scores_are_those_of_the_patched_model(folder: Path, tmp_path: Path) -> 
 def test_an_interrupted_call_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask: dict[str, Any] = {"methods": ["none", "yarn:2"], "include_path": folder, "limit": 2}
     asked: list[str] = []  # the results lie among the tasks, of which they are none
-    evaluate = lm_eval_bridge._evaluate  # pyright: ignore[reportPrivateUsage]
+    evaluate = lm_eval._evaluate  # pyright: ignore[reportPrivateUsage]
 
     def interrupted(model: Any, tokenizer: Any, tasks: Any, variant: Any, *rest: Any) -> Any:
         if len(asked) == 1:
@@ -134,7 +134,7 @@ def test_an_interrupted_call_goes_on(folder: Path, monkeypatch: pytest.MonkeyPat
         asked.append(variant.label)
         return evaluate(model, tokenizer, tasks, variant, *rest)
 
-    monkeypatch.setattr(lm_eval_bridge, "_evaluate", interrupted)
+    monkeypatch.setattr(lm_eval, "_evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_lm_eval(byte_model(), byte_tokenizer(), "words", [600], **ask, out=folder)
     frame = run_lm_eval(byte_model(), byte_tokenizer(), "words", [600], **ask, out=folder)
@@ -225,13 +225,13 @@ def test_without_the_harness_the_error_says_what_to_install(
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(lm_eval_bridge, "version", missing)
+    monkeypatch.setattr(lm_eval, "version", missing)
     with pytest.raises(RunError, match=r"pip install 'longctx-toolkit\[lm-eval\]'"):
         run_lm_eval(byte_model(), byte_tokenizer(), ["words"], [600])
 
 
 def test_metrics_by_hand() -> None:
-    read = lm_eval_bridge._metrics  # pyright: ignore[reportPrivateUsage]
+    read = lm_eval._metrics  # pyright: ignore[reportPrivateUsage]
     figures = {
         "name": "t", "alias": "t", "sample_len": 3,
         "4096,none": -1, "4096_stderr,none": "N/A", "512,none": 0.5, "512_stderr,none": "N/A",

@@ -13,9 +13,9 @@ from transformers import DataCollatorWithFlattening, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
 import longctx
-from longctx.attention import LinearBias
+from longctx.attention.dispatch import LinearBias
+from longctx.attention.hook import ATTRIBUTE
 from longctx.errors import MethodError, ModelError
-from longctx.interface import ATTRIBUTE
 from longctx.model import attention_modules
 from longctx.patches.alibi import Alibi, slopes
 

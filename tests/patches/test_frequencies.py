@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longctx.errors import MethodError
-from longctx.methods import make_method
 from longctx.patches.abf import Abf
 from longctx.patches.dynamic import Dynamic
 from longctx.patches.linear import Linear
@@ -22,6 +21,7 @@ from longctx.patches.ntk import Ntk
 from longctx.patches.ntk_by_parts import NtkByParts
 from longctx.patches.resonance import Resonance
 from longctx.patches.yarn import Yarn
+from longctx.registry import make_method
 from longctx.rope import Rope
 
 CASES = json.loads((Path(__file__).parents[1] / "golden/inv_freq.json").read_text())["cases"]

@@ -12,12 +12,12 @@ from torch.nn import functional
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 import longctx
+from longctx.attention.hook import ATTRIBUTE
 from longctx.errors import MethodError, ModelError
-from longctx.interface import ATTRIBUTE
 from longctx.model import attention_modules
 from longctx.patches.shifted import GroupedAttention, Shifted
-from longctx.train.before_transformers_5_23 import checkpoint_activations
-from longctx.train.packed import packed_attention
+from longctx.train.engine.packed_attention import packed_attention
+from longctx.train.parallel.before_transformers_5_23 import checkpoint_activations
 
 from ..families import WINDOW, build, tokens
 

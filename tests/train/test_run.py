@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import longctx
+from longctx.train.config import Training
 from longctx.train.recipes import LONGCHAT_16K, YARN_POSE, Recipe
 from longctx.train.run import Run, Work
-from longctx.train.settings import Training
 
 
 def chats(path: Path, words: list[int]) -> str:

@@ -1,0 +1,1 @@
+"""Sweeps side by side, on the same inputs."""

@@ -1,0 +1,208 @@
+"""What a sweep gives back: one row per method, task and length, and the observations behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longctx.errors import RunError
+from longctx.fingerprint import json_digest
+
+from ..tasks.adaptive import Adaptive
+from ..tasks.protocol import Observation, Summary, Task
+from ..tasks.retrieval import Retrieval
+from .records import Record
+from .variants import Variant
+from .verification import Verification
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Row", "SweepResult", "cell_key", "estimand_text", "rows_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A cell of the table. What could not be measured is NaN, and `failed` says why."""
+
+    method: str
+    """As the command line writes it; "none" is the model as it came."""
+    factor: float | None
+    """Window over original window, None where the method has no factor."""
+    task: str
+    length: int
+    """Tokens."""
+    value: float
+    """Accuracy (0 to 1) or perplexity."""
+    low: float
+    """Lower end of the 95% interval, NaN where there is none."""
+    high: float
+    interval: str
+    """Which interval, over what."""
+    n: int
+    """Prompts, or windows of text."""
+    targets: int
+    """Tokens that were scored."""
+    nll: float
+    """Mean over the targets, in nats."""
+    prefix: float | None
+    """Perplexity over all tokens before `length`, where the task has one."""
+    window: int | None
+    """Tokens the model claims to read with this method."""
+    beyond_window: bool
+    """Whether `length` is more than that."""
+    tokens: int
+    """Forwarded for this cell; of a pass shared by several lengths each pays for what it adds."""
+    seconds: float
+    """Measured, shared out like `tokens`."""
+    estimand: str
+    """What exactly `value` estimates."""
+    failed: str | None = None
+    """Why there is no value."""
+
+
+def cell_key(method: str, task: Task, length: int, adaptive: Adaptive | None) -> str:
+    """Name a cell: two reports that share it asked the same of the same texts.
+
+    Which windows and haystacks of them depends on the longest length of the sweep too.
+    """
+    rule = "" if adaptive is None else f" {adaptive}"
+    return f"{method} {task.name} {json_digest(task.report_identity())} {length}{rule}"
+
+
+def estimand_text(task: Task, adaptive: Adaptive | None) -> str:
+    """What the figures of a task are, and that they were stopped early where they were."""
+    if adaptive is None or not isinstance(task, Retrieval):
+        return task.estimand
+    return f"{task.estimand}; each cell was asked only until it was decided (its n says how far)"
+
+
+def rows_of(
+    variant: Variant,
+    task: Task,
+    lengths: Sequence[int],
+    records: Sequence[Record],
+    adaptive: Adaptive | None = None,
+) -> list[Row]:
+    """Summarise the records of one method and task into a row per length."""
+    said = estimand_text(task, adaptive)
+    return [
+        _row(variant, task, length, [r for r in records if length in r.lengths], said)
+        for length in lengths
+    ]
+
+
+def _row(variant: Variant, task: Task, length: int, records: list[Record], said: str) -> Row:
+    observations = [o for record in records for o in record.observations if o.length == length]
+    targets = sum(o.targets for o in observations)
+    summary = task.summarise(observations)
+    failed = next((record.failed for record in records if record.failed), None)
+    if not failed and (broken := sum(math.isnan(o.nll) for o in observations)):
+        failed = f"the logits hold NaN or infinity in {broken} of {len(observations)}"
+    if failed:  # figures over what happened to fit would be others
+        summary = Summary(math.nan, math.nan, math.nan, "none")
+    cost = [(share, record) for record in records if (share := _share(record, length))]
+    return Row(
+        method=variant.label,
+        factor=variant.factor,
+        task=task.name,
+        length=length,
+        value=summary.value,
+        low=summary.low,
+        high=summary.high,
+        interval=summary.interval,
+        n=len(observations),
+        targets=targets,
+        nll=_mean_nll(observations),
+        prefix=summary.prefix,
+        window=variant.window,
+        beyond_window=variant.window is not None and length > variant.window,
+        tokens=round(sum(share * record.tokens for share, record in cost)),
+        seconds=round(sum(share * record.seconds for share, record in cost), 3),
+        estimand=said,
+        failed=failed,
+    )
+
+
+def _mean_nll(observations: Sequence[Observation]) -> float:
+    targets = sum(o.targets for o in observations)
+    return math.fsum(o.nll for o in observations) / targets if targets else math.nan
+
+
+def _share(record: Record, length: int) -> float:
+    """The part of a pass over several lengths that this one adds to the next shorter."""
+    below = [other for other in record.lengths if other < length]
+    return (length - max(below, default=0)) / max(record.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """All cells of a sweep, and how they came about."""
+
+    model: str
+    """Its hub id, the name of its folder, or its type."""
+    identity: dict[str, str]
+    """Digests of model, tokenizer and chat template, and the attention implementation's name."""
+    original_window: int | None
+    """Tokens the model was trained to read."""
+    lengths: tuple[int, ...]
+    tasks: tuple[Task, ...]
+    variants: tuple[Variant, ...]
+    rows: tuple[Row, ...]
+    records: tuple[Record, ...]
+    """The observations behind the rows."""
+    notes: tuple[str, ...]
+    """What a reader must know besides, such as documents left out."""
+    results: Path | None
+    """The JSON lines that the records are in."""
+    verified: tuple[Verification, ...] = ()
+    """Answers that were generated too."""
+    adaptive: Adaptive | None = None
+    """The rule by which cells were asked no further; None if all prompts were."""
+
+    def row(self, method: str, task: str, length: int) -> Row:
+        """The row of one cell.
+
+        Raises:
+            RunError: it was not measured.
+        """
+        for row in self.rows:
+            if (row.method, row.task, row.length) == (method, task, length):
+                return row
+        raise RunError(
+            f"no cell {method!r}, {task!r}, {length}: measured are the methods "
+            f"{', '.join(v.label for v in self.variants)}, the tasks "
+            f"{', '.join(t.name for t in self.tasks)}, the lengths {self.lengths}."
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """The rows as a pandas DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame([dataclasses.asdict(row) for row in self.rows])
+
+    def per_token(self) -> pd.DataFrame:
+        """Every scored token of text: method, document, length, index, context, token, nll.
+
+        `index` is the token's place in its document, `context` the tokens before it in its window
+        (a BOS counts), `nll` in nats.
+
+        Raises:
+            RunError: the sweep was given no `results` file, beside which they are kept.
+        """
+        import pandas as pd
+
+        if self.results is None:
+            raise RunError(
+                "scores of single tokens are kept beside a results file: pass results=… to sweep."
+            )
+        folder = self.results.parent / "tokens"
+        keys = [record.key for record in self.records if record.per_token]
+        frames = [pd.read_parquet(folder / f"{key}.parquet") for key in keys]
+        if not frames:
+            raise RunError("no task of this sweep scores text: add 'perplexity'.")
+        return pd.concat(frames, ignore_index=True)

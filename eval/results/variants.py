@@ -1,0 +1,164 @@
+"""The methods of a sweep, tried out on the model before any work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from longctx.core import extend
+from longctx.errors import LongctxError, ModelError, RunError
+from longctx.fingerprint import effect_digest
+from longctx.model import rope_of, scaled_rope, text_config, window
+from longctx.patch import Method, Patch, patch_of
+from longctx.registry import parse_method
+
+__all__ = ["Variant", "label", "original_window", "variants_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A method as a sweep uses it."""
+
+    label: str
+    """As the command line writes it: "none", "yarn:8", "abf:theta=500000.0"."""
+    method: Method | None
+    """None: the model as it came."""
+    factor: float | None
+    """Window over original window, None where neither factor nor target is part of the method."""
+    window: int | None
+    """Tokens the model claims to read with it."""
+    length_invariant: bool
+    effect: str = ""
+    """Digest of what the method puts on this model."""
+
+    def applied(self, model: PreTrainedModel, *, replace: bool) -> AbstractContextManager[Any]:
+        """Have the method on the model inside the block."""
+        if self.method is None:
+            return nullcontext()
+        return extend(model, self.method, replace=replace)
+
+    def record(self) -> dict[str, Any] | None:
+        """Name, fields and effect, as JSON."""
+        return None if self.method is None else {**_fields(self.method), "effect": self.effect}
+
+
+def _fields(method: Method) -> dict[str, Any]:
+    settings: Any = method
+    return {"name": method.name, **dataclasses.asdict(settings)}
+
+
+def label(method: Method | None) -> str:
+    """Write a method as the command line does, without what is at its default.
+
+    >>> from longctx.patches.yarn import Yarn
+    >>> label(Yarn(factor=8)), label(Yarn(target=4096, beta_fast=16))
+    ('yarn:8', 'yarn:target=4096,beta_fast=16')
+    """
+    if method is None:
+        return "none"
+    settings: Any = method
+    items: list[str] = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.default is not dataclasses.MISSING and value == field.default:
+            continue
+        if field.name == "factor" and not items:
+            items.append(f"{value:g}" if float(f"{value:g}") == value else repr(value))
+        else:
+            items.append(f"{field.name}={value}")
+    return method.name + (":" + ",".join(items) if items else "")
+
+
+def original_window(model: PreTrainedModel) -> int | None:
+    """Tokens the model was trained to read, whatever extends it now; None if it names none."""
+    patch = patch_of(model)
+    if patch is not None:
+        return patch.rope.length
+    try:
+        return rope_of(model).length
+    except ModelError:  # no rotary: learned positions, ALiBi, a recurrent state
+        return window(model)
+
+
+def variants_of(
+    model: PreTrainedModel, methods: Sequence[Method | str | None] | str | None, *, replace: bool
+) -> list[Variant]:
+    """Put each method on the model and take it off again, so that an impossible one fails now.
+
+    Args:
+        model: as it came; a patch may be in place.
+        methods: instances, names as the command line writes them, None or "none" for the model as
+            it came; None in all: that alone.
+        replace: see `longctx.extend`.
+
+    Raises:
+        MethodError: what cannot be put on this model.
+        RunError: none, or the same one twice.
+    """
+    if isinstance(methods, str):
+        methods = [methods]
+    parsed = [parse_method(m) if isinstance(m, str) else m for m in (methods or [None])]
+    found: list[Variant] = []
+    for method in parsed:
+        if method is None:
+            found.append(_as_it_came(model))
+        else:
+            with extend(model, method, replace=replace) as patch:
+                factor = _factor(patch)
+                claimed = max(window(model) or 0, round((factor or 1) * patch.rope.length))
+                found.append(
+                    Variant(
+                        label(method),
+                        method,
+                        factor,
+                        claimed,
+                        _invariant(model),
+                        effect_digest(model),
+                    )
+                )
+    labels = [variant.label for variant in found]
+    for name in labels:
+        if labels.count(name) > 1:
+            raise RunError(f"method {name!r} is asked for twice: leave one out.")
+    return found
+
+
+def _as_it_came(model: PreTrainedModel) -> Variant:
+    patch = patch_of(model)
+    names: list[str] = []
+    below = patch
+    while below is not None:
+        names.insert(0, label(below.method))
+        below = below.below
+    factor = _factor(patch) if patch else None
+    claimed = window(model)
+    if patch is not None and claimed is not None:
+        claimed = max(claimed, round((factor or 1) * patch.rope.length))
+    return Variant(" + ".join(names) or "none", None, factor, claimed, _invariant(model))
+
+
+def _factor(patch: Patch) -> float | None:
+    settings: Any = patch.method
+    factor, target = getattr(settings, "factor", None), getattr(settings, "target", None)
+    if target is not None:
+        return float(target) / patch.rope.length
+    return None if factor is None else float(factor)
+
+
+def _invariant(model: PreTrainedModel) -> bool:
+    patch = patch_of(model)
+    if patch is None:
+        try:
+            return scaled_rope(text_config(model)) not in ("dynamic", "longrope")
+        except LongctxError:  # no RoPE at all
+            return True
+    while patch is not None:
+        if not patch.method.length_invariant:
+            return False
+        patch = patch.below
+    return True

@@ -1,0 +1,295 @@
+"""Running a sweep: its units in order, each once and recorded, shared among processes.
+
+Where memory is short, a pass over several lengths becomes one for each.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import TypeAlias
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.progress import TimeRemainingColumn as Remaining
+from torch import distributed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longctx.fingerprint import json_digest
+from longctx.scoring.batching import is_out_of_memory
+
+from ..results.records import Record
+from ..results.store import Store
+from ..results.variants import Variant
+from ..results.verification import Verification
+from ..tasks.adaptive import Adaptive, Verdict, boundary
+from ..tasks.protocol import Measured, Observation, Plan, Task, Unit
+from ..tasks.retrieval import Retrieval
+from .verify import verify
+
+__all__ = ["Job", "Progress", "Ranks", "SweepRunner", "UnitRunner", "cost"]
+
+_LONGEST = timedelta(days=7)  # that one process may have to wait for another's last unit
+_Ask: TypeAlias = Callable[..., list[Record]]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """As the launcher's environment says; one process where there is none."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints and writes the report."""
+        return self.rank == 0
+
+    def mine(self, number: int) -> bool:
+        """Whether unit `number` is this process's to run."""
+        return number % self.ranks == self.rank
+
+    def wait(self) -> None:
+        """Come back when all processes have called this."""
+        if self.ranks == 1:
+            return
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo", timeout=_LONGEST)
+        distributed.barrier()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+class Progress:
+    """A progress bar with the remaining time, on stderr; nothing where that is no terminal."""
+
+    def __init__(self, total: float, *, shown: bool) -> None:
+        console = Console(stderr=True)
+        self._rich = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
+            Remaining(),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            disable=not (shown and console.is_terminal),
+            speed_estimate_period=600,  # steps take minutes at long lengths
+        )
+        self._task = self._rich.add_task("", total=total)
+
+    def __enter__(self) -> Progress:
+        self._rich.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._rich.stop()
+
+    def at(self, what: str) -> None:
+        """Say what is being done."""
+        self._rich.update(self._task, description=what)
+
+    def advance(self, amount: float) -> None:
+        """Go on by `amount` of the total."""
+        self._rich.advance(self._task, amount)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One task under one method."""
+
+    variant: Variant
+    task: Task
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRunner:
+    """A model, and the store that its results go to."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    store: Store
+    batch_tokens: int
+
+    def run(self, job: Job, unit: Unit) -> list[Record]:
+        """Take a unit from the store, or run it and put it there; the method is in place.
+
+        Several records where a pass over all lengths did not fit and each had its own.
+        """
+        known = self.known(job, unit)
+        if known:
+            return known
+        begin = time.perf_counter()
+        try:
+            found = job.task.measure(
+                self.model,
+                self.tokenizer,
+                unit,
+                batch_tokens=self.batch_tokens,
+                length_invariant=job.variant.length_invariant,
+            )
+            failed = None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            found = Measured((), unit.tokens, "failed")
+            failed = f"out of memory at {max(unit.lengths)} tokens, one prompt at a time"
+        if failed and len(unit.lengths) > 1:
+            return [record for single in unit.by_length() for record in self.run(job, single)]
+        record = Record(
+            key=self._key(job, unit),
+            method=job.variant.label,
+            task=job.task.name,
+            lengths=unit.lengths,
+            tokens=found.tokens,
+            seconds=round(time.perf_counter() - begin, 3),
+            how=found.how,
+            observations=found.observations,
+            failed=failed,
+        )
+        table = found.per_token
+        if table is not None:
+            import pyarrow as pa
+
+            table = table.add_column(0, "method", pa.repeat(job.variant.label, len(table)))
+        return [self.store.put(record, table)]
+
+    def recorded(self, job: Job, unit: Unit) -> list[Record]:
+        """The records of a unit that was run, failed ones too."""
+        whole = self.store.last(self._key(job, unit))
+        if whole is not None and not (whole.failed and len(unit.lengths) > 1):
+            return [whole]
+        singles = [] if len(unit.lengths) == 1 else unit.by_length()
+        return [record for single in singles for record in self.recorded(job, single)]
+
+    def known(self, job: Job, unit: Unit) -> list[Record]:
+        """The records of a unit that was run before, as a whole or length by length; else none."""
+        singles = [unit] if len(unit.lengths) == 1 else [unit, *unit.by_length()]
+        found = [self.store.get(self._key(job, single)) for single in singles]
+        if found[0] is not None:
+            return [found[0]]
+        rest = [record for record in found[1:] if record is not None]
+        return rest if len(rest) == len(singles) - 1 > 0 else []
+
+    def _key(self, job: Job, unit: Unit) -> str:
+        task = [job.task.name, job.task.cache_key()]
+        return json_digest(
+            [self.store.identity, job.variant.record(), task, unit.lengths, unit.spec]
+        )
+
+
+def cost(units: Iterable[Unit]) -> float:
+    """Time to expect, up to a factor: attention grows with the length, the rest does not."""
+    return sum(unit.tokens * (1 + max(unit.lengths) / 8192) for unit in units)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRunner:
+    """A sweep under way."""
+
+    unit_runner: UnitRunner
+    lengths: tuple[int, ...]
+    adaptive: Adaptive | None
+    ranks: Ranks
+
+    def measure(self, jobs: Sequence[Job], *, replace: bool, progress: bool) -> None:
+        """Run this process's share of all units, each method put on the model in turn."""
+        total = sum(cost(job.plan.units) for job in jobs)
+        number = 0
+        with Progress(total, shown=progress and self.ranks.first) as bar:
+            for turn, job in enumerate(jobs):
+                with job.variant.applied(self.unit_runner.model, replace=replace):
+                    # Where each step depends on the last, whole jobs are shared out.
+                    if self._adapts(job):
+                        bar.at(f"{job.variant.label} {job.task.name}")
+                        if self.ranks.mine(turn):
+                            self._walk(job, self.unit_runner.run)
+                        bar.advance(cost(job.plan.units))
+                        continue
+                    for unit in job.plan.units:
+                        bar.at(f"{job.variant.label} {job.task.name} {max(unit.lengths)}")
+                        if self.ranks.mine(number):
+                            self.unit_runner.run(job, unit)
+                        number += 1
+                        bar.advance(cost((unit,)))
+
+    def collect(self, job: Job) -> tuple[list[Record], list[str]]:
+        """All records of a job, whichever process made them, and what is to be said of them."""
+        return self._walk(job, self.unit_runner.recorded)
+
+    def check(self, job: Job, count: int, *, replace: bool) -> Verification | None:
+        """Generate `count` answers of a retrieval task too; None for other tasks."""
+        if not isinstance(job.task, Retrieval) or not count:
+            return None
+        records = self.collect(job)[0]
+        model, tokenizer = self.unit_runner.model, self.unit_runner.tokenizer
+        with job.variant.applied(model, replace=replace):
+            return verify(
+                model, tokenizer, job.variant.label, job.task, job.plan.units, records, count
+            )
+
+    def _adapts(self, job: Job) -> bool:
+        return self.adaptive is not None and isinstance(job.task, Retrieval)
+
+    def _walk(self, job: Job, ask: _Ask) -> tuple[list[Record], list[str]]:
+        """Ask the units of a job, all or as many as decide."""
+        task, adaptive = job.task, self.adaptive
+        if adaptive is None or not isinstance(task, Retrieval):
+            return [record for unit in job.plan.units for record in ask(job, unit)], []
+        found: list[Record] = []
+        lost: list[int] = []
+
+        def measure(length: int) -> Verdict:
+            def answer(indices: Sequence[int]) -> list[Observation]:
+                records = ask(job, task.part(length, indices, self.lengths[-1]))
+                found.extend(records)
+                return [o for record in records for o in record.observations]
+
+            verdict = adaptive.ask(task.samples, task.seed, answer)
+            if verdict == "not measured":
+                lost.append(length)
+            return verdict
+
+        reached = boundary(self.lengths, measure)
+        asked = sum(len(record.observations) for record in found)
+        tokens, planned = (sum(unit.tokens for unit in units) for units in (found, job.plan.units))
+        wrong = [f"{error:.0%}" for error in adaptive.errors(task.samples)]
+        low, high = adaptive.threshold - adaptive.margin, adaptive.threshold + adaptive.margin
+        return found, [
+            f"{task.name} under {job.variant.label}: {_reach(reached, self.lengths, lost)} at a "
+            f"share of {adaptive.threshold:.0%} (with at most {task.samples} prompts a length "
+            f"passes wrongly at a true share of {low:.0%} with probability {wrong[0]}, and fails "
+            f"wrongly at {high:.0%} with {wrong[1]}: more prompts (--samples) make both smaller; "
+            f"shorter lengths that were not asked are taken to pass); {asked} of "
+            f"{task.samples * len(self.lengths)} prompts asked (intervals do not allow for the "
+            f"early stop), {tokens:,} tokens forwarded where "
+            f"all prompts have {planned:,}"
+        ]
+
+
+def _reach(reached: int | None, lengths: Sequence[int], lost: Sequence[int]) -> str:
+    """How far a model reads, where some lengths could not be measured."""
+    begun = 0 if reached is None else lengths.index(reached) + 1
+    if begun < len(lengths) and lengths[begun] in lost:
+        known = f"reads to {reached:,} tokens at least" if reached else "how far it reads is open"
+        return f"{known} ({', '.join(f'{n:,}' for n in sorted(lost))} tokens: not measured)"
+    return f"reads to {reached:,} tokens" if reached else f"reads less than {lengths[0]:,} tokens"

@@ -1,0 +1,240 @@
+"""One model, several methods, tasks and lengths: every cell measured once, on the same prompts.
+
+result = sweep(model, tokenizer, ["passkey", Perplexity(last=256)], "1k:16k",
+               methods=["none", "yarn:2"], results="runs/yarn/results.jsonl")
+print_sweep(result); write_sweep(result, "runs/yarn")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longctx.errors import DataError, ModelError, RunError, nearest
+from longctx.fingerprint import identity_of
+from longctx.model import learned_positions
+from longctx.patch import Method
+
+from ..reporting.files import refuse_lost_cells
+from ..results.store import Store
+from ..results.sweep_result import SweepResult, cell_key, rows_of
+from ..results.variants import original_window, variants_of
+from ..results.verification import notes_of
+from ..tasks.adaptive import Adaptive
+from ..tasks.longeval_lines import Lines
+from ..tasks.longeval_topics import Topics
+from ..tasks.multi_key import MultiKey
+from ..tasks.multi_value import MultiValue
+from ..tasks.needle import Needle
+from ..tasks.passkey import Passkey
+from ..tasks.perplexity import Perplexity
+from ..tasks.protocol import Plan, Task
+from ..tasks.repetition import Repetition
+from ..tasks.variable_tracking import VariableTracking
+from .lengths import parse_lengths
+from .runner import Job, Ranks, SweepRunner, UnitRunner
+
+__all__ = ["TASKS", "sweep"]
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        Passkey,
+        Perplexity,
+        Needle,
+        Lines,
+        Topics,
+        MultiKey,
+        MultiValue,
+        VariableTracking,
+        Repetition,
+    )
+}
+"""The tasks that go by name, at their defaults."""
+
+
+def sweep(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task | str] | Task | str,
+    lengths: int | str | Iterable[int | str],
+    *,
+    methods: Sequence[Method | str | None] | str | None = None,
+    results: str | os.PathLike[str] | None = None,
+    batch_tokens: int = 16_384,
+    verify: int = 0,
+    adaptive: Adaptive | None = None,
+    replace: bool = False,
+    overwrite: bool = False,
+    single_process: bool = False,
+    progress: bool = True,
+) -> SweepResult:
+    """Measure a model under several methods over lengths.
+
+    Each method is put on the same model object and taken off again. Prompts do not depend on the
+    method. Where a method is `length_invariant`, one pass may serve all lengths. What runs out of
+    memory is tried with half the batch down to a single prompt, then recorded as failed.
+
+    Under `torchrun` or `accelerate launch` the processes share the work; each returns the whole
+    result.
+
+    Args:
+        model: from `longctx.load` or transformers, patched or not.
+        tokenizer: its tokenizer.
+        tasks: instances, or names of those in `TASKS`.
+        lengths: tokens, in any form that `parse_lengths` reads. A length beyond the window is
+            measured and flagged.
+        methods: instances, or as the command line writes them ("yarn:8"; "none" or None is the
+            model as it came); None alone by default.
+        results: JSON lines to append each result to, and to take those from that are there.
+        batch_tokens: tokens that are forwarded at a time at most, if that is one prompt or more.
+        verify: so many answers per method and retrieval task are generated too; what comes out
+            otherwise than it was scored is told in the notes.
+        adaptive: stop asking a retrieval cell once it is decided, and find by bisection how far
+            the model reads; None asks every prompt of every cell.
+        replace: let methods replace the RoPE scaling that the checkpoint ships with.
+        overwrite: go on although the folder of `results` holds a report with cells that this
+            sweep lacks, so that `write_sweep` to it needs `overwrite` too.
+        single_process: this process runs all of it, whatever others were started with it; in
+            training, say.
+        progress: show a bar with the remaining time on stderr, if that is a terminal.
+
+    Raises:
+        RunError: lengths, tasks or a results file that do not fit, or no room on the disk.
+        DataError: a length too short or too long for a task.
+        MethodError: a method that cannot be put on this model.
+        ModelError: a length beyond a table of learned positions.
+    """
+    sizes = parse_lengths(lengths)
+    chosen = _tasks(tasks)
+    for name, value, least in (("batch_tokens", batch_tokens, 1), ("verify", verify, 0)):
+        if type(value) is not int or value < least:
+            raise RunError(f"{name}={value!r}: expected a whole number, {least} or more.")
+    if adaptive is not None and not hasattr(adaptive, "decide"):
+        raise RunError(f"adaptive={adaptive!r}: expected an Adaptive(threshold=0.8, …) or None.")
+    _refuse_beyond_table(model, sizes)
+    identity = identity_of(model, tokenizer)
+    variants = variants_of(model, methods, replace=replace)
+    invariants = {variant.length_invariant for variant in variants}
+    plans = _plans(chosen, tokenizer, sizes, invariants)
+    jobs = [
+        Job(variant, task, plans[task.name, variant.length_invariant])
+        for variant in variants
+        for task in chosen
+    ]
+    path = None if results is None else Path(results)
+    if path is not None and not overwrite:
+        cells = [
+            cell_key(v.label, task, n, adaptive) for v in variants for task in chosen for n in sizes
+        ]
+        refuse_lost_cells(path.parent, identity, cells)
+    ranks = Ranks() if single_process else Ranks.here()
+    if ranks.ranks > 1 and path is None:
+        raise RunError(
+            f"{ranks.ranks} processes share this sweep: pass `results`, the file that they meet in "
+            "(or `single_process`, for each to run all of it)."
+        )
+    store = Store(path, identity, rank=ranks.rank, ranks=ranks.ranks)
+    try:
+        unit_runner = UnitRunner(model, tokenizer, store, batch_tokens)
+        runner = SweepRunner(unit_runner, sizes, adaptive, ranks)
+        runner.measure(jobs, replace=replace, progress=progress)
+        ranks.wait()
+        store.reload()
+        collected = {(job.variant.label, job.task.name): runner.collect(job) for job in jobs}
+        checks = [runner.check(job, verify, replace=replace) for job in jobs if ranks.first]
+        ranks.wait()
+    finally:
+        store.close()
+    verified = tuple(check for check in checks if check is not None)
+    notes = [
+        *store.notes,
+        *(note for plan in plans.values() for note in plan.notes),
+        *(note for _, said in collected.values() for note in said),
+        *notes_of(verified),
+    ]
+    return SweepResult(
+        model=_name(model),
+        identity=identity,
+        original_window=original_window(model),
+        lengths=sizes,
+        tasks=tuple(chosen),
+        variants=tuple(variants),
+        rows=tuple(
+            row
+            for job in jobs
+            for row in rows_of(
+                job.variant,
+                job.task,
+                sizes,
+                collected[job.variant.label, job.task.name][0],
+                adaptive,
+            )
+        ),
+        records=tuple(record for found, _ in collected.values() for record in found),
+        notes=tuple(dict.fromkeys(notes)),
+        results=path,
+        verified=verified,
+        adaptive=adaptive,
+    )
+
+
+def _name(model: PreTrainedModel) -> str:
+    """Its hub id, the name of its folder, or its type."""
+    name: str = model.name_or_path or model.config.model_type
+    return Path(os.path.abspath(name)).name if Path(name).is_dir() else name
+
+
+def _tasks(tasks: Sequence[Task | str] | Task | str) -> list[Task]:
+    chosen: list[Task] = []
+    for task in [tasks] if isinstance(tasks, str | Task) else tasks:
+        if isinstance(task, str):
+            if task not in TASKS:
+                raise RunError(
+                    f"unknown task {task!r}{nearest(task, TASKS)} (tasks: {', '.join(TASKS)})"
+                )
+            task = TASKS[task]()
+        if isinstance(task, type) or not hasattr(task, "plan"):
+            raise RunError(
+                f"{task!r} is no task: pass an instance, or a name of {', '.join(TASKS)}."
+            )
+        if task.name in [other.name for other in chosen]:
+            raise RunError(f"task {task.name!r} is asked for twice: one sweep for each setting.")
+        chosen.append(task)
+    if not chosen:
+        raise RunError(f"no task to sweep: pass some of {', '.join(TASKS)}.")
+    return chosen
+
+
+def _plans(
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    invariants: set[bool],
+) -> dict[tuple[str, bool], Plan]:
+    """The work by task and by whether its method is length-invariant; all that is wrong at once."""
+    found: dict[tuple[str, bool], Plan] = {}
+    wrong: dict[str, None] = {}
+    for task in tasks:
+        for invariant in invariants:
+            try:
+                plan = task.plan(tokenizer, lengths, length_invariant=invariant)
+            except DataError as error:
+                wrong[f"task {task.name}: {error}"] = None
+            else:
+                found[task.name, invariant] = plan
+    if wrong:
+        raise DataError("\n".join(wrong))
+    return found
+
+
+def _refuse_beyond_table(model: PreTrainedModel, lengths: Sequence[int]) -> None:
+    limit = learned_positions(model)
+    if limit is not None and max(lengths) > limit:
+        raise ModelError(
+            f"a length of {max(lengths)} tokens is beyond the {limit} learned positions of model "
+            f"type {model.config.model_type!r}: ask for at most {limit}."
+        )

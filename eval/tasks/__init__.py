@@ -1,0 +1,1 @@
+"""What is measured: a task in each file, and what tasks share."""

@@ -1,0 +1,228 @@
+"""What all retrieval tasks share: prompts with one right answer, scored without generating.
+
+A task says how a prompt of a given number is drawn; `haystack_task.py` has those with a haystack,
+`longeval.py` those of LongEval.
+
+Greedy decoding gives the answer if and only if, with the answer in place, the argmax is right at
+each of its tokens. Its log-probability is kept as a graded signal. What prompts have in common is
+run once (`longctx.sharing`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from longctx.errors import DataError
+from longctx.prompts.assembly import Prompt
+from longctx.prompts.haystacks import Haystack
+from longctx.scoring.prefix_sharing import score_prompts
+
+from ..stats.intervals import wilson
+from .protocol import Measured, Observation, Plan, Summary, Unit
+
+__all__ = ["PromptSpec", "Retrieval", "depth_grid", "turn_of"]
+
+_MOST = 10**6  # seeds that a length has to itself
+_PROMPTS = 3  # counted up when the same settings give other prompts: old results are not reused
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpec:
+    """What prompt `index` of a cell is drawn with."""
+
+    index: int
+    seed: int
+    """Chooses what is asked for."""
+    haystack_seed: int
+    """Chooses what it is hidden in."""
+    longest: int | None = None
+    """Tokens of the longest prompt whose haystack begins at the same place."""
+    depth: float = 0.0
+    """Wanted share of the haystack before the needle."""
+    haystack: Haystack | None = None
+    """None where the task makes its own."""
+
+
+def depth_grid(depths: int | None, prompts: int) -> list[float]:
+    """Depths from end to end, no more than there are prompts; inner ones for one or two."""
+    n = min(depths or 1, prompts)
+    if n < 3:  # both ends are where it is easiest
+        return [(i + 0.5) / n for i in range(n)]
+    return [i / (n - 1) for i in range(n)]
+
+
+def turn_of(turn: int, seed: int, grid: Sequence[float], each: int = 1) -> tuple[int, float]:
+    """The haystack and depth of one prompt: all depths of `grid` in turn, then all of them again.
+
+    The depths of one turn are dealt out to `each` haystacks, deep and shallow ones to every one.
+    Without a grid, each prompt has a haystack of its own and `seed` draws its depth.
+    """
+    if grid:
+        turns, depth = divmod(turn, len(grid))
+        return turns * each + depth % each, grid[depth]
+    return turn, Random(f"depth/{seed}").random()
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval(ABC):
+    """A task with one right answer per prompt; the value of a cell is the share found."""
+
+    samples: int = 20
+    """Prompts per method and length, each with its own answer."""
+    seed: int = 0
+    """Chooses what is asked for and what it is hidden in."""
+    chat: bool | None = None
+    """Put the prompt into the tokenizer's chat template; None: if it has one."""
+    share_lengths: bool = False
+    """Let all lengths share their keys and haystacks, whose beginnings are then run once for all:
+    cheaper, but lengths are no longer independent of each other, and an interruption loses all of
+    them. Otherwise each length draws its own."""
+
+    name: ClassVar[str]
+    scale: ClassVar[Literal["share", "perplexity"]] = "share"
+    higher_is_better: ClassVar[bool] = True
+
+    @abstractmethod
+    def prompt_spec(self, index: int, length: int, longest: int | None) -> PromptSpec:
+        """What prompt `index` of a length is drawn with; `longest` of all matters if they share."""
+
+    @abstractmethod
+    def prompt(self, tokenizer: PreTrainedTokenizerBase, length: int, spec: PromptSpec) -> Prompt:
+        """Build one prompt; the same for every method."""
+
+    @property
+    @abstractmethod
+    def estimand(self) -> str:
+        """What the table shows."""
+
+    def __post_init__(self) -> None:
+        if type(self.samples) is not int or not 1 <= self.samples <= _MOST:
+            raise DataError(
+                f"samples={self.samples!r}: expected 1 to {_MOST:,} prompts per length."
+            )
+
+    def base(self, length: int) -> int:
+        """The first seed of a length; up to a million follow that no other length or seed has."""
+        own = 0 if self.share_lengths else length
+        return own * 10**12 + self.seed * 10**6
+
+    def cache_key(self) -> dict[str, Any]:
+        """All settings, and which prompts they give."""
+        return {**dataclasses.asdict(self), "prompts": _PROMPTS}
+
+    def report_identity(self) -> dict[str, Any]:
+        """The same: a cell's figure depends on nothing else."""
+        return self.cache_key()
+
+    def plan(
+        self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
+    ) -> Plan:
+        """One unit per length, or one for all; every prompt is built once, to see that it can."""
+        longest = max(lengths)
+        for length in lengths:
+            for index in range(self.samples):
+                self.prompt(tokenizer, length, self.prompt_spec(index, length, longest))
+        everything = range(self.samples)
+        if self.share_lengths and length_invariant:
+            whole = self.part(longest, everything, longest)
+            return Plan((Unit(tuple(lengths), sum(lengths) * self.samples, whole.spec),))
+        return Plan(tuple(self.part(length, everything, longest) for length in lengths))
+
+    def part(self, length: int, indices: Sequence[int], longest: int) -> Unit:
+        """The unit of some prompts of one length; `longest` of all matters to shared haystacks."""
+        spec: dict[str, Any] = {"prompts": list(indices)}
+        if self.share_lengths:
+            spec["longest"] = longest
+        return Unit((length,), length * len(indices), spec)
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        *,
+        batch_tokens: int,
+        length_invariant: bool,
+    ) -> Measured:
+        """Score the answers of a unit's prompts."""
+        cases = self.cases(tokenizer, unit)
+        prompts = [prompt for _, _, prompt in cases]
+        scores = score_prompts(
+            model,
+            [prompt.input_ids for prompt in prompts],
+            [prompt.answer_start for prompt in prompts],
+            batch_tokens=batch_tokens,
+            length_invariant=length_invariant,
+        )
+        found = tuple(
+            self._observe(tokenizer, *case, nll, argmax)
+            for case, nll, argmax in zip(cases, scores.nll, scores.argmax, strict=True)
+        )
+        return Measured(found, scores.tokens, scores.how)
+
+    def cases(
+        self, tokenizer: PreTrainedTokenizerBase, unit: Unit
+    ) -> list[tuple[int, PromptSpec, Prompt]]:
+        """The prompts of a unit, each with its length and what it is drawn with."""
+        longest: int | None = unit.spec.get("longest")
+        specs = [
+            (length, self.prompt_spec(index, length, longest))
+            for length in unit.lengths
+            for index in unit.spec["prompts"]
+        ]
+        return [(length, spec, self.prompt(tokenizer, length, spec)) for length, spec in specs]
+
+    def summarise(self, observations: Sequence[Observation]) -> Summary:
+        """The share of answers found; NaN where any prompt's logits held a NaN."""
+        answers = [o.correct for o in observations]
+        if not answers or None in answers:
+            return Summary(math.nan, math.nan, math.nan, "none")
+        hits = sum(map(bool, answers))
+        haystacks = len({o.detail.get("haystack", o.cluster) for o in observations})
+        name = "Wilson 95%"
+        if haystacks < len(answers):
+            several = f"{haystacks} haystack{'s' * (haystacks > 1)}"
+            name += f", as if its {len(answers)} prompts from {several} were independent"
+        return Summary(hits / len(answers), *wilson(hits, len(answers)), name)
+
+    def cluster(self, spec: PromptSpec, prompt: Prompt) -> str:
+        """What the prompt has in common with others, so that they are not independent."""
+        return prompt.haystack
+
+    def _observe(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        spec: PromptSpec,
+        prompt: Prompt,
+        nll: torch.Tensor,
+        argmax: torch.Tensor,
+    ) -> Observation:
+        total = float(nll.double().sum())
+        said: list[int] = argmax.tolist()
+        detail: dict[str, Any] = {
+            "key": prompt.key,
+            "depth": prompt.depth,
+            "wanted_depth": spec.depth,
+            "haystack": prompt.haystack,
+            "seed": prompt.seed,
+        }
+        if len(prompt.input_ids) != length:
+            detail["tokens"] = len(prompt.input_ids)
+        correct = None
+        if not math.isnan(total):
+            correct = said == list(prompt.answer_ids)
+            detail["argmax"] = tokenizer.decode(said)  # given the right tokens before each
+            detail["argmax_ids"] = said
+        return Observation(
+            length, str(spec.index), self.cluster(spec, prompt), total, len(said), correct, detail
+        )

@@ -1,0 +1,290 @@
+"""The attention name "longctx" in transformers, and what stands in for a rotary beside it.
+
+transformers finds attention and mask functions by a process-wide name, so both functions here keep
+no state: what a layer does is read from the attribute `longctx_attention` of its own attention
+module. Modules without it run transformers' SDPA with the mask that it would have had.
+
+What the mask function returns reaches the attention function untouched:
+
+    None                 every key is real, S = N or S = 1
+    bool  [B, 1, 1, n]   which of the first n keys are real; n = keys written so far
+    int   [B, 1, 1, N]   number of each key's document, for packed documents (S = N)
+    bool  [B, 1, S, N]   anything else (sliding windows, image blocks): transformers' own mask
+
+Legend: B batch, S queries, N keys in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ..errors import ModelError
+
+__all__ = ["ATTRIBUTE", "NAME", "AttentionRule", "IdentityRotary", "register"]
+
+NAME = "longctx"
+"""The value of `attn_implementation`."""
+ATTRIBUTE = "longctx_attention"
+"""The attribute of an attention module that holds its `AttentionRule`."""
+_ROWS = 1024
+_REFUSED = {
+    "softcap": "soft-capped logits (Gemma-2)",
+    "s_aux": "attention sinks of its own (GPT-OSS)",
+    "position_bias": "a position bias of its own",
+    "cache": "a paged cache (continuous batching)",
+}
+
+
+class AttentionRule(Protocol):
+    """What a method puts on an attention module; q [B, H, S, D], k and v [B, K, N, D]."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        """Return [B, H, S, D]; the mask is one of this file's four kinds."""
+        ...
+
+
+class IdentityRotary(nn.Module):
+    """A rotary that turns nothing: cos 1 and sin 0, for methods that apply positions in attention.
+
+    Args:
+        native: the model's own rotary, which still serves the other layer types.
+        dim: rotated channels of a head.
+        layer_type: the layer type that is not turned, None where there is only one.
+    """
+
+    def __init__(self, native: nn.Module, dim: int, layer_type: str | None) -> None:
+        super().__init__()
+        self.native = native
+        self.dim = dim
+        self.layer_type = layer_type
+
+    def __getattr__(self, name: str) -> Any:
+        """`inv_freq` is zeros [dim/2] and `attention_scaling` 1; the rest is the native one's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("native", "dim", "layer_type"):  # not built yet
+                raise
+        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        if name == f"{prefix}attention_scaling":
+            return 1.0
+        value: Any = getattr(self.native, name)
+        return torch.zeros_like(value) if name == f"{prefix}inv_freq" else value
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return cos and sin, [batch, seq, dim], in the dtype of `x`."""
+        if self.layer_type is not None and layer_type != self.layer_type:
+            return self.native(x, position_ids, layer_type)
+        shape = (*position_ids.shape[-2:], self.dim)
+        return x.new_ones(shape), x.new_zeros(shape)
+
+
+def register() -> None:
+    """Make the name "longctx" known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,  # transformers' contract: each model passes its own extras
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls.
+
+    Returns:
+        ([B, S, H, D], None).
+
+    Raises:
+        ModelError: attention dropout, or something that this attention does not compute.
+    """
+    for name, meaning in _REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"{type(module).__name__} asks for {meaning}, which longctx's attention does not "
+                f"compute ({name}={kwargs[name]!r}); use a method that changes frequencies only."
+            )
+    rule: AttentionRule | None = getattr(module, ATTRIBUTE, None)
+    if rule is None:
+        queries, keys = query.shape[2], key.shape[2]
+        if attention_mask is not None and attention_mask.shape[-2] == 1 < queries:
+            keys = attention_mask.shape[-1]
+            attention_mask = _full_mask(attention_mask, queries)
+        elif attention_mask is not None:
+            keys = attention_mask.shape[-1]
+        key, value = key[:, :, :keys], value[:, :, :keys]
+        return sdpa_attention_forward(
+            *(module, query, key, value, attention_mask, dropout, scaling), **kwargs
+        )
+    if dropout > 0:
+        raise ModelError(
+            f"attention dropout of {dropout:g} in {type(module).__name__}: longctx's attention has "
+            "none. Set model.config.attention_dropout = 0 before loading, or call model.eval()."
+        )
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ModelError(f"{type(module).__name__} is not causal: longctx extends decoders only.")
+    if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+        # A static cache on its first use: transformers drops the mask, the keys beyond are empty.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    out = rule(
+        query,
+        key,
+        value,
+        mask=attention_mask,
+        positions=_key_positions(position_ids, query, key, attention_mask),
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _key_positions(
+    position_ids: Tensor | None, query: Tensor, key: Tensor, mask: Tensor | None
+) -> Tensor | None:
+    """Positions of the keys where the call names them and they are not simply consecutive."""
+    queries = query.shape[2]
+    keys = key.shape[2] if mask is None else mask.shape[-1]
+    if position_ids is None or queries == 1 or queries != keys:
+        return None
+    if position_ids.ndim != 2:
+        raise ModelError(
+            f"position_ids of shape {[*position_ids.shape]}: expected [batch, seq]; positions in "
+            "several dimensions (images, video) have no linear bias."
+        )
+    steps = position_ids.diff(dim=1)
+    if mask is not None and mask.shape[-2] == 1:
+        # Steps between documents, and those of padding, are no distances.
+        kind = mask[:, 0, 0]
+        skipped = kind[:, 1:] != kind[:, :-1]
+        if kind.dtype == torch.bool:
+            skipped = skipped | ~kind[:, 1:]
+        steps = steps.masked_fill(skipped, 1)
+    if bool((steps == 1).all()):
+        return None
+    if (mask is None or mask.shape[-2] == 1) and bool((steps < 0).any()):
+        raise ModelError(
+            "position_ids go backwards although every token sees those before it; for packed "
+            "documents pass use_cache=False and no attention_mask, so that they are kept apart."
+        )
+    return position_ids
+
+
+def _full_mask(mask: Tensor, queries: int) -> Tensor:
+    """The [B, 1, S, n] mask that a compact one stands for."""
+    if mask.is_floating_point():
+        return mask
+    keys = mask.shape[-1]
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device)
+    causal = causal.tril(keys - queries)
+    return causal & (mask if mask.dtype == torch.bool else mask == mask.transpose(-1, -2))
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,  # transformers' contract: dtype, config and what later versions add
+) -> Tensor | None:
+    """The mask function that transformers calls; returns one of this file's four kinds.
+
+    Args:
+        batch_size: B.
+        q_length: S.
+        kv_length: N, for a static cache its whole length.
+        q_offset: slot of the first query.
+        kv_offset: slot of the first key.
+        mask_function: says for (batch, head, query, key) whether it is visible.
+        attention_mask: bool [B, tokens seen], false for padding.
+        local_size: window of a sliding layer.
+        allow_is_causal_skip: whether None may stand for a causal mask.
+        use_vmap: whether `mask_function` takes single indices only.
+        device: where to make it.
+        **kwargs: handed on to transformers' own mask function.
+    """
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "local_size": local_size,
+        "allow_is_causal_skip": allow_is_causal_skip,
+        "use_vmap": use_vmap,
+        "device": device,
+        **kwargs,
+    }
+    if local_size is not None or kv_offset or use_vmap:
+        return sdpa_mask(**settings)
+    if mask_function is not causal_mask_function:
+        numbers = None if attention_mask is not None else _document_numbers(settings)
+        return sdpa_mask(**settings) if numbers is None else numbers
+    written = int(q_offset) + q_length
+    if attention_mask is None:
+        real = torch.ones(batch_size, written, dtype=torch.bool, device=device)
+    else:
+        short = max(0, written - attention_mask.shape[-1])
+        real = nn.functional.pad(attention_mask[:, :written].bool(), (0, short))
+    nothing_hidden = attention_mask is None or bool(real.all())
+    if nothing_hidden and written == kv_length and q_length in (1, kv_length):
+        return None
+    return real[:, None, None]
+
+
+def _document_numbers(settings: dict[str, Any]) -> Tensor | None:
+    """Number of each key's document [B, 1, 1, N] if the mask is causal within documents, else None.
+
+    The mask is looked at in strips, so that it never exists as a whole.
+    """
+    queries, device = settings["q_length"], settings["device"]
+    if settings["q_offset"] != 0 or queries != settings["kv_length"] or queries == 1:
+        return None
+    function: Callable[..., Tensor] = settings["mask_function"]
+    batch = torch.arange(settings["batch_size"], device=device)[:, None]
+    later, head = torch.arange(1, queries, device=device)[None], torch.zeros_like(batch)
+    parted = ~function(batch, head, later, later - 1)
+    parted = parted.expand(settings["batch_size"], -1)
+    numbers = nn.functional.pad(parted.cumsum(1), (1, 0))[:, None, None].int()
+    for first in range(0, queries, _ROWS):
+        rows = min(_ROWS, queries - first)
+        strip = {"q_offset": first, "q_length": rows, "allow_is_causal_skip": False}
+        arguments: dict[str, Any] = {**settings, **strip}
+        wanted = sdpa_mask(**arguments)
+        same = numbers[..., first : first + rows].transpose(-1, -2) == numbers
+        own = torch.arange(first, first + rows, device=device)
+        causal = own[:, None] >= torch.arange(queries, device=device)
+        if wanted is None or not torch.equal(wanted, same & causal):
+            return None
+    return numbers

@@ -1,0 +1,1 @@
+"""The `longctx` command, a file for each subcommand."""

@@ -1,0 +1,42 @@
+"""The command that shows: `longctx report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Write what one or more sweeps found as one HTML file that needs no network.
+
+    Each RUN is the --out folder of a `longctx sweep`. Heatmaps by length and depth, values with
+    their intervals, loss by position, effective lengths, failed answers, cost and settings.
+
+    Examples:
+        longctx report sweep
+        longctx report runs/base runs/tuned --out compare.html --plots
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of sweeps, shown beside each other."""
+    out: Path = Path("report.html")
+    """File to write."""
+    plots: bool = False
+    """Write every plot beside it too, as PNG and SVG."""
+    overwrite: bool = False
+    """Replace files that are there."""
+
+    def run(self) -> int:
+        """Read, check and write."""
+        from longctx.eval.reporting.html import write_html
+
+        paths = write_html(self.runs, self.out, plots=self.plots, overwrite=self.overwrite)
+        print(f"{self.out} ({paths[0].stat().st_size / 1000:,.0f} kB)")
+        if self.plots:
+            print(f"{len(paths) - 1} plots are beside it: {', '.join(p.name for p in paths[1:])}")
+        return 0

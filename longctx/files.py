@@ -1,0 +1,39 @@
+"""Writing files that are complete or not there, and JSON that every reader takes."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .folders import refuse_other_than_file
+
+__all__ = ["finite", "write_whole"]
+
+
+def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:
+    """Let `writer` fill a file beside `path`, then put it in its place; returns `path`.
+
+    Raises:
+        OSError: the disk refuses; what was at `path` is still there.
+        RunError: a folder, device, FIFO, socket or a link to one has that name.
+    """
+    refuse_other_than_file(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        writer(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have, in all it holds."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,186 @@
+"""What a method is, the patch that puts one on a model, and the report that proves its effect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from transformers import PreTrainedModel
+
+from .errors import MethodError
+from .model import text_config
+from .rope import Rope
+
+__all__ = ["HANDLE", "Check", "Method", "Patch", "Report", "patch_of", "roll_back"]
+
+HANDLE = "_longctx_patch"
+"""Attribute of a model that holds its topmost patch."""
+
+
+class _Missing:
+    """Stands for an attribute that was not there; a class, since a copy of one is itself."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What the house asks of a method: a frozen dataclass in a file of `patches/`, or your own."""
+
+    name: ClassVar[str]
+    """The name of its file."""
+    slots: ClassVar[tuple[str, ...]]
+    """What it takes over: "rotary", "attention". Two methods stack if they share no slot."""
+
+    @property
+    def length_invariant(self) -> bool:
+        """Whether a token's logits are the same in a longer input: no method state per length."""
+        ...
+
+    def apply(self, model: PreTrainedModel, patch: Patch) -> None:
+        """Change `model` through `patch.set`; `patch.rope` is the geometry it was trained with."""
+        ...
+
+    def verify(self, model: PreTrainedModel, patch: Patch) -> list[Check]:
+        """Look at the patched model and say whether each thing promised is so."""
+        ...
+
+    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
+        """Complete `rope_parameters` for plain transformers, None where it cannot say this."""
+        ...
+
+    def neutral(self, rope: Rope) -> Method | None:
+        """The setting that changes nothing, None where there is none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One promise and whether it was kept."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Proof of effect: what `extend` promised, looked up in the patched model."""
+
+    method: Method
+    original_window: int
+    window: int
+    plain_loadable: bool
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check holds."""
+        return all(check.ok for check in self.checks)
+
+    def __str__(self) -> str:
+        where = "plain transformers" if self.plain_loadable else "longctx.load only"
+        lines = [
+            f"{self.method}",
+            f"  window {self.original_window} → {self.window} tokens; saved checkpoint: {where}",
+            *(f"  {'ok  ' if c.ok else 'FAIL'} {c.name}: {c.detail}" for c in self.checks),
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class Patch:
+    """A method in place on one model: the undo log and the handle.
+
+    As a context manager it removes itself at the end of the block.
+    """
+
+    model: PreTrainedModel
+    method: Method
+    rope: Rope
+    """The geometry the model was trained with."""
+    below: Patch | None
+    """The patch that this one was put on top of."""
+    undo: list[tuple[Any, str, Any]] = field(default_factory=list)
+    """(object, attribute, what was there) in the order of the changes."""
+
+    def set(self, obj: Any, name: str, value: Any) -> None:
+        """Set `obj.name` and remember what was there, so that `remove` can put it back."""
+        self.undo.append((obj, name, _own(obj, name)))
+        setattr(obj, name, value)
+
+    @property
+    def active(self) -> bool:
+        """Whether it is still in place."""
+        patch = patch_of(self.model)
+        while patch is not None and patch is not self:
+            patch = patch.below
+        return patch is self
+
+    def report(self) -> Report:
+        """Verify the method on the model as it is now.
+
+        Raises:
+            MethodError: the patch was removed.
+        """
+        if not self.active:
+            raise MethodError(f"{self.method.name} was removed from the model: nothing to report.")
+        window = int(text_config(self.model).max_position_embeddings)
+        return Report(
+            method=self.method,
+            original_window=self.rope.length,
+            window=window,
+            plain_loadable=self.method.native_rope(self.rope) is not None,
+            checks=tuple(self.method.verify(self.model, self)),
+        )
+
+    def remove(self) -> None:
+        """Put back, in reverse, everything that was changed: bit for bit the model of before.
+
+        Raises:
+            MethodError: already removed, or another patch lies on top of it.
+        """
+        top = patch_of(self.model)
+        if not self.active:
+            raise MethodError(f"{self.method.name} is not on this model any more.")
+        if top is not None and top is not self:
+            raise MethodError(
+                f"{top.method.name} was put on top of {self.method.name}: remove it first "
+                "(`longctx.patch_of(model).remove()`)."
+            )
+        roll_back(self)
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.active:
+            self.remove()
+
+
+def roll_back(patch: Patch) -> None:
+    """Put back all that a patch has changed so far, the last change first."""
+    while patch.undo:
+        obj, name, value = patch.undo.pop()
+        if value is _Missing:
+            delattr(obj, name)
+        else:
+            setattr(obj, name, value)
+
+
+def _own(obj: Any, name: str) -> Any:
+    """The attribute where it belongs to the instance; a class attribute comes back by deletion."""
+    for store in ("__dict__", "_parameters", "_buffers", "_modules"):
+        values = getattr(obj, store, {})
+        if name in values:
+            return values[name]
+    return _Missing
+
+
+def patch_of(model: PreTrainedModel) -> Patch | None:
+    """The patch in place on `model` (the topmost where two are stacked), None if there is none."""
+    return model.__dict__.get(HANDLE)

@@ -1,0 +1,92 @@
+"""Finding a method by its name: the single dynamic seam of the house."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import pkgutil
+from typing import Any
+
+from .errors import MethodError, nearest
+from .patch import Method
+
+__all__ = ["available", "make_method", "method_class", "parse_method"]
+
+
+def available() -> tuple[str, ...]:
+    """Names of the methods that ship with longctx: the public files of `patches/`."""
+    folder = importlib.import_module("longctx.patches").__path__
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(folder) if m.name[0] != "_"))
+
+
+def method_class(name: str) -> type[Any]:
+    """The dataclass of the method called `name`.
+
+    Raises:
+        MethodError: no such method; the message suggests the nearest.
+    """
+    known = available()
+    if name not in known:
+        raise MethodError(
+            f"unknown method {name!r}{nearest(name, known)} (available: {', '.join(known)})"
+        )
+    return importlib.import_module(f"longctx.patches.{name}").METHOD
+
+
+def make_method(name: str, fields: dict[str, Any]) -> Method:
+    """Build the method `name` from its fields, refusing those that it does not have."""
+    cls = method_class(name)
+    known = [f.name for f in dataclasses.fields(cls)]
+    for key in fields:
+        if key not in known:
+            raise MethodError(
+                f"{name} has no field {key!r}{nearest(key, known)} (fields: {', '.join(known)})"
+            )
+    return cls(**fields)
+
+
+def parse_method(text: str) -> Method | None:
+    """Read a method as the command line writes it.
+
+    >>> parse_method("yarn:4")
+    Yarn(factor=4, target=None, beta_fast=32.0, beta_slow=1.0, attention_factor=None)
+    >>> parse_method("abf:target=16384,theta=1e6").theta
+    1000000.0
+    >>> parse_method("none") is None
+    True
+
+    A first value without a name is the factor. Values are Python literals; words stay words.
+
+    Raises:
+        MethodError: unknown method or field, or an item that is not `field=value`.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name == "none" and not rest:
+        return None
+    fields: dict[str, Any] = {}
+    for index, item in enumerate(_split(rest)):
+        key, equals, value = item.partition("=")
+        if not equals and index == 0:
+            key, value = "factor", item
+        elif not equals:
+            raise MethodError(f"{item!r} in {text!r}: expected field=value, as in 'yarn:factor=4'.")
+        if key.strip() in fields:
+            raise MethodError(f"{key.strip()!r} stands twice in {text!r}: leave one out.")
+        try:
+            fields[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            fields[key.strip()] = value.strip()
+    return make_method(name, fields)
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas that stand outside brackets."""
+    items, depth, start = [], 0, 0
+    for position, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            items.append(text[start:position])
+            start = position + 1
+    items.append(text[start:])
+    return [item for item in items if item.strip()]

@@ -1,0 +1,1 @@
+"""Scores of tokens and prompts without [S, vocab] logits, and greedy decoding."""

@@ -1,0 +1,243 @@
+"""Loading and saving: what is broken is named, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+import longctx
+from longctx.checkpoint import load, save
+from longctx.errors import MethodError, ModelError, RunError
+from longctx.folders import new_folder
+
+from ..families import build, tokens
+from ..test_matrix import demo_tokenizer
+
+
+def saved(folder: Path, method: str | None = None) -> Path:
+    model = build("llama")
+    if method:
+        longctx.extend(model, method)
+    save(model, demo_tokenizer(), folder)
+    return folder
+
+
+def test_a_plain_checkpoint_comes_back_unpatched_and_in_eval_mode(tmp_path: Path) -> None:
+    model, tokenizer = load(saved(tmp_path / "x"), device="cpu")
+    assert longctx.patch_of(model) is None
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert tokenizer.pad_token_id == 0
+    half, _ = load(tmp_path / "x", device="cpu", dtype="bfloat16", attn="eager")
+    assert half.dtype == torch.bfloat16
+    assert vars(half.config)["_attn_implementation_internal"] == "eager"
+
+
+def test_the_embedded_model_is_called_demo() -> None:
+    model, tokenizer = load("demo", device="cpu")
+    assert model.config.max_position_embeddings == 256
+    assert tokenizer.eos_token_id is not None
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "nowhere.gguf"])
+def test_a_missing_source_is_named(source: str) -> None:
+    with pytest.raises(ModelError, match="does not exist"):
+        load(source)
+
+
+def test_a_folder_or_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json and 0 GGUF files"):
+        load(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ModelError, match="no GGUF file"):
+        load(tmp_path / "notes.txt")
+    (tmp_path / "bad.gguf").write_bytes(b"hello")
+    with pytest.raises(ModelError, match="does not begin with 'GGUF'"):
+        load(tmp_path / "bad.gguf")
+
+
+def test_a_cut_off_gguf_is_named_and_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x00" * 16)
+    with pytest.raises(ModelError, match=r"cannot read .*cut\.gguf"):
+        load(tmp_path / "cut.gguf")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_corrupt_weights_and_configs_are_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot load"):
+        load(folder)
+    weights.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(folder)
+
+
+def test_a_record_from_a_later_release_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x", "yarn:4")
+    config = json.loads((folder / "config.json").read_text())
+    config["longctx"]["version"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="version 2"):
+        load(folder)
+
+
+def test_a_taken_folder_is_refused_and_kept(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x")
+    (folder / "mine.txt").write_text("precious")
+    with pytest.raises(RunError, match="exists and is not empty"):
+        saved(folder, "yarn:4")
+    assert (folder / "mine.txt").read_text() == "precious"
+    save(build("llama"), demo_tokenizer(), folder, overwrite=True)
+    assert not (folder / "mine.txt").exists()
+    load(folder, device="cpu")
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x")
+    before = sorted(path.name for path in folder.iterdir())
+    with (
+        pytest.raises(RunError, match="No space left on device"),
+        new_folder(folder, overwrite=True) as staging,
+    ):
+        (staging / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(RunError, match="cannot write"):
+        saved(tmp_path / "x")
+
+
+def test_a_place_below_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write"):
+        saved(tmp_path / "file" / "x")
+
+
+def test_replaced_scaling_survives_the_round_trip(tmp_path: Path) -> None:
+    shipped = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+    model, ids = build("llama", rope_parameters=shipped), tokens(100)
+    original = model(ids).logits
+    longctx.extend(model, "yarn", factor=8, replace=True)
+    wanted = model(ids).logits
+    save(model, demo_tokenizer(), tmp_path / "x")
+    again, _ = load(tmp_path / "x", device="cpu")
+    assert torch.equal(again(ids).logits, wanted)
+    patch = longctx.patch_of(again)
+    assert patch is not None
+    patch.remove()
+    assert torch.equal(again(ids).logits, original)
+
+
+def test_only_checkpoints_are_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    for out, said in (
+        (tmp_path, "is no checkpoint folder"),
+        (tmp_path / "thesis.txt", "is a file"),
+    ):
+        with pytest.raises(RunError, match=said):
+            save(build("llama"), demo_tokenizer(), out, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_the_present_folder_and_links_are_places_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "real"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    save(build("llama"), demo_tokenizer(), tmp_path / "link")
+    load(folder, device="cpu")
+    monkeypatch.chdir(folder)
+    save(build("llama"), demo_tokenizer(), ".", overwrite=True)
+    load(folder, device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_of_two_who_save_to_one_new_folder_the_second_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RunError, match="exists and is not empty"),
+        new_folder(tmp_path / "x") as one,
+    ):
+        (one / "a").touch()
+        saved(tmp_path / "x")
+    load(tmp_path / "x", device="cpu")
+
+
+def test_a_full_disk_is_named_by_safetensors_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **settings: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = build("llama")
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        save(model, demo_tokenizer(), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_that_was_edited_after_saving_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x", "yarn:4")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["factor"] = 8.0
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="it was edited after saving"):
+        load(folder, device="cpu")
+
+
+def test_others_may_read_what_is_saved(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x")
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+
+
+def test_older_servers_find_the_settings_in_their_keys(tmp_path: Path) -> None:
+    config = json.loads((saved(tmp_path / "x", "yarn:4") / "config.json").read_text())
+    assert config["rope_scaling"] == config["rope_parameters"]
+    assert config["rope_scaling"]["rope_type"] == "yarn"
+    base = json.loads((saved(tmp_path / "y", "ntk:4") / "config.json").read_text())
+    assert base["rope_theta"] == base["rope_parameters"]["rope_theta"] > 1e4
+    assert "rope_scaling" not in base  # a base alone is no scaling
+
+
+@pytest.mark.parametrize("record", ["x", {"version": 1, "methods": []}])
+def test_a_record_that_is_none_is_named(tmp_path: Path, record: object) -> None:
+    folder = saved(tmp_path / "x", "yarn:4")
+    config = json.loads((folder / "config.json").read_text())
+    config["longctx"] = record
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"longctx record .* is none"):
+        load(folder, device="cpu")
+
+
+def test_a_patch_that_plain_transformers_loaded_is_not_extended_again(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "x", "ntk:4")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(MethodError, match=r"extended before \(ntk\).*load it with longctx.load"):
+        longctx.extend(plain, "yarn", factor=2)
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    for device in ("foo", "cuda:99"):
+        with pytest.raises(ModelError, match=device if device == "foo" else "cannot load|cuda"):
+            load("demo", device=device)

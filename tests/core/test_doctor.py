@@ -1,0 +1,144 @@
+"""Every trap that the doctor knows is found in a config that has it, and in no sound one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import longctx
+from longctx.doctor import Finding, examine
+from longctx.errors import ModelError
+
+from ..families import build
+from ..test_matrix import demo_tokenizer, settings
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 2048,
+}
+
+
+def checkpoint(folder: Path, tokenizer: dict[str, Any] | None = None, **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").write_text(
+        json.dumps({"max_position_embeddings": 8192, "rope_theta": 1e4, **config})
+    )
+    settings = {"eos_token": "</s>", "model_max_length": 10**30} if tokenizer is None else tokenizer
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def one(findings: list[Finding]) -> Finding:
+    assert len(findings) == 1, findings
+    return findings[0]
+
+
+def test_sound_checkpoints_have_no_findings(tmp_path: Path) -> None:
+    assert examine(checkpoint(tmp_path / "plain")) == []
+    assert examine(checkpoint(tmp_path / "yarn", rope_parameters=YARN)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"rope_theta": None}, None),
+        ({"original_max_position_embeddings": None}, "yarn without original_max_position"),
+        ({"rope_type": "my_dynamic_thing"}, "not one that transformers knows; any name with"),
+        ({"factor": None}, "yarn with factor None"),
+        ({"factor": 2.0}, "factor 2.0 but max_position_embeddings / original is 4"),
+        ({"rope_type": "dynamic"}, "it scales only past the former, so it never does"),
+    ],
+)
+def test_rope_settings_that_fail_silently(
+    tmp_path: Path, changes: dict[str, Any], what: str | None
+) -> None:
+    entry = {key: value for key, value in (YARN | changes).items() if value is not None}
+    found = examine(checkpoint(tmp_path / "x", rope_parameters=entry))
+    if what is None:  # rope_theta at the top level is where older configs keep it
+        assert found == []
+        return
+    assert one(found).level == "problem"
+    assert what in one(found).what
+
+
+def test_two_settings_that_differ_are_a_problem(tmp_path: Path) -> None:
+    entry = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    both = {"rope_parameters": entry, "rope_scaling": {**entry, "factor": 4.0}}
+    found = [f.what for f in examine(checkpoint(tmp_path / "x", **both))]
+    assert any("says otherwise than rope_parameters" in what for what in found)
+
+
+def test_a_missing_base_is_a_problem(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "x", rope_parameters={"rope_type": "default"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "no rope_theta" in one(examine(folder)).what
+
+
+def test_nested_settings_are_read_per_layer_type(tmp_path: Path) -> None:
+    nested = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {**YARN, "truncate": False},
+    }
+    found = one(examine(checkpoint(tmp_path / "x", rope_parameters=nested)))
+    assert found.where == "config.json: rope_parameters.full_attention"
+    assert "ignored" in found.what
+
+
+def test_longrope_notes(tmp_path: Path) -> None:
+    entry = YARN | {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}
+    entry["attention_factor"] = 1.1
+    levels = {f.level for f in examine(checkpoint(tmp_path / "x", rope_parameters=entry))}
+    assert levels == {"note"}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "level", "where"),
+    [
+        ({}, {"eos_token": "x", "model_max_length": 2048}, "problem", "model_max_length"),
+        ({}, {"model_max_length": 8192}, "note", "eos_token"),
+        ({"max_position_embeddings": 8192.0}, None, "problem", "max_position_embeddings"),
+        ({"sliding_window": 4096}, None, "note", "sliding_window"),
+        ({"longctx": {"original": {}, "methods": [{"name": "alibi"}]}}, None, "note", "longctx"),
+    ],
+)
+def test_positions_tokenizer_and_record(
+    tmp_path: Path, config: dict[str, Any], tokenizer: dict[str, Any] | None, level: str, where: str
+) -> None:
+    found = one(examine(checkpoint(tmp_path / "x", tokenizer, **config)))
+    assert (found.level, where in found.where) == (level, True)
+
+
+def test_weights(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "x")
+    (folder / "model.safetensors").unlink()
+    assert one(examine(folder)).what == "no weights"
+    (folder / "pytorch_model.bin").touch()
+    assert "pickles" in one(examine(folder)).what
+    (folder / "modeling_x.py").touch()
+    assert {f.where for f in examine(folder)} == {"pytorch_model.bin", "*.py"}
+    (folder / "x.gguf").touch()
+    assert any("longctx convert" in f.mend for f in examine(folder))
+
+
+def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        examine(tmp_path)
+    (tmp_path / "config.json").write_text('{"rope')
+    with pytest.raises(ModelError, match="not valid JSON"):
+        examine(tmp_path)
+
+
+@pytest.mark.parametrize("name", [n for n in longctx.available() if n != "alibi"])
+def test_what_longctx_saves_is_sound(tmp_path: Path, name: str) -> None:
+    model = build("llama")
+    longctx.extend(model, settings(name))
+    longctx.save(model, demo_tokenizer(), tmp_path / "out")
+    assert [f for f in examine(tmp_path / "out") if f.level == "problem"] == []

@@ -1,0 +1,147 @@
+"""Perplexity against windows that are cut and scored by transformers alone."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import longctx
+from longctx.errors import DataError
+from longctx.eval import Observation, Perplexity, Unit
+from longctx.eval.tasks.texts import spread
+
+from ..conftest import byte_model, byte_tokenizer
+
+LENGTHS = (200, 400, 800)
+
+
+def plain_nll(model: Any, ids: list[int]) -> torch.Tensor:
+    """NLL in float64 of ids[1:], from the whole logits."""
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    return -log_p[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+
+
+def measured(task: Perplexity, model: Any, tokenizer: Any, invariant: bool) -> list[Observation]:
+    plan = task.plan(tokenizer, LENGTHS, length_invariant=invariant)
+    return [
+        observation
+        for unit in plan.units
+        for observation in task.measure(
+            model, tokenizer, unit, batch_tokens=1000, length_invariant=invariant
+        ).observations
+    ]
+
+
+def documents(texts: tuple[str, ...]) -> list[list[int]]:
+    files = sorted(Path(texts[0]).iterdir())
+    return [byte_tokenizer(bos=False)(file.read_text())["input_ids"] for file in files]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_one_pass_is_every_truncated_window(texts: tuple[str, ...], bos: bool) -> None:
+    model, tokenizer = byte_model(), byte_tokenizer(bos=bos)
+    task = Perplexity(last=50, windows=3, text=texts)
+    found = measured(task, model, tokenizer, True)
+    assert len(found) == 9
+    for index, ids in enumerate(documents(texts)):
+        for length in LENGTHS:
+            window = ([1] if bos else []) + ids[: length - int(bos)]
+            assert len(window) == length
+            nll = plain_nll(model, window)
+            observation = next(o for o in found[3 * index : 3 * index + 3] if o.length == length)
+            assert observation.nll == pytest.approx(float(nll[-50:].sum()), rel=1e-6)
+            assert observation.targets == 50
+            assert observation.detail["prefix_nll"] == pytest.approx(float(nll.sum()), rel=1e-6)
+            assert observation.detail["prefix_targets"] == length - 1
+
+
+def test_a_method_that_depends_on_the_length_is_measured_per_length(
+    texts: tuple[str, ...], model: Any, tokenizer: Any
+) -> None:
+    task = Perplexity(last=50, windows=1, text=texts)
+    with longctx.extend(model, "dynamic", factor=2.0) as patch:
+        assert not patch.method.length_invariant
+        found = measured(task, model, tokenizer, False)
+        wrong = measured(task, model, tokenizer, True)
+        ids = [1, *documents(texts)[0]]
+        for observation in found:
+            nll = plain_nll(model, ids[: observation.length])[-50:].sum()
+            assert observation.nll == pytest.approx(float(nll), rel=1e-6)
+    assert abs(wrong[0].nll - found[0].nll) > 1, "one pass would have been wrong"
+    assert wrong[-1].nll == pytest.approx(found[-1].nll)
+
+
+def test_stride_scores_the_same_tokens_at_every_length(
+    texts: tuple[str, ...], model: Any, tokenizer: Any
+) -> None:
+    task = Perplexity(last=60, stride=20, windows=1, text=texts)
+    found = measured(task, model, tokenizer, True)
+    ids = documents(texts)[0]
+    # 799 tokens of the document beside the BOS: the first window of the longest ends there.
+    for observation in found:
+        total = 0.0
+        for end in (799, 819, 839):
+            window = [1, *ids[end - observation.length + 1 : end]]
+            assert len(window) == observation.length
+            total += float(plain_nll(model, window)[-20:].sum())
+        assert observation.nll == pytest.approx(total, rel=1e-6)
+        assert observation.targets == 60
+
+
+def test_windows_spread_without_sharing_a_token() -> None:
+    places = spread({"a": 3000, "b": 2600, "c": 900, "d": 100}, 800, 5)
+    assert places == [("a", 0), ("a", 1500), ("b", 0), ("b", 1300), ("c", 0)]
+    assert len(spread({"a": 3000, "b": 2600}, 800, 100)) == 3 + 3
+    for name, size in {"a": 3000, "b": 2600}.items():
+        starts = [start for n, start in spread({"a": 3000, "b": 2600}, 800, 100) if n == name]
+        assert all(b - a >= 800 for a, b in pairwise(starts))
+        assert starts[-1] + 800 <= size
+
+
+def test_documents_left_out_are_said(texts: tuple[str, ...], tokenizer: Any) -> None:
+    task = Perplexity(text=texts)
+    plan = task.plan(tokenizer, (500, 1500), length_invariant=True)
+    assert plan.notes == ("perplexity: 1 of 3 documents are shorter than 1499 tokens and left out",)
+    assert [unit.lengths for unit in plan.units] == [(500, 1500)] * 3
+    assert sum(unit.tokens for unit in plan.units) == 4500
+    assert not task.plan(tokenizer, (500,), length_invariant=True).notes
+
+
+def test_the_summary_weights_by_tokens_and_exponentiates() -> None:
+    task = Perplexity(last=2)
+    detail = {"prefix_nll": 6.0, "prefix_targets": 4}
+    summary = task.summarise([
+        Observation(9, "0", "a", nll=2.0, targets=2, detail=detail),
+        Observation(9, "1", "b", nll=4.0, targets=2, detail=detail),
+    ])  # fmt: skip
+    assert summary.value == pytest.approx(math.exp(1.5))
+    assert summary.prefix == pytest.approx(math.exp(1.5))
+    # Two documents: mean 1.5, standard error 0.5, t(1 df) = 12.706
+    assert summary.high == pytest.approx(math.exp(1.5 + 12.7062 * 0.5), rel=1e-4)
+    assert summary.low == 1, "no perplexity is below 1"
+    assert summary.interval == "t over 2 documents, 95%"
+    lone = task.summarise([Observation(9, "0", "a", nll=math.nan, targets=2, detail=detail)])
+    assert math.isnan(lone.value)
+    assert lone.interval == "none: one document"
+
+
+def test_what_cannot_be_measured_is_refused(texts: tuple[str, ...], tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="stride=50 does not divide last=128"):
+        Perplexity(stride=50)
+    with pytest.raises(DataError, match="last=0: expected a whole number"):
+        Perplexity(last=0)
+    with pytest.raises(DataError, match="128 tokens is too short for last=128 targets"):
+        Perplexity().plan(tokenizer, (128, 256), length_invariant=True)
+    with pytest.raises(DataError, match="the longest of 3 has 3000"):
+        Perplexity(text=texts).plan(tokenizer, (4096,), length_invariant=True)
+
+
+def test_a_unit_can_be_taken_apart() -> None:
+    whole = Unit((100, 200), 200, {"document": "x"})
+    assert whole.by_length() == [Unit((100,), 100, whole.spec), Unit((200,), 200, whole.spec)]

@@ -1,0 +1,173 @@
+"""Records out of every kind of file, and every way in which a file can be broken."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from longctx.errors import DataError
+from longctx.train.data import readers
+from longctx.train.data.readers import SAMPLE, Records
+
+CHATS: list[dict[str, Any]] = [
+    {
+        "id": number,
+        "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "y"}],
+    }
+    for number, text in enumerate(["plain", 'quoted " \\ \u00e9\u65e5\U0001f600', "]}, [{", ""])
+]
+ARRAY = json.dumps(CHATS, ensure_ascii=False, indent=2)
+LINES = "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in CHATS)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.fixture(params=[5, 64, 1 << 22])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows that end within records, within characters, and that hold the whole file."""
+    monkeypatch.setattr(readers, "_CHUNK", request.param)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", ARRAY.encode()),
+        ("bom.json", b"\xef\xbb\xbf" + ARRAY.encode()),
+        ("a.jsonl", LINES.encode()),
+        ("a.ndjson", LINES.rstrip().encode()),
+        ("lines.json", LINES.encode()),
+        ("a.json.gz", gzip.compress(ARRAY.encode(), mtime=0)),
+        ("a.jsonl.xz", lzma.compress(LINES.encode())),
+    ],
+)
+def test_json(tmp_path: Path, name: str, content: bytes) -> None:
+    records = Records(write(tmp_path / name, content))
+    assert list(records) == CHATS
+    assert records.notes == []
+
+
+def test_parquet_text_folders_and_saved_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    parquet.write_table(pyarrow.Table.from_pylist(CHATS), tmp_path / "a.parquet")
+    assert list(Records(tmp_path / "a.parquet")) == CHATS
+    assert list(Records(write(tmp_path / "a.txt", "One.\nTwo.\n"))) == [{"text": "One.\nTwo.\n"}]
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write(shards / "train.jsonl", LINES)
+    assert list(Records(shards)) == CHATS
+    assert list(Records(shards, streaming=True)) == CHATS
+    with pytest.raises(DataError, match="shards', split 'test'"):
+        list(Records(shards, split="test"))
+    saved = datasets.Dataset.from_list(CHATS)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "dict")
+    assert list(Records(tmp_path / "one")) == list(Records(tmp_path / "dict")) == CHATS
+
+
+def test_a_hub_id_goes_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(name: str, **settings: Any) -> list[dict[str, Any]]:
+        asked.append((name, settings))
+        return CHATS
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(Records("some-org/chats.v1", split="test", streaming=True)) == CHATS
+    assert asked == [("some-org/chats.v1", {"split": "test", "streaming": True})]
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize(("name", "text"), [("a.json", ARRAY), ("a.jsonl", LINES)])
+def test_a_file_cut_off_anywhere(tmp_path: Path, name: str, text: str) -> None:
+    raw = text.encode()
+    # Where records begin and end, found by writing them one by one.
+    ends: list[tuple[int, int]] = []
+    for chat in CHATS:
+        piece = json.dumps(chat, ensure_ascii=False, indent=2 if name == "a.json" else None)
+        piece = piece.replace("\n", "\n  ") if name == "a.json" else piece
+        start = raw.index(piece.encode(), ends[-1][1] if ends else 0)
+        ends.append((start, start + len(piece.encode())))
+    for cut in range(2, len(raw) - 2, 7):
+        whole = sum(end <= cut for _, end in ends)
+        begun = [start for start, end in ends if start < cut < end]
+        path = write(tmp_path / name, raw[:cut])
+        salvaged = Records(path, salvage=True)
+        if not begun and name == "a.jsonl":  # between two lines nothing tells
+            assert list(salvaged) == CHATS[:whole]
+            assert not salvaged.notes
+            continue
+        with pytest.raises(DataError) as raised:
+            list(Records(path))
+        assert f"after {whole} whole records" in str(raised.value)
+        assert "--salvage" in str(raised.value)
+        if begun:
+            assert f"begins at byte {begun[0]:,}." in str(raised.value)
+        if whole:
+            assert list(salvaged) == CHATS[:whole]
+            (note,) = salvaged.notes
+            assert f"salvaged {whole} whole records" in note
+
+
+def test_a_stream_is_refused_before_it_begins(tmp_path: Path) -> None:
+    cut = write(tmp_path / "a.json", ARRAY[:-40])
+    with pytest.raises(DataError, match="breaks off: after 3 whole records"):
+        Records(cut).refuse_broken()
+    Records(cut, salvage=True).refuse_broken()
+    with pytest.raises(DataError, match="breaks off: after 3 whole records"):
+        Records(write(tmp_path / "a.jsonl", LINES[:-10])).refuse_broken()
+    Records(write(tmp_path / "b.jsonl", LINES)).refuse_broken()
+    Records(write(tmp_path / "b.json", ARRAY)).refuse_broken()
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"", "a.json holds no records"),
+        ("a.json", b"[]", "holds no records"),
+        ("a.txt", b" \n", "holds no records"),
+        ("a.json", b"[1, 2]", "record 1 is 1: expected an object"),
+        ("a.json", b'[{"a": 1}]\n\n[{"a": 2}]', "goes on after its closing ']' at byte 12:"),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": oops, "and so on": 1}\n',
+            "no JSON at byte 15, in record 2",
+        ),
+        ("a.json", b'[{"a": "line\nbreak, and more text"}]', "no JSON at byte 12, in record 1"),
+        ("a.jsonl", b'{"a": "\xc3\xa9"}\n{"a": "\xff"}', "no UTF-8 text at byte 19:"),
+        ("a.jsonl", b'{"a": "ab\xe6\xff"}', "no UTF-8 text at byte 9:"),
+        ("a.jsonl", b'{"a": 1}\n\xe6', "breaks off: after 1 whole records"),
+        ("a.txt", b"abc\xfe", "no UTF-8 text at byte 3:"),
+        ("a.parquet", b"PAR1 and no more", "no whole parquet file.*nothing can be salvaged"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:60], "does not decompress"),
+        ("a.jsonl.xz", b"no xz at all", "does not decompress"),
+        ("a.csv", b"a,b", "the ending '.csv' is not known; use .json, .jsonl"),
+    ],
+)
+def test_refusals(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(Records(write(tmp_path / name, content)))
+
+
+def test_not_there() -> None:
+    with pytest.raises(DataError, match="does not exist: expected a file, a folder or a hub id"):
+        list(Records("./nowhere/chats.json"))
+
+
+def test_the_sample_set_is_there() -> None:
+    assert len(list(Records(SAMPLE))) == 200

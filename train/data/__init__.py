@@ -1,0 +1,1 @@
+"""From conversations and texts to batches: reading, rendering, tokenizing, packing, sampling."""

@@ -1,0 +1,225 @@
+r"""A conversation as the tokenizer's chat template writes it, and where the model speaks in it.
+
+    template = chat_template(tokenizer)                   # its own; or "vicuna", or a Jinja file
+    rendered = template.render(turns)
+    rendered.text[slice(*rendered.spans[0])]              # "Paris.<|im_end|>\n"
+
+A span runs from the end of the generation prompt to the end of the rendered turn: the difference of
+two renderings, so that the template needs no `{% generation %}`. This holds only where a rendering
+of the first turns begins the rendering of all; a template that does otherwise is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from longctx.errors import DataError
+from longctx.prompts.haystacks import bos_of
+
+from .conversations import Turn
+
+__all__ = ["ChatTemplate", "Rendered", "chat_template", "vicuna"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A rendered conversation."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    """First character and the one after the last of each answer, what ends it included."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a template puts around the contents, wherever that is always the same."""
+
+    opening: tuple[str, ...]  # before the first question; with a system turn before and after it
+    gap: str  # between a question and its answer
+    lead: int  # how many of the gap's last characters the model writes itself
+    between: str  # between an answer and the next question
+    close: str  # after the last answer
+
+
+class ChatTemplate:
+    """A chat template together with the tokenizer that renders it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str, name: str) -> None:
+        self.source = source
+        self.name = name
+        self._tokenizer = tokenizer
+        self._layouts: dict[bool, _Layout | None] = {}
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """Render tidied turns: an optional system turn, then questions and answers.
+
+        Equals `render_by_prefixes`, in time linear in the conversation: what the template puts
+        around contents is learnt once, by prefixes, and each text is compared with the rendering.
+
+        Raises:
+            DataError: see `render_by_prefixes`.
+        """
+        system = turns[0].role == "system"
+        if system not in self._layouts:
+            self._layouts[system] = self._learn(system)
+        layout = self._layouts[system]
+        predicted = _lay_out(turns, layout) if layout else None
+        if predicted and predicted.text == self._string(_messages(turns)):
+            return predicted
+        return self.render_by_prefixes(turns)
+
+    def render_by_prefixes(self, turns: Sequence[Turn]) -> Rendered:
+        """Render the turns before each answer, those with it, and all.
+
+        Raises:
+            DataError: the template refuses the turns, or does not preserve prefixes.
+        """
+        messages = _messages(turns)
+        text = self._string(messages)
+        spans: list[tuple[int, int]] = []
+        for index, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            prompt = self._string(messages[:index], generation=True)
+            upto = self._string(messages[: index + 1])
+            if not (upto.startswith(prompt) and text.startswith(upto)):
+                raise DataError(
+                    f"the chat template of {self.name} does not preserve prefixes: up to turn "
+                    f"{index + 1} of {len(turns)} it writes …{upto[-40:]!r}, with all turns "
+                    f"…{text[max(0, len(upto) - 40) : len(upto)]!r}. Labels would fall on the "
+                    "wrong tokens. Pass a template that does (--template vicuna, or a Jinja file)."
+                )
+            spans.append((len(prompt), len(upto)))
+        return Rendered(text, tuple(spans))
+
+    def _string(self, messages: list[dict[str, str]], *, generation: bool = False) -> str:
+        try:
+            text: Any = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"{self.name} is no chat template: {error} (line {error.lineno}). Mend it, or pass "
+                "another (--template vicuna, or a Jinja file)."
+            ) from error
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages[:6])
+            raise DataError(
+                f"the chat template of {self.name} refuses the roles {roles}…: {error}. Leave such "
+                "turns out, or pass another template (--template vicuna, or a Jinja file)."
+            ) from error
+        return cast(str, text)
+
+    def _learn(self, system: bool) -> _Layout | None:
+        """Find the layout with marks for contents; None where it is not always the same."""
+        roles = ["system"] * system + ["user", "assistant"] * 3
+        turns = [Turn(cast(Any, role), f"\u241f{i}\u241f") for i, role in enumerate(roles)]
+        try:
+            rendered = self.render_by_prefixes(turns)
+        except DataError:  # prefixes may yet hold for shorter conversations, without system turns
+            return None
+        pieces: list[str] = []
+        rest, place, starts = rendered.text, 0, list[int]()
+        for turn in turns:
+            piece, found, rest = rest.partition(turn.text)
+            if not found:
+                return None
+            pieces.append(piece)
+            place += len(piece)
+            starts.append(place)
+            place += len(turn.text)
+        first = int(system)
+        gaps, betweens = set(pieces[first + 1 :: 2]), set(pieces[first + 2 :: 2])
+        answers = zip(starts[first + 1 :: 2], rendered.spans, strict=True)
+        leads = {start - span[0] for start, span in answers}
+        if max(len(gaps), len(betweens), len(leads)) > 1:
+            return None
+        (gap,), (between,), (lead,) = gaps, betweens, leads
+        if not between.startswith(rest) or not 0 <= lead <= len(gap):
+            return None
+        return _Layout(tuple(pieces[: first + 1]), gap, lead, between, rest)
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.text} for turn in turns]
+
+
+def _lay_out(turns: Sequence[Turn], layout: _Layout) -> Rendered:
+    """Write the turns as the layout says."""
+    exchanges = (len(turns) - len(layout.opening) + 1) // 2
+    inner = [layout.gap, layout.between] * exchanges
+    parts: list[str] = []
+    for piece, turn in zip([*layout.opening, *inner[:-1]], turns, strict=True):
+        parts += [piece, turn.text]
+    ends = [0]
+    for part in parts:
+        ends.append(ends[-1] + len(part))
+    content = [ends[2 * i + 1 : 2 * i + 3] for i in range(len(turns))]
+    return Rendered(
+        "".join([*parts, layout.close]),
+        tuple(
+            (start - layout.lead, end + len(layout.close))
+            for turn, (start, end) in zip(turns, content, strict=True)
+            if turn.role == "assistant"
+        ),
+    )
+
+
+_VICUNA = (
+    "{{% if messages[0]['role'] == 'system' %}}{{{{ {bos} + messages[0]['content'] + ' ' }}}}"
+    "{{% else %}}{{{{ {bos} + 'A chat between a curious user and an artificial intelligence "
+    "assistant. The assistant gives helpful, detailed, and polite answers to the user\\'s "
+    "questions. ' }}}}{{% endif %}}"
+    "{{% for message in messages %}}"
+    "{{% if message['role'] == 'user' %}}{{{{ 'USER: ' + message['content'] + ' ' }}}}"
+    "{{% elif message['role'] == 'assistant' %}}"
+    "{{{{ 'ASSISTANT: ' + message['content'] + eos_token }}}}{{% endif %}}"
+    "{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ 'ASSISTANT:' }}}}{{% endif %}}"
+)
+
+
+def vicuna(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Vicuna v1.1's chat template, for base models; LongChat was trained with it.
+
+    A BOS stands in front if the tokenizer puts one before every text. Give the trained model's
+    tokenizer the same: `tokenizer.chat_template = vicuna(tokenizer)`.
+
+    Source: github.com/lm-sys/FastChat, fastchat/conversation.py, "vicuna_v1.1".
+
+    Raises:
+        DataError: the tokenizer has no end token.
+    """
+    if tokenizer.eos_token is None:
+        raise DataError("the tokenizer has no eos_token, which ends a Vicuna answer: set one.")
+    return _VICUNA.format(bos="bos_token" if bos_of(tokenizer) else "''")
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> ChatTemplate:
+    """Take the tokenizer's own template (None), "vicuna", or one from a Jinja file.
+
+    Raises:
+        DataError: the tokenizer has none of its own, or no file of that name is there.
+    """
+    name = str(tokenizer.name_or_path) or type(tokenizer).__name__
+    if template is None:
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"the tokenizer of {name} has no chat template, as base models do: pass "
+                'template="vicuna" (--template vicuna), or the path of a Jinja file.'
+            )
+        return ChatTemplate(tokenizer, tokenizer.get_chat_template(), name)
+    if template == "vicuna":
+        return ChatTemplate(tokenizer, vicuna(tokenizer), template)
+    if not Path(template).is_file():
+        raise DataError(f"template={template!r}: expected 'vicuna' or the path of a Jinja file.")
+    return ChatTemplate(tokenizer, Path(template).read_text(encoding="utf-8"), template)

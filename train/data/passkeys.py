@@ -1,0 +1,90 @@
+"""Passkey prompts to learn retrieval from, in the form that the evaluation asks in.
+
+    ids, labels = Passkeys(tokenizer, texts).document(2_048, random.Random(0))
+
+The keys are of the split "train": by construction the evaluation asks for none of them. The loss
+is on the answer alone.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+from dataclasses import dataclass
+from importlib.resources import files
+from random import Random
+
+from transformers import PreTrainedTokenizerBase
+
+from longctx.prompts.haystacks import Grass, Texts
+from longctx.prompts.passkey_prompts import CLASSIC, SHORT, Prompt, passkey
+
+from .tokenize import IGNORED
+
+__all__ = ["Passkeys", "training_text"]
+
+_SHORTEST = 64  # tokens that any of the prompts fits in
+FILLERS = (
+    Grass("The river is long. The road is dry. The lamp is lit. Up we walk. Down and up again."),
+    Grass("The bread is warm. The cup is full. The door is shut. In we come. Out and in again."),
+    Grass("The snow is soft. The night is cold. The fire is low. On we go. Off and on again."),
+    Grass(
+        "The coat is old. The hat is new. The shoe is small. Round we turn. Back and round again."
+    ),
+)
+"""Filler sentences of the form that the evaluation uses, and none of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passkeys:
+    """Prompts of any length that hide a key; a `feed.Source`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    texts: Texts
+    """Haystack; none of it must be in what the evaluation hides its keys in."""
+    grass: float = 0.25
+    """Share of prompts in filler sentences instead: an easier haystack, from which it is learnt."""
+    fillers: tuple[Grass, ...] = FILLERS
+    """What stands in for the evaluation's filler sentences."""
+    pairs: tuple[int, ...] = (1,)
+    """Keys to a prompt, drawn from these; with several, one of them is asked for by its name."""
+    shorter: float = 0.1
+    """Share of documents shorter than asked for, so that what short ones taught is not lost."""
+    roomy: int = 256
+    """Tokens from which on prompts may have several keys and the introduction."""
+
+    def prompt(self, length: int, rng: Random) -> Prompt:
+        """Draw a prompt of exactly `length` tokens, the answer included.
+
+        Raises:
+            DataError: too short for the sentences (about 50 tokens) or too long for the texts.
+        """
+        roomy = length >= self.roomy
+        # The ends as often as all between: the farthest keys are the hardest, and the rarest.
+        depth, seed = rng.betavariate(0.5, 0.5), rng.randrange(2**48)
+        filler = self.fillers[seed % len(self.fillers)]
+        return passkey(
+            self.tokenizer,
+            length,
+            depth=depth,
+            seed=seed,
+            haystack=filler if rng.random() < self.grass else self.texts,
+            split="train",
+            pairs=rng.choice(self.pairs) if roomy else 1,
+            wording=CLASSIC if roomy and rng.random() < 0.7 else SHORT,
+        )
+
+    def document(self, tokens: int, rng: Random) -> tuple[list[int], list[int]]:
+        """Draw a prompt of up to `tokens` tokens and its labels."""
+        if rng.random() < self.shorter and tokens > _SHORTEST:
+            tokens = round(_SHORTEST * (tokens / _SHORTEST) ** rng.random())
+        prompt = self.prompt(tokens, rng)
+        ids = list(prompt.input_ids)
+        return ids, [IGNORED] * prompt.answer_start + ids[prompt.answer_start :]
+
+
+def training_text() -> Texts:
+    """Return 133 documents of Python's manual (PSF licence), none of them in the held-out text."""
+    packed = (files("longctx.train") / "text.json.xz").read_bytes()
+    documents: dict[str, str] = json.loads(lzma.decompress(packed))
+    return Texts(tuple(documents.values()), name="python-manual-train")

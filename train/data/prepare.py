@@ -1,0 +1,244 @@
+"""Training data: conversations or texts in, rows of token ids and labels out, and an account of it.
+
+    prepared = prepare("chats.json", tokenizer, Settings(max_length=16_384), salvage=True)
+    print(prepared.report)            # what was kept, dropped and supervised: before training
+    prepared.dataset                  # datasets.Dataset: input_ids, labels, length, record
+
+    streamed = stream("org/name", tokenizer)       # larger than the memory: encoded as it is read
+
+Sources are files (.json, .jsonl, .parquet, .txt, also compressed), folders of shards, hub ids, and
+"sample", the conversations that ship with the package. One source has one schema: mix sources with
+`datasets.concatenate_datasets` or `interleave_datasets`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from longctx.errors import DataError
+
+from .chat_template import chat_template
+from .conversations import Schema, parse, schema_of
+from .data_report import COUNTS, DataReport
+from .readers import SAMPLE, Records
+from .tokenize import Encoder, Overflow, Settings
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+__all__ = [
+    "SAMPLE",
+    "DataReport",
+    "Overflow",
+    "Prepared",
+    "Settings",
+    "Streamed",
+    "prepare",
+    "stream",
+]
+
+Row: TypeAlias = dict[str, Any]
+
+_CHUNK = 1 << 26  # characters of the conversations that become one Arrow table
+_LOOKED_AT = 200  # conversations of a stream that its report is made from
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Rows for the trainer."""
+
+    dataset: Dataset
+    """Columns input_ids, labels (int32 lists, −100 where nothing is learnt), length, and record,
+    the number from 1 of the conversation in its source."""
+    report: DataReport
+    """What was kept and what was not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """Rows for the trainer, made as they are asked for."""
+
+    dataset: IterableDataset
+    """As in `Prepared`."""
+    report: DataReport
+    """Of the source's first conversations; a note says how many."""
+
+
+def prepare(
+    source: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings | None = None,
+    *,
+    salvage: bool = False,
+    split: str = "train",
+    workers: int = 1,
+) -> Prepared:
+    """Read, render, tokenise and label a source, whole.
+
+    Args:
+        source: a file, a folder, a hub id, or "sample".
+        tokenizer: fast, with a chat template unless `settings.template` names one.
+        settings: length, over-length policy, template, strictness.
+        salvage: go on with the whole records of a file that breaks off.
+        split: of a hub id or folder.
+        workers: processes that tokenise.
+
+    Raises:
+        DataError: the source cannot be read or understood, the template does not serve, or no
+            sample is left.
+    """
+    settings = settings or Settings()
+    records = Records(source, salvage=salvage, split=split)
+    raw = _table(_rows(records))
+    encoder = _encoder(tokenizer, settings, document=raw[0]["roles"] == ["document"])
+    try:
+        encoded = raw.map(
+            encoder,
+            batched=True,
+            batch_size=64,
+            num_proc=workers if workers > 1 else None,
+            remove_columns=raw.column_names,
+            features=_features(),
+            desc=f"tokenising {records.name}",
+            # Hashing a tokenizer takes longer than tokenising many a file, and nothing is cached.
+            new_fingerprint=f"longctx-{os.urandom(8).hex()}",
+        )
+    except DataError as error:
+        raise DataError(f"{records.name}, {error}") from error
+    arrays: Any = encoded.with_format("numpy")
+    totals = sum(
+        (np.sum(part["counts"], axis=0) for part in arrays.select_columns("counts").iter(10_000)),
+        np.zeros(len(COUNTS), dtype=np.int64),
+    )
+    report = _report(records, settings, totals, records.notes)
+    _refuse_nothing(report)
+    full = np.flatnonzero(np.asarray(arrays["length"][:]))
+    rows = encoded if len(full) == len(encoded) else encoded.select(full)
+    return Prepared(rows.remove_columns("counts"), report)
+
+
+def stream(
+    source: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings | None = None,
+    *,
+    salvage: bool = False,
+    split: str = "train",
+) -> Streamed:
+    """Read, render, tokenise and label a source as it is iterated over; for what `prepare` does.
+
+    The whole is never known beforehand: a fault in a later record is raised when it is reached. A
+    JSON file that breaks off is refused at once.
+
+    Raises:
+        DataError: as in `prepare`, for the first conversations.
+    """
+    from datasets import IterableDataset
+
+    settings = settings or Settings()
+    records = Records(source, salvage=salvage, split=split, streaming=True)
+    records.refuse_broken()
+    first = list(islice(_rows(records), _LOOKED_AT))
+    encoder = _encoder(tokenizer, settings, document=first[0]["roles"] == ["document"])
+    looked_at = list(_encoded(iter(first), encoder, records.name))
+    totals = np.sum([row["counts"] for row in looked_at], axis=0)
+    notes = [*records.notes, f"a stream: this is about its first {len(first):,} conversations"]
+    report = _report(records, settings, totals, notes)
+    _refuse_nothing(report)
+    dataset = IterableDataset.from_generator(
+        _stream, gen_kwargs={"records": records, "encoder": encoder}
+    )
+    return Streamed(dataset, report)
+
+
+def _stream(records: Records, encoder: Encoder) -> Iterator[Row]:
+    for row in _encoded(_rows(records), encoder, records.name):
+        if row["length"]:
+            ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
+            number, length = row["record"], row["length"]
+            yield {"record": number, "input_ids": ids, "labels": labels, "length": length}
+
+
+def _encoded(rows: Iterator[Row], encoder: Encoder, name: str) -> Iterator[Row]:
+    for row in rows:
+        try:
+            columns = encoder({key: [value] for key, value in row.items()})
+        except DataError as error:
+            raise DataError(f"{name}, {error}") from error
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+
+
+def _rows(records: Records) -> Iterator[Row]:
+    """Records as rows of the encoder."""
+    schema: Schema | None = None
+    for number, record in enumerate(records, 1):
+        where = f"{records.name}, record {number:,}"
+        schema = schema or schema_of(record, where)
+        turns = parse(record, schema, where) if schema else ()
+        yield {
+            "record": number,
+            "roles": [turn.role for turn in turns],
+            "texts": [turn.text for turn in turns],
+        }
+
+
+def _table(rows: Iterable[Row]) -> Dataset:
+    """Rows in memory as Arrow, a chunk at a time."""
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+    text = List(Value("large_string"))
+    features = Features({"record": Value("int64"), "roles": text, "texts": text})
+    chunks: list[Dataset] = []
+    chunk: list[Row] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += sum(map(len, row["texts"]))
+        if size > _CHUNK:
+            chunks.append(Dataset.from_list(chunk, features=features))
+            chunk, size = [], 0
+    if chunk:
+        chunks.append(Dataset.from_list(chunk, features=features))
+    return concatenate_datasets(chunks)
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings, *, document: bool) -> Encoder:
+    template = None if document else chat_template(tokenizer, settings.template)
+    return Encoder(tokenizer, template, settings)
+
+
+def _features() -> Any:
+    from datasets import Features, List, Value
+
+    ids, number = List(Value("int32")), Value("int64")
+    return Features(
+        {
+            "record": number,
+            "input_ids": ids,
+            "labels": ids,
+            "length": number,
+            "counts": List(number),
+        }
+    )
+
+
+def _report(records: Records, settings: Settings, totals: Any, notes: Iterable[str]) -> DataReport:
+    counts = dict(zip(COUNTS, map(int, totals), strict=True))
+    return DataReport(records.name, settings.max_length, **counts, notes=tuple(notes))
+
+
+def _refuse_nothing(report: DataReport) -> None:
+    if not report.samples:
+        raise DataError(
+            "no sample is left to train on: see below what became of the records. Pass data in "
+            "which an assistant answers; where they are too long, raise max_length, or pass "
+            f"overflow='cut' to keep their beginnings.\n{report}"
+        )

@@ -1,0 +1,1 @@
+"""The trainer: its arguments, the run's folder, LoRA, attention of packed rows, and export."""

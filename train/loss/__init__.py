@@ -1,0 +1,1 @@
+"""What is minimised: cross-entropy, unlikelihood of tokens and sequences, SimCTG's contrast."""
