@@ -88,7 +88,7 @@ def test_a_patched_model_moves_to_the_gpu_as_a_whole(name: str) -> None:
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_decoding_with_a_cache(family: str, name: str, kind: type[Any]) -> None:
     model, ids = build(family).to(DEVICE), tokens(LONG).to(DEVICE)
-    room = {"max_cache_len": LONG + 8} if kind is StaticCache else {}
+    room: dict[str, Any] = {"max_cache_len": LONG + 8} if kind is StaticCache else {}
     with longctx.extend(model, settings(name)), request(model, LONG):
         whole = logits(model, ids)
         cache = kind(config=model.config, **room)
@@ -115,6 +115,7 @@ def test_left_padding_changes_nothing(name: str, dtype: torch.dtype) -> None:
         assert_near(batch[1], logits(model, long.to(DEVICE))[0], tolerance)
 
 
+@pytest.mark.filterwarnings("default")  # torch.compile, in flex_attention
 @pytest.mark.parametrize("name", ["none", "yarn", "alibi"])
 @pytest.mark.parametrize("kernel", ["documents", "flex_attention"])
 def test_packed_documents_are_kept_apart(

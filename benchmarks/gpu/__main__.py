@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from .._measure import machine
 from ._common import ON_CUDA, PartFailed, Skipped, free_memory, say
@@ -31,6 +32,7 @@ def main() -> int:
     unknown = [name for name in asked.parts if name not in PARTS]
     if unknown:
         parser.error(f"no part {', '.join(unknown)}: expected some of {', '.join(PARTS)}")
+    logging.set_verbosity_error()
     torch.set_float32_matmul_precision("highest")  # no TF32
     say(machine())
     return run_parts(asked.parts or list(PARTS), time.monotonic() + asked.seconds)

@@ -42,7 +42,7 @@ def measure(deadline: float) -> None:
     """One table of scoring, one of sweeping."""
     attempts = Attempts(deadline)
     tokenizer = load_tokenizer("demo")
-    extra = {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
+    extra: dict[str, Any] = {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH}
     model = build_llama(LlamaConfig(**SHAPE, **extra))
     size = sum(p.numel() for p in model.parameters()) / 1e9
     say(f"a random LLaMA of {size:.2f} G parameters")
