@@ -109,7 +109,8 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 def ratio_within(base: Callable[[], Any], other: Callable[[], Any], seconds: float) -> Ratio:
     """`paired_ratio` in as many rounds as take about so many seconds."""
-    base(), other()
+    base()
+    other()
     once = seconds_of(base) + seconds_of(other)
     rounds = max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(seconds / once)))
     return paired_ratio(base, other, rounds=rounds, warmup=0)

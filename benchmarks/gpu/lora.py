@@ -206,7 +206,8 @@ def train_theirs(model: PreTrainedModel, folder: Path) -> tuple[Clock, list[dict
     """TRL's SFTTrainer, its own settings but for what makes the work the same."""
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     clock, rows = Clock(), SyntheticRows(UPDATES, TOKENS)
     settings: dict[str, Any] = {
