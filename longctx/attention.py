@@ -1,9 +1,10 @@
 """The one attention entry of the house: causal, with a linear bias on the distance, on any device.
 
 `attend` picks the kernel: on the CPU torch's flash operator with a key bias (`kernels.py`); on CUDA
-flash-attn's `alibi_slopes` where it is installed and applies, else torch's fused attention with the
-bias carried by a few extra dimensions of q and k; for arbitrary masks and on other devices a plain
-loop over query chunks. All of them compute the same:
+flash-attn's `alibi_slopes` where it is installed and applies, else torch's flex_attention, compiled
+for the bias (or its fused attention with the bias in a few extra dimensions of q and k where Triton
+is missing); for arbitrary masks and on other devices a plain loop over query chunks. All of them
+compute the same:
 
     out_i = Σ_j softmax_j(scaling · q_i·k_j − slope_h · (p_i − p_j)) v_j   over visible j ≤ i
 
@@ -99,6 +100,9 @@ def attend(
         return _plain(q, k, v, KeyBias(slopes, positions), scaling, mask)
     if mask.dtype != torch.bool:
         numbers = mask[:, 0, 0].expand(len(q), -1)
+        bias = KeyBias(slopes, positions)
+        if fused.flex_applies(q) and not fused.flash_applies(q, bias):
+            return fused.flex_attention(q, k, v, bias, scaling, numbers)
         return _documents(q, k, v, slopes, numbers, positions, scaling)
     return _causal(q, k, v, KeyBias(slopes, positions, mask[:, 0, 0]), scaling)
 
@@ -132,6 +136,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> T
         return fused.unbiased_attention(q, k, v, scaling)
     if q.is_cuda and fused.flash_applies(q, bias):
         return fused.flash_attention(q, k, v, bias, scaling)
+    if q.is_cuda and q.shape[2] < fused.FEW_QUERIES:
+        return fused.few_queries_attention(q, k, v, bias, scaling)
+    if fused.flex_applies(q):
+        return fused.flex_attention(q, k, v, bias, scaling)
     if q.is_cuda:
         return fused.extended_attention(q, k, v, bias, scaling)
     return _plain(q, k, v, bias, scaling, None)

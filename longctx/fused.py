@@ -1,7 +1,9 @@
 """Causal attention with a linear bias on the keys, on CUDA, by other people's fused kernels.
 
-flash-attn has the bias built in (`alibi_slopes`). torch's kernels have none, so q and k carry it in
-a few dimensions more; these run on any device, which is how they are tested without a GPU.
+flash-attn has the bias built in (`alibi_slopes`). torch's flex_attention computes it in a kernel
+that it compiles. Where there is no Triton to compile with, q and k carry the bias in a few
+dimensions more of torch's own kernels. Few queries (decoding) take the bias as a small tensor. All
+but flash-attn run on any device, which is how they are tested without a GPU.
 
 Legend: B batch, H query heads, K kv heads, S queries, N keys, D head dim. The last query stands on
 the last key.
@@ -19,13 +21,27 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import flex_attention as flex
 from torch.nn.attention.bias import causal_lower_right
 
 from .kernels import KeyBias
 
-__all__ = ["extended_attention", "flash_applies", "flash_attention", "unbiased_attention"]
+__all__ = [
+    "FEW_QUERIES",
+    "block_mask",
+    "extended_attention",
+    "few_queries_attention",
+    "flash_applies",
+    "flash_attention",
+    "flex_applies",
+    "flex_attention",
+    "unbiased_attention",
+]
 
+FEW_QUERIES = 128
+"""With fewer, the bias on all keys is a small tensor, and no kernel has to be compiled."""
 _HALF = (torch.float16, torch.bfloat16)
+_BLOCK = 128  # queries and keys of a block, flex_attention's own default
 
 
 @lru_cache(maxsize=1)
@@ -66,6 +82,153 @@ def unbiased_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tenso
         scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def few_queries_attention(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:
+    """Attention of a few queries with the bias as a [B or 1, H, S, N] tensor, on any device.
+
+    Query heads of one kv head stand beside each other as queries, so that no key is repeated.
+    Shapes as in `kernels.biased_attention`.
+    """
+    heads, queries, keys = k.shape[1], q.shape[2], k.shape[2]
+    own = torch.arange(keys - queries, keys, device=q.device)
+    place = torch.arange(keys, device=q.device)
+    positions = place[None] if bias.positions is None else bias.positions
+    distance = positions[:, own, None] - positions[:, None]  # 0 on itself: near keys stay exact
+    slopes = torch.tensor(bias.slopes, dtype=torch.float32, device=q.device)
+    hidden = (place > own[:, None])[None]
+    if bias.mask is not None:
+        hidden = hidden | ~bias.mask[:, None]
+    added = -slopes[:, None, None] * distance[:, None]
+    added = added.masked_fill(hidden[:, None], torch.finfo(q.dtype).min).to(q.dtype)
+    out = functional.scaled_dot_product_attention(
+        rearrange(q, "b (k g) s d -> b k (g s) d", k=heads),
+        k,
+        v,
+        attn_mask=rearrange(added, "b (k g) s n -> b k (g s) n", k=heads),
+        scale=scaling,
+    )
+    out = rearrange(out, "b k (g s) d -> b (k g) s d", s=queries)
+    return out * ~hidden.all(-1)[:, None, :, None]
+
+
+def flex_applies(q: Tensor) -> bool:
+    """Whether torch can compile flex_attention for this: CUDA, Triton, a head dim of 16 or more."""
+    return q.is_cuda and q.shape[-1] >= 16 and importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention() -> Any:
+    """One function for the process, which torch compiles once for each class of shapes."""
+    return torch.compile(flex.flex_attention)
+
+
+def flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: KeyBias,
+    scaling: float,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """Torch's flex_attention, compiled on CUDA; shapes as in `kernels.biased_attention`.
+
+    Args:
+        q: [B, H, S, D].
+        k: [B, K, N, D].
+        v: [B, K, N, D].
+        bias: slopes, positions and key mask.
+        scaling: factor on q·k.
+        documents: number of each key's document, int [B, N], which do not see each other.
+
+    Returns:
+        [B, H, S, D]. A query that sees no key gets 0.
+    """
+    slopes = torch.tensor(bias.slopes, dtype=torch.float32, device=q.device)
+    offset = torch.tensor(k.shape[2] - q.shape[2], device=q.device)
+    if bias.positions is None:
+
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score - slopes[h] * (i + offset - j)
+    else:
+        positions = bias.positions.expand(len(q), -1).contiguous()
+
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score - slopes[h] * (positions[b, i + offset] - positions[b, j])
+
+    attend = _compiled_flex_attention() if q.is_cuda else flex.flex_attention
+    return attend(
+        q,
+        k,
+        v,
+        score_mod=add_bias,
+        block_mask=block_mask(q.shape[2], k.shape[2], q.device, bias.mask, documents),
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def block_mask(
+    queries: int,
+    keys: int,
+    device: torch.device,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+) -> flex.BlockMask:
+    """Which blocks of keys each block of queries sees: torch's own way looks at every pair of them.
+
+    Args:
+        queries: S, the last of which stands on the last key.
+        keys: N.
+        device: where to make it.
+        mask: true where a key may be seen, bool [B, N].
+        documents: number of each key's document, int [B, N].
+    """
+    offset = torch.tensor(keys - queries, device=device)
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = j <= i + offset
+        if mask is not None:
+            seen = seen & mask[b, j]
+        if documents is not None:
+            seen = seen & (documents[b, i + offset] == documents[b, j])
+        return seen
+
+    rows, columns = -(-queries // _BLOCK), -(-keys // _BLOCK)
+    first_row = torch.arange(rows, device=device)[:, None] * _BLOCK + keys - queries
+    last_row = (first_row + _BLOCK - 1).clamp(max=keys - 1)
+    first_key = torch.arange(columns, device=device) * _BLOCK
+    last_key = first_key + _BLOCK - 1  # of the last block it may lie beyond: never whole then
+    some, whole = first_key <= last_row, (last_key <= first_row) & (last_key < keys)
+    some, whole = some[None], whole[None]
+    if mask is not None:
+        real = functional.pad(mask, (0, columns * _BLOCK - keys)).unflatten(1, (columns, _BLOCK))
+        some, whole = some & real.any(-1)[:, None], whole & real.all(-1)[:, None]
+    if documents is not None:
+        low, high = _document_range(documents, first_key[None], last_key[None].clamp(max=keys - 1))
+        low_row, high_row = _document_range(documents, first_row[:, 0][None], last_row[:, 0][None])
+        some = some & (low_row[..., None] <= high[:, None]) & (low[:, None] <= high_row[..., None])
+        one = (low == high)[:, None] & (low_row == high_row)[..., None]
+        whole = whole & one & (low_row[..., None] == low[:, None])
+    return flex.BlockMask.from_kv_blocks(
+        *_listed(some & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(queries, keys),
+    )
+
+
+def _document_range(documents: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last document of blocks of keys, whose numbers only grow, [B, blocks] each."""
+    batch = len(documents)
+    return documents.gather(1, first.expand(batch, -1)), documents.gather(1, last.expand(batch, -1))
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has [B, 1, rows], and which, in front [B, 1, rows, columns]."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 def extended_attention(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:

@@ -74,6 +74,19 @@ class IdentityRotary(nn.Module):
         self.dim = dim
         self.layer_type = layer_type
 
+    def __getattr__(self, name: str) -> Any:
+        """`inv_freq` is zeros [dim/2] and `attention_scaling` 1; the rest is the native one's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("native", "dim", "layer_type"):  # not built yet
+                raise
+        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        if name == f"{prefix}attention_scaling":
+            return 1.0
+        value: Any = getattr(self.native, name)
+        return torch.zeros_like(value) if name == f"{prefix}inv_freq" else value
+
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -104,6 +104,15 @@ class ScaledRotary(nn.Module):
         """Return cos and sin, [batch, seq, d], in the dtype of `x`."""
         return self.native(x, position_ids, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """What people read off a rotary (`inv_freq`, `attention_scaling`) is the native one's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "native":  # not built yet
+                raise
+            return getattr(self.native, name)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaledRotary:
         before = dict(self.native.named_buffers())
         super()._apply(fn, recurse)

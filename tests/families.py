@@ -70,3 +70,9 @@ def tokens(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Random ids [batch, length] without the special ones."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+def checkpoint_activations(model: Any, settings: dict[str, Any] | None = None) -> None:
+    """Turn activation checkpointing on, which older transformers call gradient checkpointing."""
+    named = getattr(model, "activation_checkpointing_enable", None)
+    (named or model.gradient_checkpointing_enable)(settings)

@@ -43,14 +43,18 @@ def qkv(
     return draw(heads, queries, size), draw(kv_heads, keys, size), draw(kv_heads, keys, 1.0)
 
 
-@pytest.fixture(params=["cpu operator", "plain", "extra dimensions"])
+@pytest.fixture(params=["cpu operator", "plain", "extra dimensions", "few queries"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the ways to compute it, forced on the CPU."""
     if request.param != "cpu operator":
         monkeypatch.setattr(kernels, "usable", lambda: False)
-    if request.param == "extra dimensions":
+    cuda_ways = {
+        "extra dimensions": fused.extended_attention,
+        "few queries": fused.few_queries_attention,
+    }
+    if request.param in cuda_ways:
         monkeypatch.setattr(attention, "_plain", _refuse)
-        monkeypatch.setattr(attention, "_causal", fused.extended_attention)
+        monkeypatch.setattr(attention, "_causal", cuda_ways[request.param])
     return request.param
 
 

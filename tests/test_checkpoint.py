@@ -151,9 +151,10 @@ def test_replaced_scaling_survives_the_round_trip(tmp_path: Path) -> None:
 
 def test_only_checkpoints_are_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    for out in (tmp_path, tmp_path / "thesis.txt"):
-        with pytest.raises(RunError, match="is no checkpoint folder"):
-            save(build("llama"), demo_tokenizer(), out, overwrite=True)
+    with pytest.raises(RunError, match="is no checkpoint folder"):
+        save(build("llama"), demo_tokenizer(), tmp_path, overwrite=True)
+    with pytest.raises(RunError, match="is a file, which longctx does not write to"):
+        save(build("llama"), demo_tokenizer(), tmp_path / "thesis.txt", overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 

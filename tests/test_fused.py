@@ -8,7 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from longctx import fused
 from longctx.attention import attend
@@ -75,6 +78,77 @@ def test_flash_attn_is_given_what_it_documents(monkeypatch: pytest.MonkeyPatch) 
     out = fused.flash_attention(q, k, v, bias, 0.3)
     wanted = attention_with_linear_bias(q, k, v, slopes(6), scaling=0.3)
     assert (out - wanted).abs().max() < 1e-2
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_blocks_are_those_of_the_whole_mask(data: st.DataObject) -> None:
+    keys = data.draw(st.integers(1, 700))
+    queries = data.draw(st.integers(1, keys))
+    mask = torch.ones(2, keys, dtype=torch.bool)
+    mask[0, : data.draw(st.integers(0, keys))] = False
+    cuts = torch.zeros(2, keys, dtype=torch.int)
+    for row in cuts:
+        row[data.draw(st.lists(st.integers(0, keys - 1), max_size=5))] = 1
+    masked, packed = data.draw(st.booleans()), data.draw(st.booleans())
+    documents = cuts.cumsum(1) if packed else None
+    made = fused.block_mask(queries, keys, torch.device("cpu"), mask if masked else None, documents)
+    own = torch.arange(keys - queries, keys)
+    seen = (torch.arange(keys) <= own[:, None]).expand(2, -1, -1)
+    if masked:
+        seen = seen & mask[:, None]
+    if documents is not None:
+        seen = seen & (documents[:, own, None] == documents[:, None])
+    padding = (0, -keys % 128, 0, -queries % 128)
+    some, whole = (
+        functional.pad(seen, padding, value=filled).unfold(1, 128, 128).unfold(2, 128, 128)
+        for filled in (False, True)
+    )
+    rows, columns = some.shape[1:3]
+    wanted = some.flatten(-2).any(-1)
+    for b in range(2):
+        for row in range(rows):
+            partial = _blocks(made.kv_num_blocks, made.kv_indices, b, row)
+            full = _blocks(made.full_kv_num_blocks, made.full_kv_indices, b, row)
+            assert not set(partial) & set(full)
+            # A block may be looked at and found empty by its mask; none may be missed.
+            assert {c for c in range(columns) if wanted[b, row, c]} <= {*partial, *full}
+            assert all(bool(whole[b, row, c].all()) for c in full)
+            if not (masked or packed):
+                assert {*partial, *full} == {c for c in range(columns) if wanted[b, row, c]}
+
+
+def _blocks(count: Tensor | None, indices: Tensor | None, b: int, row: int) -> list[int]:
+    assert count is not None
+    assert indices is not None
+    b = min(b, len(count) - 1)
+    return indices[b, 0, row, : int(count[b, 0, row])].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("kind", "queries"), [("padded", 150), pytest.param("packed", 200, marks=pytest.mark.slow)]
+)
+def test_flex_attention_uncompiled(kind: str, queries: int) -> None:
+    q, k, v = qkv(6, 2, queries, 200, batch=2, dim=16)
+    slope, documents, mask = slopes(6), None, None
+    if kind == "packed":
+        documents = (torch.arange(200) >= torch.tensor([[70], [130]])).int()
+        positions = torch.arange(200) * 2 + 5
+        visible = (documents[:, None] == documents[..., None])[:, None]
+        bias = KeyBias(slope, positions[None])
+    else:
+        mask = torch.arange(200) >= torch.tensor([[0], [180]])
+        positions, visible = None, mask[:, None, None]
+        bias = KeyBias(slope, mask=mask)
+    out = fused.flex_attention(q, k, v, bias, 0.3, documents)
+    wanted = attention_with_linear_bias(
+        *(q, k, v, slope),
+        scaling=0.3,
+        visible=visible,
+        positions=None if positions is None else positions[None],
+    )
+    assert (out - wanted).abs().max() < 2e-5
 
 
 @pytest.mark.gpu

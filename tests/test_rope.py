@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import pytest
@@ -48,6 +50,26 @@ def test_geometry_is_read_from_the_model() -> None:
     assert rope_of(build("gemma3")).layer_type == "full_attention"
     theta = {"rope_type": "default", "rope_theta": 123.0}
     assert rope_of(build("qwen3", rope_parameters=theta)).theta == 123.0
+
+
+@pytest.mark.parametrize("name", ["yarn", "dynamic", "alibi"])
+def test_what_people_read_off_a_rotary_is_there(name: str) -> None:
+    model = build("llama")
+    with longctx.extend(model, name, factor=4):
+        rotary: Any = model.model.rotary_emb
+        scaling = 0.1 * math.log(4) + 1 if name == "yarn" else 1.0
+        assert rotary.attention_scaling == pytest.approx(scaling)
+        assert rotary.inv_freq.shape == (8,)
+        assert bool(rotary.inv_freq.any()) == (name != "alibi")
+        assert rotary.config is model.config
+        assert not hasattr(rotary, "no_such_thing")
+        copied = copy.deepcopy(model).model.rotary_emb
+        assert torch.equal(copied.inv_freq, rotary.inv_freq)
+    gemma = build("gemma3")
+    with longctx.extend(gemma, name, factor=4):
+        rotary = gemma.model.rotary_emb
+        assert bool(rotary.full_attention_inv_freq.any()) == (name != "alibi")
+        assert rotary.sliding_attention_inv_freq.any()
 
 
 def test_frequencies_of_another_design_are_refused() -> None:

@@ -30,6 +30,8 @@ from transformers import PreTrainedModel
 from longctx.errors import ModelError, RunError
 from longctx.model import text_config
 
+from . import before_torch_2_13
+
 __all__ = ["Head", "Kernel", "cross_entropy", "head_of", "projection"]
 
 Kernel = Literal["auto", "torch", "liger"]
@@ -152,6 +154,10 @@ def cross_entropy(
         # The sum is Liger's own in float32; its gradients of single rows cost a second pass.
         settings: dict[str, Any] = {"softcap": head.softcap, "accum_dtype": torch.float32}
         return liger(hidden, weight, targets, bias=bias, reduction="sum", **settings).float()
+    if not hasattr(functional, "linear_cross_entropy"):
+        return before_torch_2_13.linear_cross_entropy(
+            hidden, weight, targets, bias=bias, chunk=chunk
+        )
     losses = functional.linear_cross_entropy(
         hidden,
         weight,

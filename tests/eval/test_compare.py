@@ -518,7 +518,7 @@ def test_the_files_hold_the_same_figures(comparison: Comparison, tmp_path: Path)
         comparison.write(tmp_path / "out")
     comparison.write(tmp_path / "out", overwrite=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot write the comparison"):
+    with pytest.raises(RunError, match="is a file, which longctx does not write to"):
         comparison.write(tmp_path / "file")
 
 

@@ -168,7 +168,7 @@ def test_figures_are_there_whatever_becomes_of_the_plot(
 
 def test_a_folder_that_cannot_be_written_is_said(result: SweepResult, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"cannot write the report to .*write to another folder"):
+    with pytest.raises(RunError, match="is a file, which longctx does not write to"):
         result.write(tmp_path / "file")
 
 

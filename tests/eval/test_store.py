@@ -137,7 +137,7 @@ def test_damage_in_the_middle_is_named_by_its_line(tmp_path: Path, line: str) ->
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot open the results file"):
+    with pytest.raises(RunError, match="is a file, which longctx does not write to"):
         Store(tmp_path / "file" / "r.jsonl", IDENTITY)
 
 

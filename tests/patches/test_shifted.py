@@ -18,7 +18,7 @@ from longctx.model import attention_modules
 from longctx.patches.shifted import GroupedAttention, Shifted
 from longctx.train.packed import packed_attention
 
-from ..families import WINDOW, build, tokens
+from ..families import WINDOW, build, checkpoint_activations, tokens
 
 LONG = WINDOW + 40
 HEADS = ((4, 4), (4, 2), (4, 1), (6, 2), (6, 3), (12, 3), (3, 3), (3, 1), (1, 1))
@@ -306,7 +306,7 @@ def test_checkpointed_gradients_are_the_same(reentrant: bool) -> None:
     found: list[list[Tensor]] = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, {"use_reentrant": reentrant})
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         found.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()

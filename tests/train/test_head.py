@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from longctx.errors import ModelError, RunError
+from longctx.train import before_torch_2_13
 from longctx.train.head import Head, cross_entropy, head_of, projection
 
 from ..families import build
@@ -57,6 +58,28 @@ def test_value_and_gradients_are_those_of_the_formula(head: Head, chunk: int) ->
         torch.autograd.grad(found / ROWS, wrt), torch.autograd.grad(wanted / ROWS, wrt), strict=True
     ):
         assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_loss_for_older_torch_is_that_of_the_formula(dtype: torch.dtype) -> None:
+    hidden, weight, bias, targets = draw(dtype)
+    found = before_torch_2_13.linear_cross_entropy(hidden, weight, targets, bias=bias, chunk=7)
+    wanted = naive(hidden, weight, bias, targets, Head())
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
+    assert found.item() == pytest.approx(wanted.item(), rel=tolerance)
+    wrt = (hidden, weight, bias)
+    for one, other in zip(
+        torch.autograd.grad(found / ROWS, wrt), torch.autograd.grad(wanted / ROWS, wrt), strict=True
+    ):
+        assert one.dtype == dtype
+        assert (one - other).double().norm() <= 4 * tolerance * other.double().norm()
+    frozen = before_torch_2_13.linear_cross_entropy(
+        hidden, weight.detach(), targets, bias=None, chunk=7
+    )
+    unbiased = naive(hidden, weight, torch.zeros_like(bias), targets, Head())
+    (one,), (other,) = (torch.autograd.grad(loss / ROWS, hidden) for loss in (frozen, unbiased))
+    assert (one - other).double().norm() <= 4 * tolerance * other.double().norm()
 
 
 @pytest.mark.parametrize("head", HEADS, ids=repr)

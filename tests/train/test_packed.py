@@ -17,7 +17,7 @@ from longctx.train.batch import Collator, unpacked_inputs
 from longctx.train.packed import DocumentAttention, PackedAttention, packed_attention
 from longctx.train.positions import FullLength, PoSE, Positions
 
-from ..families import WINDOW, build, tokens
+from ..families import WINDOW, build, checkpoint_activations, tokens
 
 LENGTHS = (37, 5, 40, 1, 29)
 DOCUMENTS = [tokens(length, seed=length)[0].tolist() for length in LENGTHS]
@@ -94,7 +94,7 @@ def test_packed_equals_alone_with_alibi(family: str) -> None:
 
 def test_packed_equals_alone_under_checkpointing() -> None:
     model = small("llama").train()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     assert_packed_equals_alone(model, PoSE(window=40, target=4 * WINDOW))
 
 
