@@ -33,6 +33,7 @@ types:
 # WHEELS holds what it lacks (CONTRIBUTING.md); tests run from build/gpu, where all is linked.
 GPU_SECONDS ?= 530
 GPU_TEST_SECONDS ?= 180
+GPU_WORKERS ?= 4
 gpu: PYTHON_PATH := $(abspath $(shell command -v $(PYTHON)))
 gpu:
 	rm -rf build/gpu && mkdir -p build/gpu/site
@@ -41,7 +42,7 @@ gpu:
 	cp -s "$(CURDIR)/pyproject.toml" build/gpu/
 	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --target build/gpu/site $(WHEELS)/*.whl)
 	@cd build/gpu && export PYTHONPATH="$$PWD:$$PWD/site" && begin=$$(date +%s) && \
-	timeout -s INT -k 20 $(GPU_TEST_SECONDS) $(PYTHON_PATH) -m pytest -m gpu -n 4 -W default -rs \
+	timeout -s INT -k 20 $(GPU_TEST_SECONDS) $(PYTHON_PATH) -m pytest -m gpu -n $(GPU_WORKERS) -W default -rs \
 	$$(grep -Rl --include='test_*.py' 'mark\.gpu' tests); \
 	tests=$$?; left=$$(($(GPU_SECONDS) - $$(date +%s) + begin)); \
 	$(PYTHON_PATH) -m benchmarks.gpu --seconds $$left; parts=$$?; \
