@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor test-latest lint bench types
+.PHONY: demo test test-floor test-latest lint bench types gpu
 demo: $(VENV)/ready
 	$(BIN)/longctx demo
 
@@ -39,3 +39,23 @@ types:
 	rm -rf build/types && mkdir -p build/types
 	cp -rs "$(CURDIR)/longctx" build/types/longctx
 	for part in patches train eval; do cp -rs "$(CURDIR)/$$part" build/types/longctx/$$part; done
+
+# All that needs a GPU, in 9 minutes, with PYTHON as it is: nothing is installed into it. The folder
+# WHEELS holds what it lacks (CONTRIBUTING.md); tests run from build/gpu, where all is linked.
+GPU_SECONDS ?= 530
+GPU_TEST_SECONDS ?= 180
+GPU_WORKERS ?= 4
+gpu: PYTHON_PATH := $(abspath $(shell command -v $(PYTHON)))
+gpu:
+	rm -rf build/gpu && mkdir -p build/gpu/site
+	cp -rs "$(CURDIR)/longctx" "$(CURDIR)/tests" "$(CURDIR)/benchmarks" build/gpu/
+	for part in patches train eval; do cp -rs "$(CURDIR)/$$part" build/gpu/longctx/$$part; done
+	cp -s "$(CURDIR)/pyproject.toml" build/gpu/
+	$(if $(WHEELS),$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --target build/gpu/site $(WHEELS)/*.whl)
+	@cd build/gpu && export PYTHONPATH="$$PWD:$$PWD/site" && begin=$$(date +%s) && \
+	timeout -s INT -k 20 $(GPU_TEST_SECONDS) $(PYTHON_PATH) -m pytest -m gpu -n $(GPU_WORKERS) -W default -rs \
+	$$(grep -Rl --include='test_*.py' 'mark\.gpu' tests); \
+	tests=$$?; left=$$(($(GPU_SECONDS) - $$(date +%s) + begin)); \
+	$(PYTHON_PATH) -m benchmarks.gpu --seconds $$left; parts=$$?; \
+	echo "tests marked gpu: exit $$tests (124: out of time); benchmarks: exit $$parts"; \
+	test $$tests -eq 0 -a $$parts -eq 0

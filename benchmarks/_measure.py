@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Ratio", "machine", "paired_ratio", "peak_memory", "write_results"]
+__all__ = ["Ratio", "machine", "paired_ratio", "peak_memory", "table_of", "write_results"]
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 _MMAP_THRESHOLD = -3  # mallopt's name for it
@@ -107,18 +107,24 @@ def machine() -> str:
     )
 
 
+def table_of(rows: Sequence[Mapping[str, object]]) -> str:
+    """The rows as a Markdown table, whose columns are the first row's."""
+    columns = list(rows[0])
+    return "\n".join(
+        [
+            f"| {' | '.join(columns)} |",
+            f"|{'---|' * len(columns)}",
+            *(f"| {' | '.join(str(row[column]) for column in columns)} |" for row in rows),
+        ]
+    )
+
+
 def write_results(
     section: str, command: str, rows: Sequence[Mapping[str, object]], notes: str = ""
 ) -> None:
     """Replace one section of RESULTS.md: command, machine, date, and the rows as a table."""
-    columns = list(rows[0])
-    table = [
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * len(columns)}",
-        *(f"| {' | '.join(str(row[column]) for column in columns)} |" for row in rows),
-    ]
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    body = [f"## {section}", f"`{command}`, {date}. {machine()}.", "\n".join(table)]
+    body = [f"## {section}", f"`{command}`, {date}. {machine()}.", table_of(rows)]
     if notes:
         body.append(notes)
     text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Measured results\n"

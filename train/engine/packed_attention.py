@@ -6,8 +6,8 @@
 By default each document is attended to on its own, by torch's fused causal kernel: many documents
 then cost less than one long one, where a 4D mask costs more. It goes through the house's attention
 (`longctx.attention.hook`), so a method that lives there (alibi) keeps its bias, and calls without
-packed documents, evaluation between steps for one, run as before. On CUDA flash-attn's varlen kernel and
-torch's flex_attention serve too.
+packed documents, evaluation between steps for one, run as before. On CUDA flash-attn's varlen
+kernel and torch's flex_attention serve too.
 
 Legend: B batch, H query heads, K kv heads, S tokens, D head dim.
 """
