@@ -43,7 +43,7 @@ class Recipe:
     max_length: int = 16_384
     """The length that is learnt, and the tokens of a row (`row_tokens`)."""
     overflow: Overflow = "continue"
-    """What becomes of longer conversations; see `encode.Settings`."""
+    """What becomes of longer conversations; see `TokenizeSettings`."""
     positions: Policy = "full"
     """Every document at its full length; lengths that double from `window` to `max_length`
     (schedule), the shorter on positions up to there (schedule-pose); or windows of `window` tokens

@@ -45,7 +45,7 @@ def flash_applies(q: Tensor, bias: KeyBias) -> bool:
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:
-    """`flash_attn_func` with `alibi_slopes`; shapes as in `kernels.biased_attention`."""
+    """`flash_attn_func` with `alibi_slopes`; shapes as in `cpu_flash.biased_attention`."""
     package: Any = _package()
     out: Tensor = package.flash_attn_func(
         *(rearrange(x, "b h s d -> b s h d") for x in (q, k, v)),
@@ -71,7 +71,7 @@ def unbiased_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tenso
 def extended_attention(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:
     """Fused attention with the bias in extra dimensions, by chunks in which it stays small.
 
-    Shapes as in `kernels.biased_attention`, on any device.
+    Shapes as in `cpu_flash.biased_attention`, on any device.
     """
     before = k.shape[2] - q.shape[2]
     pieces: list[Tensor] = []

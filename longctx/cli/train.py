@@ -203,14 +203,14 @@ class Train:
         )
         run.check(model, evaluated=bool(self.evaluate), gate=gate, resume=self.resume)
         prepared = run.prepare(tokenizer)
-        work = run.work(tokenizer, prepared)
+        plan = run.plan(tokenizer, prepared)
         measured = {"tasks": self.evaluate, "samples": self.samples}
-        work = replace(work, record={**work.record, "evaluation": measured})
+        plan = replace(plan, record={**plan.record, "evaluation": measured})
         if first:
             print(patch.report() if patch else "no method: the model is trained as it came")
             print("\n".join(str(part.report) for part in prepared))
-            print(work)
-            if recipe.training.warmup >= work.updates:
+            print(plan)
+            if recipe.training.warmup >= plan.updates:
                 print(
                     f"the warmup of {recipe.training.warmup:,} updates takes the whole run, whose "
                     "learning rate stays below its peak: a smaller --warmup gets there"
@@ -220,7 +220,7 @@ class Train:
         done = run.start(
             model,
             tokenizer,
-            work,
+            plan,
             evaluate=figures if self.evaluate else None,
             gate=gate,
             resume=self.resume,

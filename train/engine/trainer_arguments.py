@@ -17,7 +17,7 @@ from longctx.errors import RunError, nearest
 
 from ..config import Gate, Training
 from ..loss.objective import Losses
-from ..parallel.compatibility import Setup, check_contract
+from ..parallel.compatibility import Setup, check_compatibility
 from ..parallel.fsdp import is_sharded, parallel_arguments, plugin_arguments
 from ..parallel.ulysses import precision
 from .loss_forward import causal_of
@@ -28,7 +28,7 @@ _SCHEDULES = {"constant": "constant_with_warmup"}  # transformers' own "constant
 
 
 def rows_per_update(training: Training) -> int:
-    """Rows of the feed that an update takes, over all processes that were started."""
+    """Rows of the training data that an update takes, over all processes that were started."""
     processes = int(os.environ.get("WORLD_SIZE", "1")) // (training.cp * training.sp)
     return training.batch_size * training.accumulate * max(1, processes)
 
@@ -46,7 +46,7 @@ def checked(
     """Refuse what does not go together.
 
     Returns:
-        The settings as the contract sees them, and arguments for distribution.
+        The settings as the check of compatibility sees them, and arguments for distribution.
 
     Raises:
         RunError: names the settings and the way out.
@@ -77,7 +77,7 @@ def checked(
         whole_document_losses=losses.whole_document,
         fully_sharded=is_sharded(training),
     )
-    check_contract(setup)
+    check_compatibility(setup)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     return setup, parallel_arguments(training, started, setup.attention)
 
@@ -113,7 +113,7 @@ def trainer_arguments(
     training: Training,
     gate: Gate,
     parallel: dict[str, Any],
-    feed: Sized,
+    train_dataset: Sized,
     model: Any,
     *,
     output: Path,
@@ -126,7 +126,7 @@ def trainer_arguments(
         training: how long, how fast, on what.
         gate: what chooses the best checkpoint.
         parallel: from `checked`.
-        feed: its rows set the updates where `training.steps` is None.
+        train_dataset: its rows set the updates where `training.steps` is None.
         model: what is trained, adapters in place.
         output: folder for checkpoints.
         evaluated: whether figures are taken.
@@ -137,11 +137,11 @@ def trainer_arguments(
     """
     device = causal_of(model).device.type
     rows = rows_per_update(training)
-    steps = training.steps or max(1, len(feed) // rows)
-    if steps * rows > len(feed):
+    steps = training.steps or max(1, len(train_dataset) // rows)
+    if steps * rows > len(train_dataset):
         raise RunError(
-            f"{steps} updates of {rows} rows need {steps * rows} rows, the feed has {len(feed)}: "
-            f"make it with rows={steps * rows}."
+            f"{steps} updates of {rows} rows need {steps * rows} rows, train_dataset has "
+            f"{len(train_dataset)}: make it with rows={steps * rows}."
         )
     whole = {p.dtype for p in model.parameters() if p.requires_grad}
     if whole & {torch.bfloat16, torch.float16}:

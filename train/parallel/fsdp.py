@@ -1,7 +1,7 @@
 """Weights shared between processes (FSDP2): what accelerate is told, and the model whole again.
 
     arguments = TrainingArguments(…, **parallel_arguments(training, processes))
-    empty = hollow(model)                          # before it is cut into pieces
+    empty = meta_copy(model)                          # before it is cut into pieces
     …                                              # train
     whole = gathered(trainer.accelerator, model, empty)
 
@@ -23,7 +23,7 @@ from longctx.errors import RunError
 from ..config import Training
 from .ulysses import ulysses_arguments
 
-__all__ = ["gathered", "hollow", "is_sharded", "parallel_arguments", "plugin_arguments"]
+__all__ = ["gathered", "is_sharded", "meta_copy", "parallel_arguments", "plugin_arguments"]
 
 
 def is_sharded(training: Training) -> bool:
@@ -95,7 +95,7 @@ def plugin_arguments(training: Training, *, half: bool) -> dict[str, Any]:
     }
 
 
-def hollow(model: Any) -> Any:
+def meta_copy(model: Any) -> Any:
     """A copy of `model`, adapters and patch included, whose weights have shapes and no memory."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -105,9 +105,9 @@ def hollow(model: Any) -> Any:
 
 
 def gathered(accelerator: Accelerator, model: Any, empty: Any) -> Any:
-    """Put the weights of a sharded model into a hollow copy, on the CPU of the first process.
+    """Put the weights of a sharded model into its meta copy, on the CPU of the first process.
 
-    Every process takes part; in the others the copy stays hollow.
+    Every process takes part; in the others the copy stays on meta.
     """
     weights: Any = accelerator.get_state_dict(model)
     if not accelerator.is_main_process:

@@ -25,7 +25,7 @@ import longctx
 from longctx.errors import RunError
 from longctx.train.config import Gate, Training
 from longctx.train.data.collate import Collator
-from longctx.train.data.sampling import Feed
+from longctx.train.data.sampling import TrainDataset
 from longctx.train.data.tokenize import IGNORED
 from longctx.train.engine.export import difference, probe
 from longctx.train.engine.finetune import Finetuned, finetune
@@ -36,7 +36,7 @@ from longctx.train.loss.sequence_unlikelihood import SequenceUnlikelihood
 STEPS = Training(steps=6, batch_size=2, learning_rate=1e-3, warmup=1, save_every=2)
 
 
-class Noise(Feed):
+class Noise(TrainDataset):
     """Packed rows of random tokens, each by its number."""
 
     def __init__(
@@ -64,11 +64,11 @@ def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def train(
-    output: Path, training: Training = STEPS, feed: Feed | None = None, **rest: Any
+    output: Path, training: Training = STEPS, train_dataset: TrainDataset | None = None, **rest: Any
 ) -> Finetuned:
     model, tokenizer = loaded()
     return finetune(
-        model, tokenizer, feed or Noise(), training, output=output, progress=False, **rest
+        model, tokenizer, train_dataset or Noise(), training, output=output, progress=False, **rest
     )
 
 
@@ -102,9 +102,9 @@ def test_what_is_saved_serves_in_plain_transformers(whole: tuple[Path, Finetuned
 def test_the_first_loss_is_that_of_its_rows_alone(whole: tuple[Path, Finetuned]) -> None:
     """Packed documents, divided by all supervised tokens: against one call for each document."""
     model: Any = loaded()[0]
-    feed = Noise()
+    train_dataset = Noise()
     nats, count = 0.0, 0
-    for row in (feed[0], feed[1]):
+    for row in (train_dataset[0], train_dataset[1]):
         start = 0
         for length in row["seq_lengths"]:
             ids = torch.tensor(row["input_ids"][start : start + length])[None]
@@ -158,7 +158,9 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one_bit_for_bit(
 ) -> None:
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        train(path, feed=Noise(last=7))  # in the fourth update; the last checkpoint is the second's
+        train(
+            path, train_dataset=Noise(last=7)
+        )  # in the fourth update; the last checkpoint is the second's
     # As kills while writing would leave it: a checkpoint, the model, and before it was looked at.
     for left in ("checkpoints/checkpoint-3", ".model-unchecked-x", "model-unchecked"):
         (path / left).mkdir()
@@ -188,7 +190,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(
             def __getitem__(self, index):
                 time.sleep(0.2)
                 return super().__getitem__(index)
-        train(Path({str(path)!r}), feed=Slow())
+        train(Path({str(path)!r}), train_dataset=Slow())
         """
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
@@ -210,7 +212,7 @@ def test_a_folder_is_never_taken_twice(whole: tuple[Path, Finetuned], tmp_path: 
             train(whole[0], resume=resume)
     begun = tmp_path / "begun"
     with pytest.raises(KeyboardInterrupt):
-        train(begun, feed=Noise(last=7))
+        train(begun, train_dataset=Noise(last=7))
     with pytest.raises(RunError, match="holds a run already: pass resume"):
         train(begun)
     with pytest.raises(RunError, match=r"another run \(seed: 0 there, 5 here\): ask"):
@@ -283,7 +285,7 @@ def test_positions_beyond_the_window_are_refused(tmp_path: Path) -> None:
 
 
 def test_more_updates_than_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"7 updates of 2 rows need 14 rows, the feed has 12"):
+    with pytest.raises(RunError, match=r"7 updates of 2 rows need 14 rows, train_dataset has 12"):
         train(tmp_path / "run", replace(STEPS, steps=7))
     # Nothing was begun, so the folder takes the run that was meant.
     assert train(tmp_path / "run", replace(STEPS, steps=1)).updates == 1

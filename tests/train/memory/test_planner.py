@@ -22,10 +22,10 @@ from longctx.train.engine.lora import Lora, add_lora
 from longctx.train.engine.packed_attention import packed_attention
 from longctx.train.memory.activations import outside, saved
 from longctx.train.memory.advice import advise
-from longctx.train.memory.model_spec import Anatomy
+from longctx.train.memory.model_spec import ModelSpec
 from longctx.train.memory.plan_settings import PlanSettings
 from longctx.train.memory.planner import plan
-from longctx.train.memory.timeline import regime_of
+from longctx.train.memory.timeline import precision_policy_of
 
 from ...families import build
 
@@ -89,12 +89,12 @@ def kept(model: Any, *, packed: bool = False, autocast: bool = False) -> int:
 
 def counted(model: Any, settings: PlanSettings) -> float:
     """The same by the planner's formulas."""
-    anatomy = Anatomy.of(model)
-    regime = regime_of(anatomy, settings)
-    total = TOKENS * (anatomy.layers * saved(anatomy, regime) + outside(anatomy, regime))
-    matrices = sum(x.weights for x in anatomy.linears)
-    if regime.half and not regime.rank:  # autocast's copies of the matrices are saved too
-        total += 2 * anatomy.layers * matrices
+    spec = ModelSpec.of(model)
+    policy = precision_policy_of(spec, settings)
+    total = TOKENS * (spec.layers * saved(spec, policy) + outside(spec, policy))
+    matrices = sum(x.weights for x in spec.linears)
+    if policy.half and not policy.rank:  # autocast's copies of the matrices are saved too
+        total += 2 * spec.layers * matrices
     return total
 
 
@@ -140,7 +140,7 @@ def test_other_families_keep_about_as_much(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "phi3", "olmo2"])
 def test_parameters_are_counted_without_weights(family: str) -> None:
     model = build(family)
-    assert Anatomy.of(model.config).parameters == sum(p.numel() for p in model.parameters())
+    assert ModelSpec.of(model.config).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_predictions_are_within_a_fifth_of_measured_peaks() -> None:
@@ -158,7 +158,7 @@ def test_predictions_are_within_a_fifth_of_measured_peaks() -> None:
 
 def test_states_of_full_training_take_16_bytes_per_parameter() -> None:
     """As Rajbhandari et al. 2020 (ZeRO, section 3.1) count, with masters in place of two copies."""
-    update = plan(LLAMA_7B, PlanSettings(max_length=16, optimizer="adamw_torch_fused")).moments[-1]
+    update = plan(LLAMA_7B, PlanSettings(max_length=16, optimizer="adamw_torch_fused")).timeline[-1]
     assert update.total * 2**30 == pytest.approx(16 * 6_738_415_616, rel=1e-9)
 
 
@@ -166,14 +166,14 @@ def test_sharding_divides_what_is_held() -> None:
     one = plan(LLAMA_7B, PlanSettings(max_length=4096, gpus=8))
     eight = plan(LLAMA_7B, PlanSettings(max_length=4096, gpus=8, dp_shard=8))
     assert eight.peak.weights == pytest.approx(one.peak.weights / 8)
-    assert eight.moments[-1].gradients == pytest.approx(one.moments[-1].gradients / 2 / 8)
+    assert eight.timeline[-1].gradients == pytest.approx(one.timeline[-1].gradients / 2 / 8)
 
 
 def test_exchanging_heads_shares_the_states_and_nothing_else() -> None:
     """Over all 8 processes, with the weights that they belong to once more."""
     full: dict[str, Any] = {"max_length": 4096, "gpus": 8, "pack": False}
     one, shared = (plan(LLAMA_7B, PlanSettings(**full, sp=sp)) for sp in (1, 4))
-    first, own = shared.moments[0], one.moments[0]
+    first, own = shared.timeline[0], one.timeline[0]
     assert first.weights == own.weights
     assert first.optimizer == pytest.approx((own.optimizer + own.weights) / 8)
     assert shared.total < one.total

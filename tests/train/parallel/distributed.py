@@ -175,7 +175,7 @@ class Case:
         """Of an update, over all processes and one forward pass."""
         return self.processes // (self.training.cp * self.training.sp)
 
-    def feed(self, last: int = 999) -> Noise:
+    def dataset(self, last: int = 999) -> Noise:
         """Rows; documents of their own are padded under context parallel."""
         make = Kinds if self.kinds else Noise
         return make(20, (40, 24) if self.packed else (62,), last)
@@ -198,7 +198,7 @@ class Case:
         done = finetune(
             model,
             tokenizer,
-            self.feed(last),
+            self.dataset(last),
             training,
             output=output,
             packed=self.packed,
