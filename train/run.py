@@ -1,6 +1,6 @@
 """A recipe with data and a folder: from a loaded model to one that serves, in one call.
 
-    run = Run(LONGCHAT_16K, data=("chats.json",), output=Path("runs/x"))
+    run = Run(LONGCHAT_16K, data=("chats.json",), output_dir=Path("runs/x"))
     run.extend(model)
     done = run.start(model, tokenizer)
 
@@ -53,7 +53,7 @@ class Run:
     recipe: Recipe
     data: tuple[str, ...]
     """Sources that `data.prepare.prepare` reads, one after the other."""
-    output: Path
+    output_dir: Path
     """Folder of the run."""
     template: str | None = None
     """Chat template; see `TokenizeSettings`."""
@@ -133,9 +133,9 @@ class Run:
         recipe = self.recipe
         choices: dict[str, Any] = {"packed": recipe.pack, "shifted": recipe.shifted}
         gate = gate or Gate()
-        RunFolder.refuse(self.output, resume=resume)
+        RunFolder.refuse(self.output_dir, resume=resume)
         if recipe.lora is not None:
-            recipe.lora.targets_in(model)
+            recipe.lora.target_modules_in(model)
         if recipe.shifted:
             extend(model, "shifted").remove()
         checked(model, recipe.training, gate, recipe.losses, evaluated=evaluated, **choices)
@@ -171,7 +171,7 @@ class Run:
             tokenizer,
             plan.train_dataset,
             self.recipe.training,
-            output=self.output,
+            output_dir=self.output_dir,
             positions=plan.positions,
             losses=self.recipe.losses,
             lora=self.recipe.lora,
@@ -228,13 +228,13 @@ class TrainingPlan:
         tokens = sum(dataset["length"])
         if not recipe.drawn:
             whole = pack(dataset, recipe.row_tokens) if recipe.pack else dataset
-            updates = training.steps or math.ceil(training.epochs * len(whole) / rows)
+            updates = training.max_steps or math.ceil(training.epochs * len(whole) / rows)
             train_dataset: TrainDataset = Epochs(whole, updates * rows, seed=training.seed)
             room = len(whole) * recipe.row_tokens
             about = f"{len(whole):,} rows a pass, {tokens / room:.0%} full"
             return cls(train_dataset, recipe.policy(updates), updates, rows, about, record)
         row = recipe.max_length * (1 - recipe.retrieval)
-        updates = training.steps or math.ceil(training.epochs * tokens / row / rows)
+        updates = training.max_steps or math.ceil(training.epochs * tokens / row / rows)
         policy = recipe.policy(updates)
         bos = bos_of(tokenizer)
         shares = [

@@ -65,7 +65,7 @@ def test_windows_on_long_positions_cost_rows_of_a_window(tmp_path: Path) -> None
 def test_passes_and_updates_follow_from_each_other(tmp_path: Path) -> None:
     twice = replace(LONGCHAT_16K, max_length=512, training=Training(epochs=1.5, batch_size=2))
     assert planned(tmp_path, twice, [70] * 20)[0].updates == 15
-    given = replace(twice, training=Training(steps=4, batch_size=2))
+    given = replace(twice, training=Training(max_steps=4, batch_size=2))
     assert len(planned(tmp_path, given, [70] * 20)[0].train_dataset) == 8
     drawn = replace(twice, retrieval=0.5, training=Training(batch_size=2))
     found, dataset = planned(tmp_path, drawn, [70] * 20)
@@ -76,7 +76,11 @@ def test_a_bos_is_kept_in_front_only_where_the_tokenizer_puts_one(tmp_path: Path
     tokenizer: Any = longctx.load("demo")[1]
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     recipe = replace(
-        LONGCHAT_16K, positions="schedule", window=64, max_length=512, training=Training(steps=4)
+        LONGCHAT_16K,
+        positions="schedule",
+        window=64,
+        max_length=512,
+        training=Training(max_steps=4),
     )
     starts: list[set[bool]] = []
     for puts_one in (True, False):

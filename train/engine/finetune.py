@@ -2,7 +2,7 @@
 
     longctx.extend(model, "linear", factor=8)
     train_dataset = Epochs(pack(prepare("chats.json", tokenizer).dataset, 16_384), rows=1_000)
-    done = finetune(model, tokenizer, train_dataset, Training(steps=500), output="runs/x")
+    done = finetune(model, tokenizer, train_dataset, Training(max_steps=500), output_dir="runs/x")
     done.model, done.saved.message, done.after
 
 The engine is transformers' Trainer (`trainer.py`). An interrupted run goes on with `resume=True`
@@ -86,7 +86,7 @@ def finetune(
     train_dataset: TrainDataset,
     training: Training | None = None,
     *,
-    output: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
     positions: Positions | None = None,
     losses: Losses | None = None,
     lora: Lora | None = None,
@@ -104,9 +104,9 @@ def finetune(
         model: patched; trained in place. FSDP leaves it in pieces, and a whole copy comes back.
         tokenizer: saved beside it.
         train_dataset: the rows (`data/sampling.py`), whose number with batch size and accumulation
-            gives the updates where `training.steps` is None.
+            gives the updates where `training.max_steps` is None.
         training: how long and how fast.
-        output: folder of the run (`run_folder.py`).
+        output_dir: folder of the run (`run_folder.py`).
         positions: where the tokens of each document stand.
         losses: what is minimised.
         lora: train adapters (and embeddings and norms, if so asked) instead of all weights.
@@ -114,7 +114,7 @@ def finetune(
         shifted: S²-Attn (`patches/shifted.py`) while it trains; the saved model attends to all.
         evaluate: figures of the model, before, after and every `training.evaluate_every` updates.
         gate: which of them may stop the run, and which chooses the best checkpoint.
-        resume: go on with the run in `output`, if there is one.
+        resume: go on with the run in `output_dir`, if there is one.
         record: further settings that make the run what it is, to be compared on resume.
         progress: show how it goes on stderr.
 
@@ -133,7 +133,7 @@ def finetune(
     # Joins the other processes: what the first one begins, the others find there.
     with state.main_process_first():
         folder = RunFolder.open(
-            Path(output),
+            Path(output_dir),
             {
                 "model": model.name_or_path,
                 "weights": model_digest(model),
@@ -174,7 +174,7 @@ def finetune(
                 parallel,
                 train_dataset,
                 trained,
-                output=folder.checkpoints,
+                output_dir=folder.checkpoints,
                 evaluated=evaluated,
                 resumed=last is not None,
             ),

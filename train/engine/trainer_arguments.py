@@ -30,7 +30,7 @@ _SCHEDULES = {"constant": "constant_with_warmup"}  # transformers' own "constant
 def rows_per_update(training: Training) -> int:
     """Rows of the training data that an update takes, over all processes that were started."""
     processes = int(os.environ.get("WORLD_SIZE", "1")) // (training.cp * training.sp)
-    return training.batch_size * training.accumulate * max(1, processes)
+    return training.batch_size * training.gradient_accumulation_steps * max(1, processes)
 
 
 def checked(
@@ -116,7 +116,7 @@ def trainer_arguments(
     train_dataset: Sized,
     model: Any,
     *,
-    output: Path,
+    output_dir: Path,
     evaluated: bool,
     resumed: bool,
 ) -> TrainingArguments:
@@ -126,9 +126,9 @@ def trainer_arguments(
         training: how long, how fast, on what.
         gate: what chooses the best checkpoint.
         parallel: from `checked`.
-        train_dataset: its rows set the updates where `training.steps` is None.
+        train_dataset: its rows set the updates where `training.max_steps` is None.
         model: what is trained, adapters in place.
-        output: folder for checkpoints.
+        output_dir: folder for checkpoints.
         evaluated: whether figures are taken.
         resumed: whether there is a checkpoint, and so figures from before training.
 
@@ -137,7 +137,7 @@ def trainer_arguments(
     """
     device = causal_of(model).device.type
     rows = rows_per_update(training)
-    steps = training.steps or max(1, len(train_dataset) // rows)
+    steps = training.max_steps or max(1, len(train_dataset) // rows)
     if steps * rows > len(train_dataset):
         raise RunError(
             f"{steps} updates of {rows} rows need {steps * rows} rows, train_dataset has "
@@ -154,10 +154,10 @@ def trainer_arguments(
     best = f"eval_{gate.best}" if gate.best else None
     every = training.evaluate_every
     settings: dict[str, Any] = dict(
-        output_dir=str(output),
+        output_dir=str(output_dir),
         max_steps=steps,
         per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.accumulate,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         warmup_steps=training.warmup,
         lr_scheduler_type=_SCHEDULES.get(training.schedule, training.schedule),
@@ -168,7 +168,7 @@ def trainer_arguments(
         use_cpu=device == "cpu",
         seed=training.seed,
         save_steps=training.save_every if best is None else every or training.save_every,
-        save_total_limit=training.keep,
+        save_total_limit=training.save_total_limit,
         eval_on_start=evaluated and not resumed,
         eval_strategy="steps" if evaluated and every else "no",
         eval_steps=every,

@@ -236,5 +236,5 @@ def _unknown(model_type: str, what: str) -> ModelError:
     return ModelError(
         f"model type {model_type!r} has {what}, whose memory this planner does not know: expected "
         "equal layers with a gated MLP (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo-2). Run "
-        "one update (--steps 1) and look at the peak."
+        "one update (--max-steps 1) and look at the peak."
     )

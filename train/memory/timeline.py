@@ -98,12 +98,14 @@ def adapted_by(spec: ModelSpec, settings: PlanSettings) -> tuple[str, ...]:
         RunError: there are no such layers.
     """
     names = {x.name: x.block for x in spec.linears}
-    if settings.lora_rank and not {*names} >= {*settings.lora_targets}:
+    if settings.lora_r and not {*names} >= {*settings.lora_target_modules}:
         raise RunError(
-            f"lora_targets={settings.lora_targets}: expected linear layers of {spec.name}, "
-            f"which has {', '.join(sorted(names))}."
+            f"lora_target_modules={settings.lora_target_modules}: expected linear layers of "
+            f"{spec.name}, which has {', '.join(sorted(names))}."
         )
-    return settings.lora_targets or tuple(n for n, block in names.items() if block == "attention")
+    return settings.lora_target_modules or tuple(
+        n for n, block in names.items() if block == "attention"
+    )
 
 
 def precision_policy_of(spec: ModelSpec, settings: PlanSettings) -> PrecisionPolicy:
@@ -113,14 +115,14 @@ def precision_policy_of(spec: ModelSpec, settings: PlanSettings) -> PrecisionPol
         RunError: adapters on layers that there are not.
     """
     targets = adapted_by(spec, settings)
-    lora, sharded = settings.lora_rank > 0, settings.dp_shard * settings.cp > 1
+    lora, sharded = settings.lora_r > 0, settings.dp_shard * settings.cp > 1
     compute = 2 if settings.dtype == "bfloat16" else FLOAT
     return PrecisionPolicy(
         compute=compute,
         # FSDP hands float32 weights out in half precision, embeddings and norms among them.
         stream=compute if sharded or settings.half_base else FLOAT,
         casts=compute < FLOAT and not sharded,
-        rank=settings.lora_rank,
+        rank=settings.lora_r,
         targets=targets,
         norms=settings.norms or not lora,
         head=not lora or (settings.embeddings and not spec.head),
@@ -139,7 +141,7 @@ def timeline_of(spec: ModelSpec, settings: PlanSettings) -> tuple[Moment, ...]:
     shards, tokens = s.dp_shard * s.cp, s.batch_size * math.ceil(s.max_length / (s.cp * s.sp))
     sharded = shards > 1
 
-    frozen = a.parameters if s.lora_rank else 0
+    frozen = a.parameters if s.lora_r else 0
     held = policy.compute if s.half_base else FLOAT
     weights = (held * frozen + FLOAT * trained.all) / shards
     states = rule.state * (trained.all - trained.embedding) + rule.embedding * trained.embedding
@@ -153,7 +155,7 @@ def timeline_of(spec: ModelSpec, settings: PlanSettings) -> tuple[Moment, ...]:
         update = rule.largest * trained.largest
 
     every_copy, one_copy, root_copy = 0.0, 0.0, 0.0
-    gradient = (policy.compute + FLOAT) * (not s.lora_rank)  # of what is gathered, before it is cut
+    gradient = (policy.compute + FLOAT) * (not s.lora_r)  # of what is gathered, before it is cut
     if sharded:
         root = a.embedding + a.head + a.rest
         every_copy = policy.compute * (root + 2 * a.layer)
@@ -166,18 +168,18 @@ def timeline_of(spec: ModelSpec, settings: PlanSettings) -> tuple[Moment, ...]:
     tied = a.head == 0
     gradients = FLOAT * trained.all / shards
     embedding = FLOAT * trained.embedding / shards
-    own_layer = FLOAT * a.layer * (not s.lora_rank) / shards
+    own_layer = FLOAT * a.layer * (not s.lora_r) / shards
     of_head = (policy.compute if sharded else FLOAT) * a.vocabulary * a.hidden * policy.head
     buckets = FLOAT * trained.all if s.gpus > shards * s.sp and not sharded else 0.0
-    waiting = buckets + (gradients if s.accumulate > 1 else 0.0)
+    waiting = buckets + (gradients if s.gradient_accumulation_steps > 1 else 0.0)
     # The gradient of a head that is tied to the embedding waits to be added to the other's.
-    done = buckets + gradients + (of_head if s.accumulate > 1 and tied else 0.0)
+    done = buckets + gradients + (of_head if s.gradient_accumulation_steps > 1 and tied else 0.0)
 
     row = policy.stream * a.hidden * tokens  # hidden states between two layers
     one = saved(a, policy) * tokens
     rest = outside(a, policy) * tokens
-    keeps = s.checkpointing == "none"
-    away = s.checkpointing == "offload" and s.device == "cuda"
+    keeps = s.gradient_checkpointing == "none"
+    away = s.gradient_checkpointing == "offload" and s.device == "cuda"
     # A norm keeps a float32 input as it is: made again, a layer shares its input with what waited.
     again = 0.0 if keeps else one - (row if policy.stream == FLOAT else 0)
     first = one if keeps else row
@@ -223,10 +225,10 @@ def timeline_of(spec: ModelSpec, settings: PlanSettings) -> tuple[Moment, ...]:
 
 
 def _trained(spec: ModelSpec, settings: PlanSettings) -> _Trained:
-    if not settings.lora_rank:
+    if not settings.lora_r:
         return _Trained(spec.parameters, spec.embedding, spec.largest)
     adapted = [x for x in spec.linears if x.name in adapted_by(spec, settings)]
-    rank = settings.lora_rank
+    rank = settings.lora_r
     adapters = spec.layers * sum(rank * (x.inputs + x.outputs) for x in adapted)
     embedding = spec.embedding * settings.embeddings
     norms = spec.norm_parameters * settings.norms

@@ -46,9 +46,9 @@ def parallel_arguments(training: Training, processes: int, attention: str) -> di
 
     if not is_sharded(training):
         arguments = ulysses_arguments(training, processes, attention) if training.sp > 1 else {}
-        if training.checkpointing == "none":
+        if training.gradient_checkpointing == "none":
             return arguments
-        offload = {"offload": True} if training.checkpointing == "offload" else {}
+        offload = {"offload": True} if training.gradient_checkpointing == "offload" else {}
         return arguments | {
             "activation_checkpointing": True,
             "activation_checkpointing_kwargs": {"use_reentrant": False, **offload},
@@ -75,7 +75,7 @@ def parallel_arguments(training: Training, processes: int, attention: str) -> di
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             # Each process writes its own piece of a checkpoint: no process need hold the whole.
             "state_dict_type": "SHARDED_STATE_DICT",
-            "activation_checkpointing": training.checkpointing != "none",
+            "activation_checkpointing": training.gradient_checkpointing != "none",
         },
     }
 
@@ -90,7 +90,7 @@ def plugin_arguments(training: Training, *, half: bool) -> dict[str, Any]:
     # accelerate's own policy adds gradients up in bfloat16, and rounds the loss to it.
     floats = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
     return {
-        "activation_checkpointing_offload": training.checkpointing == "offload",
+        "activation_checkpointing_offload": training.gradient_checkpointing == "offload",
         "mixed_precision_policy": floats if half else None,
     }
 
