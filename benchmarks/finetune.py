@@ -173,7 +173,7 @@ def main() -> None:
         "Fine-tuning: the embedded model to 2,048 tokens",
         "python -m benchmarks.finetune MANUAL",
         rows,
-        f"{EMBEDDED.training.steps} updates of 4,096 tokens: {EMBEDDED.retrieval:.0%} of the "
+        f"{EMBEDDED.training.max_steps} updates of 4,096 tokens: {EMBEDDED.retrieval:.0%} of the "
         "training hides keys of the training split in text of the training documents, the rest is "
         "that text and synthetic conversations. Perplexity on the ten held-out documents of "
         "Python's manual, passkeys in filler sentences and in that text. ΔNLL (nats per token, "

@@ -67,15 +67,18 @@ class Case:
 
     size: Size
     tokens: int
-    checkpointing: str = "none"
+    gradient_checkpointing: str = "none"
     lora: bool = False
     loss: str = "chunked"
     optimizer: str = "adamw_torch"
 
     def plan(self) -> MemoryPlan:
         """What is predicted for it."""
-        settings: dict[str, Any] = {"checkpointing": self.checkpointing, "loss": self.loss}
-        settings |= {"lora_rank": RANK * self.lora, "optimizer": self.optimizer}
+        settings: dict[str, Any] = {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "loss": self.loss,
+        }
+        settings |= {"lora_r": RANK * self.lora, "optimizer": self.optimizer}
         settings |= {"device": "cpu", "dtype": "float32", "pack": False}
         return plan(self.size.config, PlanSettings(max_length=self.tokens, **settings))
 
@@ -99,9 +102,9 @@ def train(case: Case) -> None:
     """Build a model and update it."""
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(case.size.config)
-    whole: Any = add_lora(model, Lora(rank=RANK)) if case.lora else model
+    whole: Any = add_lora(model, Lora(r=RANK)) if case.lora else model
     whole.train()
-    if case.checkpointing != "none":
+    if case.gradient_checkpointing != "none":
         checkpoint_activations(model, {"use_reentrant": False})
     trained = [p for p in whole.parameters() if p.requires_grad]
     adam = case.optimizer == "adamw_torch"
@@ -154,7 +157,7 @@ def _row(case: Case) -> dict[str, str]:
     row = {
         "model": NAMES[case.size],
         "tokens": f"{case.tokens}",
-        "activations": "kept" if case.checkpointing == "none" else "made again",
+        "activations": "kept" if case.gradient_checkpointing == "none" else "made again",
         "trained": "LoRA" if case.lora else "all",
         "loss": case.loss,
         "optimizer": "AdamW" if case.optimizer == "adamw_torch" else "SGD",

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 
 from longctx.errors import RunError
 
-__all__ = ["Checkpointing", "Gate", "Schedule", "Training"]
+__all__ = ["Gate", "GradientCheckpointing", "Schedule", "Training"]
 
-Checkpointing = Literal["none", "layers", "offload"]
+GradientCheckpointing = Literal["none", "layers", "offload"]
 Schedule = Literal["cosine", "linear", "constant"]
 
 
@@ -18,13 +18,13 @@ Schedule = Literal["cosine", "linear", "constant"]
 class Training:
     """How long, how fast and on what machines."""
 
-    steps: int | None = None
+    max_steps: int | None = None
     """Updates; None for as many as the epochs take."""
     epochs: float = 1.0
-    """Passes over the data, where no steps are given."""
+    """Passes over the data, where no `max_steps` are given."""
     batch_size: int = 1
     """Rows per process and forward pass."""
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """Forward passes per update."""
     learning_rate: float = 2e-5
     """Peak."""
@@ -41,14 +41,14 @@ class Training:
     """Gradients are scaled down to this norm; 0 for never."""
     optimizer: str = "adamw_torch"
     """Any name that transformers' `optim` takes: adamw_torch, adamw_8bit, sgd, …"""
-    checkpointing: Checkpointing = "none"
+    gradient_checkpointing: GradientCheckpointing = "none"
     """Activations are kept ("none"), made again layer by layer in backward ("layers"), with the
     layers' inputs waiting in the CPU's memory ("offload")."""
     seed: int = 0
     """Chooses the order of rows, drawn positions and adapters' first weights."""
     save_every: int = 100
     """Updates between two checkpoints that a run can be resumed from."""
-    keep: int = 2
+    save_total_limit: int = 2
     """Checkpoints kept, 2 or more: one survives while the next is being written."""
     evaluate_every: int | None = None
     """Updates between evaluations; None for before and after only."""
@@ -64,9 +64,9 @@ class Training:
     def __post_init__(self) -> None:
         least = {
             "batch_size": 1,
-            "accumulate": 1,
+            "gradient_accumulation_steps": 1,
             "save_every": 1,
-            "keep": 2,
+            "save_total_limit": 2,
             "dp_shard": 1,
             "cp": 1,
             "sp": 1,
@@ -75,7 +75,7 @@ class Training:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise RunError(f"{name}={getattr(self, name)}: expected {low} or more.")
-        for name in ("steps", "evaluate_every"):
+        for name in ("max_steps", "evaluate_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RunError(f"{name}={getattr(self, name)}: expected 1 or more, or none.")
         for name in ("learning_rate", "epochs"):
@@ -89,7 +89,10 @@ class Training:
                 f"beta2={self.beta2}, seed={self.seed}: expected a share below 1, and a whole "
                 "number from 0 to 2³² − 1."
             )
-        for name, known in (("checkpointing", Checkpointing), ("schedule", Schedule)):
+        for name, known in (
+            ("gradient_checkpointing", GradientCheckpointing),
+            ("schedule", Schedule),
+        ):
             if getattr(self, name) not in get_args(known):
                 raise RunError(
                     f"{name}={getattr(self, name)!r}: expected {', '.join(get_args(known))}."
@@ -97,7 +100,7 @@ class Training:
 
     def record(self) -> dict[str, Any]:
         """What makes a run another one, if it changes: not where it is told, kept or recomputed."""
-        apart = ("save_every", "keep", "report_to", "checkpointing")
+        apart = ("save_every", "save_total_limit", "report_to", "gradient_checkpointing")
         return {name: value for name, value in asdict(self).items() if name not in apart}
 
 

@@ -7,7 +7,7 @@ document itself: packed or alone, in this run or in a resumed one, a document st
 
 transformers takes positions that jump, in a call without a mask, for packed documents and hides
 every document from the next (logits off by 4.7). A batch with such positions must carry
-`document_ids`, from which the mask is made; `batch.check_batch` refuses it otherwise.
+`document_ids`, from which the mask is made; `collate.check_batch` refuses it otherwise.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ways to fine-tune for a longer window, as typed settings that `run.Run` carries out.
 
     dataclasses.replace(LONGCHAT_16K, method="yarn:8")              # any of its settings changed
-    longctx train MODEL --recipe longchat --data chats.json --output runs/x
+    longctx train MODEL --recipe longchat --data chats.json --output-dir runs/x
 
 Figures of a paper are in the recipe where the paper names them; the rest is said to be ours.
 """
@@ -43,7 +43,7 @@ class Recipe:
     max_length: int = 16_384
     """The length that is learnt, and the tokens of a row (`row_tokens`)."""
     overflow: Overflow = "continue"
-    """What becomes of longer conversations; see `encode.Settings`."""
+    """What becomes of longer conversations; see `TokenizeSettings`."""
     positions: Policy = "full"
     """Every document at its full length; lengths that double from `window` to `max_length`
     (schedule), the shorter on positions up to there (schedule-pose); or windows of `window` tokens
@@ -124,7 +124,7 @@ short window costs.
 Source: Zhu et al. 2023, PoSE (arXiv:2309.10400), section 4.1."""
 
 LONGLORA = Recipe(
-    lora=Lora(rank=8, alpha=16, embeddings=True, norms=True),
+    lora=Lora(r=8, alpha=16, embeddings=True, norms=True),
     shifted=True,
     pack=False,
     training=Training(learning_rate=2e-5, warmup=20, schedule="constant"),
@@ -149,7 +149,7 @@ EMBEDDED = Recipe(
     window=64,
     retrieval=0.4,
     training=Training(
-        steps=1_000,
+        max_steps=1_000,
         batch_size=2,
         learning_rate=1.2e-3,
         schedule="linear",

@@ -1,6 +1,6 @@
 """A recipe with data and a folder: from a loaded model to one that serves, in one call.
 
-    run = Run(LONGCHAT_16K, data=("chats.json",), output=Path("runs/x"))
+    run = Run(LONGCHAT_16K, data=("chats.json",), output_dir=Path("runs/x"))
     run.extend(model)
     done = run.start(model, tokenizer)
 
@@ -29,12 +29,12 @@ from .data.chat_template import chat_template
 from .data.collate import pack
 from .data.passkeys import Passkeys, training_text
 from .data.prepare import Prepared, prepare
-from .data.sampling import Epochs, Feed, Mixture, Rows, Share
-from .data.tokenize import Settings
+from .data.sampling import DocumentSource, Epochs, Mixture, MixtureWeight, TrainDataset
+from .data.tokenize import TokenizeSettings
 from .engine.finetune import Finetuned, finetune
 from .engine.run_folder import RunFolder
 from .engine.trainer_arguments import checked, rows_per_update
-from .parallel.compatibility import reach
+from .parallel.compatibility import trainable_window
 from .positions import Positions
 from .recipes import Recipe
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from .engine.trainer import Evaluate
 
-__all__ = ["Run", "Work"]
+__all__ = ["Run", "TrainingPlan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class Run:
 
     recipe: Recipe
     data: tuple[str, ...]
-    """Sources that `data.prepare` reads, one after the other."""
-    output: Path
+    """Sources that `data.prepare.prepare` reads, one after the other."""
+    output_dir: Path
     """Folder of the run."""
     template: str | None = None
-    """Chat template; see `encode.Settings`."""
+    """Chat template; see `TokenizeSettings`."""
     strict: bool = False
     """Refuse conversations out of order instead of tidying them."""
     salvage: bool = False
@@ -72,7 +72,7 @@ class Run:
         Raises:
             DataError: what cannot be read or understood.
         """
-        settings = Settings(
+        settings = TokenizeSettings(
             max_length=self.recipe.document_tokens,
             overflow=self.recipe.overflow,
             template=self.template,
@@ -96,7 +96,7 @@ class Run:
         method = parse_method(self.recipe.method)
         if method is not None:
             extend(model, method, replace=replace)
-        known = reach(model)
+        known = trainable_window(model)
         if known is not None and self.recipe.max_length > known:
             if method is not None and not method.length_invariant:
                 raise RunError(
@@ -110,12 +110,12 @@ class Run:
                 "shorter length."
             )
 
-    def work(self, tokenizer: PreTrainedTokenizerBase, prepared: list[Prepared]) -> Work:
+    def plan(self, tokenizer: PreTrainedTokenizerBase, prepared: list[Prepared]) -> TrainingPlan:
         """What the data come to: rows in their order, and how many updates they are."""
         from datasets import concatenate_datasets
 
         dataset = concatenate_datasets([part.dataset for part in prepared])
-        return Work.of(self.recipe, dataset, tokenizer, self._record(prepared))
+        return TrainingPlan.of(self.recipe, dataset, tokenizer, self._record(prepared))
 
     def check(
         self,
@@ -133,9 +133,9 @@ class Run:
         recipe = self.recipe
         choices: dict[str, Any] = {"packed": recipe.pack, "shifted": recipe.shifted}
         gate = gate or Gate()
-        RunFolder.refuse(self.output, resume=resume)
+        RunFolder.refuse(self.output_dir, resume=resume)
         if recipe.lora is not None:
-            recipe.lora.targets_in(model)
+            recipe.lora.target_modules_in(model)
         if recipe.shifted:
             extend(model, "shifted").remove()
         checked(model, recipe.training, gate, recipe.losses, evaluated=evaluated, **choices)
@@ -144,7 +144,7 @@ class Run:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        work: Work | None = None,
+        plan: TrainingPlan | None = None,
         *,
         evaluate: Evaluate | None = None,
         gate: Gate | None = None,
@@ -156,23 +156,23 @@ class Run:
         Args:
             model: with the method in place (`extend`).
             tokenizer: its tokenizer.
-            work: from `work`, if that was asked for before.
+            plan: from `plan`, if that was asked for before.
             evaluate: figures for before, after and between.
             gate: what they decide.
             resume: go on with a run that is there.
             progress: show how it goes.
         """
-        work = work or self.work(tokenizer, self.prepare(tokenizer))
+        plan = plan or self.plan(tokenizer, self.prepare(tokenizer))
         if self.template is not None:  # it is served with the template that it learns
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.chat_template = chat_template(tokenizer, self.template).source
         return finetune(
             model,
             tokenizer,
-            work.feed,
+            plan.train_dataset,
             self.recipe.training,
-            output=self.output,
-            positions=work.positions,
+            output_dir=self.output_dir,
+            positions=plan.positions,
             losses=self.recipe.losses,
             lora=self.recipe.lora,
             packed=self.recipe.pack,
@@ -180,7 +180,7 @@ class Run:
             evaluate=evaluate,
             gate=gate,
             resume=resume,
-            record=work.record,
+            record=plan.record,
             progress=progress,
         )
 
@@ -199,10 +199,10 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TrainingPlan:
     """Rows in the order in which they are learnt."""
 
-    feed: Feed
+    train_dataset: TrainDataset
     positions: Positions
     updates: int
     rows: int
@@ -219,7 +219,7 @@ class Work:
         dataset: Dataset,
         tokenizer: PreTrainedTokenizerBase,
         record: Mapping[str, Any],
-    ) -> Work:
+    ) -> TrainingPlan:
         """Pack a dataset or draw from it, for as many updates as the recipe says.
 
         Where it says epochs, the last update is filled up from the next pass.
@@ -228,20 +228,24 @@ class Work:
         tokens = sum(dataset["length"])
         if not recipe.drawn:
             whole = pack(dataset, recipe.row_tokens) if recipe.pack else dataset
-            updates = training.steps or math.ceil(training.epochs * len(whole) / rows)
-            feed: Feed = Epochs(whole, updates * rows, seed=training.seed)
+            updates = training.max_steps or math.ceil(training.epochs * len(whole) / rows)
+            train_dataset: TrainDataset = Epochs(whole, updates * rows, seed=training.seed)
             room = len(whole) * recipe.row_tokens
             about = f"{len(whole):,} rows a pass, {tokens / room:.0%} full"
-            return cls(feed, recipe.policy(updates), updates, rows, about, record)
+            return cls(train_dataset, recipe.policy(updates), updates, rows, about, record)
         row = recipe.max_length * (1 - recipe.retrieval)
-        updates = training.steps or math.ceil(training.epochs * tokens / row / rows)
+        updates = training.max_steps or math.ceil(training.epochs * tokens / row / rows)
         policy = recipe.policy(updates)
         bos = bos_of(tokenizer)
-        shares = [Share("data", Rows(dataset, keep=bos[0] if bos else None), 1 - recipe.retrieval)]
+        shares = [
+            MixtureWeight(
+                "data", DocumentSource(dataset, keep=bos[0] if bos else None), 1 - recipe.retrieval
+            )
+        ]
         if recipe.retrieval:
             keys = Passkeys(tokenizer, training_text())
-            shares.append(Share("retrieval", keys, recipe.retrieval))
-        feed = Mixture(
+            shares.append(MixtureWeight("retrieval", keys, recipe.retrieval))
+        train_dataset = Mixture(
             shares,
             rows=updates * rows,
             rows_per_step=rows,
@@ -250,7 +254,7 @@ class Work:
             seed=training.seed,
         )
         about = f"{recipe.max_length:,} tokens each, drawn at the update's length"
-        return cls(feed, policy, updates, rows, about, record)
+        return cls(train_dataset, policy, updates, rows, about, record)
 
     def __str__(self) -> str:
         return f"{self.updates:,} updates of {self.rows:,} rows; {self.about}"

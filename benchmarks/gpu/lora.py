@@ -23,7 +23,7 @@ from transformers.trainer_utils import SaveStrategy
 from longctx.checkpoint import load_tokenizer
 from longctx.train.config import Gate, Training
 from longctx.train.data.collate import Collator
-from longctx.train.data.sampling import Feed
+from longctx.train.data.sampling import TrainDataset
 from longctx.train.engine.lora import Lora, add_lora
 from longctx.train.engine.loss_forward import LossForward
 from longctx.train.engine.trainer import LongTrainer
@@ -62,7 +62,7 @@ SET_UP = 10.0
 """Seconds that a turn takes before and after its updates, about."""
 
 
-class SyntheticRows(Feed):
+class SyntheticRows(TrainDataset):
     """Rows of random token ids, all of them learnt."""
 
     def __init__(self, rows: int, tokens: int) -> None:
@@ -180,17 +180,17 @@ def take_turn(side: Side, layers: int) -> Turn:
 
 
 def train_ours(model: PreTrainedModel, folder: Path) -> tuple[Clock, list[dict[str, Any]]]:
-    """As `longctx train --lora-rank 16 --checkpointing layers` sets it up, without saving."""
+    """As `longctx train --lora-r 16 --gradient-checkpointing layers` sets it up, without saving."""
     clock, rows = Clock(), SyntheticRows(UPDATES, TOKENS)
-    training = Training(steps=UPDATES, checkpointing="layers")
+    training = Training(max_steps=UPDATES, gradient_checkpointing="layers")
     _, parallel = checked(
         model, training, Gate(), Losses(), packed=False, shifted=False, evaluated=False
     )
-    trained: Any = add_lora(model, Lora(rank=RANK))
+    trained: Any = add_lora(model, Lora(r=RANK))
     loss_forward = LossForward.on(trained, Losses(), rows.shares)
     arguments = trainer_arguments(
         *(training, Gate(), parallel, rows, trained),
-        output=folder,
+        output_dir=folder,
         evaluated=False,
         resumed=False,
     )
@@ -253,8 +253,8 @@ def planned(layers: int) -> MemoryPlan:
     """What `longctx plan` says of it."""
     settings = PlanSettings(
         max_length=TOKENS,
-        lora_rank=RANK,
-        checkpointing="layers",
+        lora_r=RANK,
+        gradient_checkpointing="layers",
         pack=False,
         device=DEVICE,
         dtype="bfloat16",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longctx.train.loss.cross_entropy import Kernel
+from longctx.train.loss.cross_entropy import CrossEntropyKernel
 from longctx.train.loss.objective import Losses
 
 from ..loss import plain, step
@@ -33,7 +33,7 @@ def measure(deadline: float) -> None:
     """One row for each kernel that is there."""
     attempts = Attempts(deadline)
     own = "torch's" if hasattr(functional, "linear_cross_entropy") else "longctx's"
-    kernels: list[tuple[str, Kernel]] = [(own, "torch")]
+    kernels: list[tuple[str, CrossEntropyKernel]] = [(own, "torch")]
     if ON_CUDA and importlib.util.find_spec("liger_kernel") is not None:
         kernels.append(("Liger's", "liger"))
     rows = [
@@ -50,11 +50,11 @@ def measure(deadline: float) -> None:
     attempts.check()
 
 
-def _chunked(kernel: Kernel, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _chunked(kernel: CrossEntropyKernel, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return Losses(kernel=kernel)(hidden, weight, labels).total
 
 
-def _compare(kernel: Kernel) -> Sequence[str]:
+def _compare(kernel: CrossEntropyKernel) -> Sequence[str]:
     inputs = _inputs()
     losses: tuple[Callable[..., Tensor], ...] = (plain, partial(_chunked, kernel))
     base, other = (partial(step, loss, *inputs) for loss in losses)

@@ -42,7 +42,7 @@ class Inspect:
 
     def run(self) -> int:
         """Prepare and print."""
-        from longctx.train.data.prepare import Settings, prepare
+        from longctx.train.data.prepare import TokenizeSettings, prepare
         from longctx.train.data.preview import inspect_samples
 
         from ..checkpoint import load_tokenizer
@@ -51,7 +51,7 @@ class Inspect:
         if self.count < 1:
             raise RunError(f"--count {self.count}: expected 1 or more samples.")
         tokenizer = load_tokenizer(self.model)
-        settings = Settings(self.max_length, self.overflow, self.template, self.strict)
+        settings = TokenizeSettings(self.max_length, self.overflow, self.template, self.strict)
         options: dict[str, Any] = {"salvage": self.salvage, "split": self.split}
         prepared = prepare(self.data, tokenizer, settings, **options)
         print(prepared.report)

@@ -20,9 +20,9 @@ class Plan:
 
     Examples:
         longctx plan meta-llama/Llama-3.1-8B --max-length 16384 --gpus 8 --memory 80
-        longctx plan smollm2 --max-length 16384 --memory 24 --checkpointing layers
+        longctx plan smollm2 --max-length 16384 --memory 24 --gradient-checkpointing layers
         longctx plan mistralai/Mistral-7B-v0.3 --max-length 32768 --memory 48 \
-            --lora-rank 16 --norms --embeddings --checkpointing layers
+            --lora-r 16 --norms --embeddings --gradient-checkpointing layers
         longctx plan demo --max-length 2048 --memory 8 --loss plain
     """
 
@@ -32,7 +32,7 @@ class Plan:
     """Tokens of a row."""
     batch_size: int = 1
     """Rows per process and forward pass."""
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """Forward passes per update."""
     gpus: int = 1
     """Processes, each with a GPU of its own."""
@@ -45,9 +45,9 @@ class Plan:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """What products compute in, as in training by default: bfloat16 on CUDA, float32 on a CPU. Full
     training keeps its weights in float32."""
-    lora_rank: int = 0
+    lora_r: int = 0
     """Train LoRA adapters of this rank; 0 for all weights."""
-    lora_targets: tuple[str, ...] = ()
+    lora_target_modules: tuple[str, ...] = ()
     """Names of the linear layers with adapters; default: those of the attention."""
     norms: bool = False
     """With adapters, train the norms whole."""
@@ -55,7 +55,7 @@ class Plan:
     """With adapters, train the embeddings whole."""
     optimizer: str = "adamw_torch"
     """As transformers' `optim`: adamw_torch, adamw_8bit, sgd, …"""
-    checkpointing: Literal["none", "layers", "offload"] = "none"
+    gradient_checkpointing: Literal["none", "layers", "offload"] = "none"
     """Keep activations, make them again layer by layer, or that with inputs in CPU memory."""
     loss: Literal["chunked", "plain"] = "chunked"
     """As `longctx train` makes it, or with whole logits, as transformers does."""

@@ -28,16 +28,16 @@ _RECIPE = (
     "retrieval",
 )
 _TRAINING = (
-    "steps",
+    "max_steps",
     "epochs",
     "batch_size",
-    "accumulate",
+    "gradient_accumulation_steps",
     "learning_rate",
     "warmup",
     "schedule",
     "weight_decay",
     "optimizer",
-    "checkpointing",
+    "gradient_checkpointing",
     "seed",
     "save_every",
     "evaluate_every",
@@ -56,25 +56,26 @@ class Train:
     S²-Attn), alibi. The same command runs under torchrun or accelerate launch.
 
     Examples:
-        longctx train MODEL --method linear:8 --data chats.json --max-length 16384 --output runs/x
+        longctx train MODEL --method linear:8 --data chats.json --max-length 16384 \
+            --output-dir runs/x
         longctx train smollm2 --recipe yarn-pose --method yarn:2 --window 1024 --data chats.json \
-            --salvage --lora-rank 16 --norms --steps 20 --output runs/pose
+            --salvage --lora-r 16 --norms --max-steps 20 --output-dir runs/pose
         longctx train demo --recipe embedded --data manual sample --template vicuna \
-            --output runs/demo
+            --output-dir runs/demo
         torchrun --standalone --nproc-per-node 8 --no-python longctx train MODEL --dp-shard 8 \
-            --evaluate --data chats.json --output runs/y
+            --evaluate --data chats.json --output-dir runs/y
     """
 
     model: Positional[str]
     """Checkpoint folder, hub id, GGUF file, or "demo"."""
     data: tuple[str, ...]
     """Conversations or texts: files, folders, hub ids; "sample" and "manual" ship with it."""
-    output: Path
-    """Folder of the run; its model goes to OUTPUT/model."""
+    output_dir: Path
+    """Folder of the run; its model goes to OUTPUT_DIR/model."""
     recipe: Literal["longchat", "yarn-pose", "longlora", "alibi", "embedded"] = "longchat"
     """Where settings come from that are not given."""
     resume: bool = False
-    """Go on with the run in OUTPUT from its last checkpoint."""
+    """Go on with the run in OUTPUT_DIR from its last checkpoint."""
     dry_run: bool = False
     """Prepare the data, say what would be done, refuse what would be refused, and stop."""
 
@@ -94,11 +95,11 @@ class Train:
     """Share of training that hides a key in text and asks for it, with keys of its own."""
     shifted: bool = False
     """S²-Attn during training."""
-    lora_rank: int | None = None
+    lora_r: int | None = None
     """Train LoRA adapters of this rank; 0 for all weights."""
     lora_alpha: float | None = None
     """Scale of the adapters."""
-    lora_targets: tuple[str, ...] | None = None
+    lora_target_modules: tuple[str, ...] | None = None
     """Names of the linear layers with adapters; default: those of the attention."""
     norms: bool = False
     """With adapters, train the norms whole."""
@@ -120,13 +121,13 @@ class Train:
     split: str = "train"
     """Of a hub id."""
 
-    steps: int | None = None
+    max_steps: int | None = None
     """Updates; default: as many as the epochs take."""
     epochs: float | None = None
     """Passes over the data."""
     batch_size: int | None = None
     """Rows per process and forward pass."""
-    accumulate: int | None = None
+    gradient_accumulation_steps: int | None = None
     """Forward passes per update."""
     learning_rate: float | None = None
     """Peak."""
@@ -138,7 +139,7 @@ class Train:
     """On matrices."""
     optimizer: str | None = None
     """As transformers' `optim`: adamw_torch, adamw_8bit, sgd, …"""
-    checkpointing: Literal["none", "layers", "offload"] | None = None
+    gradient_checkpointing: Literal["none", "layers", "offload"] | None = None
     """Keep activations, make them again layer by layer, or that with inputs in CPU memory."""
     seed: int | None = None
     """Chooses order, positions and first weights of adapters."""
@@ -182,12 +183,12 @@ class Train:
 
         recipe = self._recipe()
         self._refuse_unmeasured()
-        RunFolder.refuse(self.output, resume=self.resume)
+        RunFolder.refuse(self.output_dir, resume=self.resume)
         first = os.environ.get("RANK", "0") == "0"
         model, tokenizer = self._loaded(recipe)
         old = window(model) if patch_of(model) is None else None
         options: dict[str, Any] = {"salvage": self.salvage, "strict": self.strict}
-        run = Run(recipe, self.data, self.output, self.template, split=self.split, **options)
+        run = Run(recipe, self.data, self.output_dir, self.template, split=self.split, **options)
         run.extend(model, replace=self.replace)
         patch = patch_of(model)
         known = patch.report().original_window if patch else old
@@ -203,14 +204,14 @@ class Train:
         )
         run.check(model, evaluated=bool(self.evaluate), gate=gate, resume=self.resume)
         prepared = run.prepare(tokenizer)
-        work = run.work(tokenizer, prepared)
+        plan = run.plan(tokenizer, prepared)
         measured = {"tasks": self.evaluate, "samples": self.samples}
-        work = replace(work, record={**work.record, "evaluation": measured})
+        plan = replace(plan, record={**plan.record, "evaluation": measured})
         if first:
             print(patch.report() if patch else "no method: the model is trained as it came")
             print("\n".join(str(part.report) for part in prepared))
-            print(work)
-            if recipe.training.warmup >= work.updates:
+            print(plan)
+            if recipe.training.warmup >= plan.updates:
                 print(
                     f"the warmup of {recipe.training.warmup:,} updates takes the whole run, whose "
                     "learning rate stays below its peak: a smaller --warmup gets there"
@@ -220,7 +221,7 @@ class Train:
         done = run.start(
             model,
             tokenizer,
-            work,
+            plan,
             evaluate=figures if self.evaluate else None,
             gate=gate,
             resume=self.resume,
@@ -247,17 +248,17 @@ class Train:
             return {name: value for name, value in found.items() if value is not None}
 
         base = RECIPES[self.recipe]
-        lora = given(rank="lora_rank", alpha="lora_alpha", targets="lora_targets")
+        lora = given(r="lora_r", alpha="lora_alpha", target_modules="lora_target_modules")
         lora |= {name: True for name in ("norms", "embeddings") if getattr(self, name)}
-        if lora.get("rank") == 0 and len(lora) > 1:
+        if lora.get("r") == 0 and len(lora) > 1:
             raise RunError(
-                "--lora-rank 0 trains all weights, and the other options of adapters are given "
+                "--lora-r 0 trains all weights, and the other options of adapters are given "
                 "too: leave one out."
             )
-        if lora.get("rank") == 0:
+        if lora.get("r") == 0:
             adapters = None
-        elif lora and base.lora is None and "rank" not in lora:
-            raise RunError(f"{', '.join(lora)} without adapters: pass --lora-rank too.")
+        elif lora and base.lora is None and "r" not in lora:
+            raise RunError(f"{', '.join(lora)} without adapters: pass --lora-r too.")
         else:
             adapters = replace(base.lora or Lora(), **lora) if lora else base.lora
         losses = Losses(

@@ -13,7 +13,7 @@ A batch holds int64 tensors [B, S]:
     document_ids  0, 1, … along the row, −1 at padding
     kind_ids      where rows are mixed from several sources: the number of each token's source
 
-Attention masks are made from `document_ids` alone (`packed.PackedAttention.inputs`, or
+Attention masks are made from `document_ids` alone (`packed_attention.PackedAttention.inputs`, or
 `unpacked_inputs` where each row is one document), never guessed from positions.
 """
 
@@ -49,7 +49,7 @@ class Collator:
     """Makes a batch of rows; the same rows give the same batch, in any order and any process.
 
     A row holds `input_ids`, `labels` and, where packed, `seq_lengths` (tokens of each document, as
-    `pack` writes them) and `kinds` (of each document, as `feed.Mixture` writes them). A column
+    `pack` writes them) and `kinds` (of each document, as `sampling.Mixture` writes them). A column
     `draw`, a number, chooses other positions for the same document: the epoch, say.
     """
 

@@ -37,7 +37,7 @@ FILLERS = (
 
 @dataclass(frozen=True, slots=True)
 class Passkeys:
-    """Prompts of any length that hide a key; a `feed.Source`."""
+    """Prompts of any length that hide a key; a `sampling.Source`."""
 
     tokenizer: PreTrainedTokenizerBase
     texts: Texts

@@ -1,6 +1,6 @@
 """Training data: conversations or texts in, rows of token ids and labels out, and an account of it.
 
-    prepared = prepare("chats.json", tokenizer, Settings(max_length=16_384), salvage=True)
+    prepared = prepare("chats.json", tokenizer, TokenizeSettings(max_length=16_384), salvage=True)
     print(prepared.report)            # what was kept, dropped and supervised: before training
     prepared.dataset                  # datasets.Dataset: input_ids, labels, length, record
 
@@ -28,7 +28,7 @@ from .chat_template import chat_template
 from .conversations import Schema, parse, schema_of
 from .data_report import COUNTS, DataReport
 from .readers import SAMPLE, Records
-from .tokenize import Encoder, Overflow, Settings
+from .tokenize import Encoder, Overflow, TokenizeSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -38,8 +38,8 @@ __all__ = [
     "DataReport",
     "Overflow",
     "Prepared",
-    "Settings",
     "Streamed",
+    "TokenizeSettings",
     "prepare",
     "stream",
 ]
@@ -74,7 +74,7 @@ class Streamed:
 def prepare(
     source: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase,
-    settings: Settings | None = None,
+    settings: TokenizeSettings | None = None,
     *,
     salvage: bool = False,
     split: str = "train",
@@ -94,7 +94,7 @@ def prepare(
         DataError: the source cannot be read or understood, the template does not serve, or no
             sample is left.
     """
-    settings = settings or Settings()
+    settings = settings or TokenizeSettings()
     records = Records(source, salvage=salvage, split=split)
     raw = _table(_rows(records))
     encoder = _encoder(tokenizer, settings, document=raw[0]["roles"] == ["document"])
@@ -127,7 +127,7 @@ def prepare(
 def stream(
     source: str | os.PathLike[str],
     tokenizer: PreTrainedTokenizerBase,
-    settings: Settings | None = None,
+    settings: TokenizeSettings | None = None,
     *,
     salvage: bool = False,
     split: str = "train",
@@ -142,7 +142,7 @@ def stream(
     """
     from datasets import IterableDataset
 
-    settings = settings or Settings()
+    settings = settings or TokenizeSettings()
     records = Records(source, salvage=salvage, split=split, streaming=True)
     records.refuse_broken()
     first = list(islice(_rows(records), _LOOKED_AT))
@@ -210,7 +210,9 @@ def _table(rows: Iterable[Row]) -> Dataset:
     return concatenate_datasets(chunks)
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, settings: Settings, *, document: bool) -> Encoder:
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, document: bool
+) -> Encoder:
     template = None if document else chat_template(tokenizer, settings.template)
     return Encoder(tokenizer, template, settings)
 
@@ -230,7 +232,9 @@ def _features() -> Any:
     )
 
 
-def _report(records: Records, settings: Settings, totals: Any, notes: Iterable[str]) -> DataReport:
+def _report(
+    records: Records, settings: TokenizeSettings, totals: Any, notes: Iterable[str]
+) -> DataReport:
     counts = dict(zip(COUNTS, map(int, totals), strict=True))
     return DataReport(records.name, settings.max_length, **counts, notes=tuple(notes))
 

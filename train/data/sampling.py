@@ -1,9 +1,9 @@
 """In which order documents reach the trainer: row i is a function of the seed and i alone.
 
-    feed = Epochs(packed_rows, rows=1_000)                           # each row once an epoch
-    feed = Mixture((Share("chats", Rows(prepared.dataset), 0.5),     # drawn anew for each row, at
-                    Share("passkeys", Passkeys(tokenizer, texts), 0.5)),  # the step's own length
-                   rows=2_000, rows_per_step=2, row_tokens=2_048, positions=LengthSchedule(…))
+    Epochs(packed_rows, rows=1_000)                                  # each row once an epoch
+    Mixture((MixtureWeight("chats", DocumentSource(dataset), 0.5),   # drawn anew for each row, at
+             MixtureWeight("passkeys", Passkeys(tokenizer, texts), 0.5)),  # the step's own length
+            rows=2_000, rows_per_step=2, row_tokens=2_048, positions=LengthSchedule(…))
 
 So an interrupted run goes on with exactly the rows it has not seen, without reading those it has,
 and any number of processes sees the same rows as one.
@@ -27,14 +27,14 @@ from .tokenize import IGNORED
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Epochs", "Feed", "Mixture", "Rows", "Share", "Source"]
+__all__ = ["DocumentSource", "Epochs", "Mixture", "MixtureWeight", "Source", "TrainDataset"]
 
 Ids: TypeAlias = list[int]
 _PERIOD = 1_000  # documents after which the order of kinds repeats
 
 
-class Feed(torch.utils.data.Dataset[dict[str, Any]]):
-    """What the trainer reads: rows for `batch.Collator`, by number."""
+class TrainDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """What the trainer reads: rows for `collate.Collator`, by number."""
 
     shares: tuple[float, ...] = (1.0,)
     """Of the loss, for each kind of document."""
@@ -48,7 +48,7 @@ class Feed(torch.utils.data.Dataset[dict[str, Any]]):
         raise NotImplementedError
 
 
-class Epochs(Feed):
+class Epochs(TrainDataset):
     """The rows of a dataset, each once an epoch, every epoch in an order of its own."""
 
     def __init__(self, dataset: Dataset, rows: int, *, seed: int = 0) -> None:
@@ -81,7 +81,7 @@ class Source(Protocol):
         ...
 
 
-class Rows:
+class DocumentSource:
     """A random row of a prepared dataset, by its length; where that is too much, a stretch of it.
 
     Args:
@@ -112,7 +112,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class MixtureWeight:
     """A source and how much of the training it is."""
 
     name: str
@@ -125,12 +125,12 @@ class Share:
             raise RunError(f"share={self.share} of {self.name}: expected a number above 0.")
 
 
-class Mixture(Feed):
+class Mixture(TrainDataset):
     """Packed rows drawn from several sources, at the length that a policy gives each step."""
 
     def __init__(
         self,
-        shares: Sequence[Share],
+        shares: Sequence[MixtureWeight],
         *,
         rows: int,
         rows_per_step: int,

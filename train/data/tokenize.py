@@ -1,6 +1,6 @@
 """Token ids and labels of conversations and texts, cut to a length where conversations allow it.
 
-    encoder = Encoder(tokenizer, chat_template(tokenizer), Settings(max_length=16_384))
+    encoder = Encoder(tokenizer, chat_template(tokenizer), TokenizeSettings(max_length=16_384))
     rows = encoder({"record": [1], "roles": [["user", "assistant"]], "texts": [["Hi", "Hello!"]]})
     dataset.map(encoder, batched=True, num_proc=8, remove_columns=dataset.column_names)
 
@@ -27,7 +27,7 @@ from .chat_template import ChatTemplate, Rendered
 from .conversations import REASONS, Turn, tidy
 from .data_report import COUNTS
 
-__all__ = ["IGNORED", "Encoder", "Overflow", "Settings"]
+__all__ = ["IGNORED", "Encoder", "Overflow", "TokenizeSettings"]
 
 Ints: TypeAlias = NDArray[np.int64]
 Overflow = Literal["continue", "drop", "cut"]
@@ -37,7 +37,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TokenizeSettings:
     """How conversations become samples."""
 
     max_length: int = 16_384
@@ -79,7 +79,10 @@ class Encoder:
     """Turns batches of conversations into rows of ids and labels; a function for `datasets.map`."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, settings: Settings
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate | None,
+        settings: TokenizeSettings,
     ) -> None:
         if not tokenizer.is_fast:
             raise DataError(

@@ -1,8 +1,8 @@
 """Fine-tuning a patched model, from rows to a checkpoint that serves.
 
     longctx.extend(model, "linear", factor=8)
-    feed = Epochs(pack(prepare("chats.json", tokenizer).dataset, 16_384), rows=1_000)
-    done = finetune(model, tokenizer, feed, Training(steps=500), output="runs/x")
+    train_dataset = Epochs(pack(prepare("chats.json", tokenizer).dataset, 16_384), rows=1_000)
+    done = finetune(model, tokenizer, train_dataset, Training(max_steps=500), output_dir="runs/x")
     done.model, done.saved.message, done.after
 
 The engine is transformers' Trainer (`trainer.py`). An interrupted run goes on with `resume=True`
@@ -36,10 +36,10 @@ from longctx.patch import patch_of
 
 from ..config import Gate, Training
 from ..data.collate import Collator
-from ..data.sampling import Feed
+from ..data.sampling import TrainDataset
 from ..loss.objective import Losses
-from ..parallel.compatibility import FLASH, reach
-from ..parallel.fsdp import gathered, hollow, is_sharded
+from ..parallel.compatibility import FLASH, trainable_window
+from ..parallel.fsdp import gathered, is_sharded, meta_copy
 from ..positions import FullLength, Positions
 from .export import difference, probe, save_served
 from .log import Log
@@ -83,10 +83,10 @@ class Finetuned:
 def finetune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    feed: Feed,
+    train_dataset: TrainDataset,
     training: Training | None = None,
     *,
-    output: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
     positions: Positions | None = None,
     losses: Losses | None = None,
     lora: Lora | None = None,
@@ -103,10 +103,10 @@ def finetune(
     Args:
         model: patched; trained in place. FSDP leaves it in pieces, and a whole copy comes back.
         tokenizer: saved beside it.
-        feed: the rows (`data/sampling.py`), whose number with batch size and accumulation gives the
-            updates where `training.steps` is None.
+        train_dataset: the rows (`data/sampling.py`), whose number with batch size and accumulation
+            gives the updates where `training.max_steps` is None.
         training: how long and how fast.
-        output: folder of the run (`run_folder.py`).
+        output_dir: folder of the run (`run_folder.py`).
         positions: where the tokens of each document stand.
         losses: what is minimised.
         lora: train adapters (and embeddings and norms, if so asked) instead of all weights.
@@ -114,7 +114,7 @@ def finetune(
         shifted: S²-Attn (`patches/shifted.py`) while it trains; the saved model attends to all.
         evaluate: figures of the model, before, after and every `training.evaluate_every` updates.
         gate: which of them may stop the run, and which chooses the best checkpoint.
-        resume: go on with the run in `output`, if there is one.
+        resume: go on with the run in `output_dir`, if there is one.
         record: further settings that make the run what it is, to be compared on resume.
         progress: show how it goes on stderr.
 
@@ -133,7 +133,7 @@ def finetune(
     # Joins the other processes: what the first one begins, the others find there.
     with state.main_process_first():
         folder = RunFolder.open(
-            Path(output),
+            Path(output_dir),
             {
                 "model": model.name_or_path,
                 "weights": model_digest(model),
@@ -144,7 +144,7 @@ def finetune(
                 "positions": str(positions),
                 "losses": str(losses),
                 "lora": str(lora),
-                "rows": len(feed),
+                "rows": len(train_dataset),
                 **choices,
                 **(record or {}),
             },
@@ -154,7 +154,7 @@ def finetune(
         last = folder.last_checkpoint(first=first)
     set_seed(training.seed)
     trained: Any = model if lora is None else add_lora(model, lora, seed=training.seed)
-    empty = hollow(trained) if is_sharded(training) else None
+    empty = meta_copy(trained) if is_sharded(training) else None
     kernel = FLASH if training.sp > 1 and setup.attention == FLASH else "auto"
     with ExitStack() as put_on:
         if shifted:
@@ -162,7 +162,7 @@ def finetune(
         attention = packed_attention(model, kernel) if packed or kernel == FLASH else None
         if attention is not None:
             put_on.callback(attention.remove)
-        put_on.callback(LossForward.on(trained, losses, feed.shares).remove)
+        put_on.callback(LossForward.on(trained, losses, train_dataset.shares).remove)
         put_on.callback(setattr, config := causal_of(trained).config, "use_cache", config.use_cache)
         log = Log(folder.log, shown=progress and first)
         put_on.callback(log.close)
@@ -172,17 +172,17 @@ def finetune(
                 training,
                 gate,
                 parallel,
-                feed,
+                train_dataset,
                 trained,
-                output=folder.checkpoints,
+                output_dir=folder.checkpoints,
                 evaluated=evaluated,
                 resumed=last is not None,
             ),
-            feed,
+            train_dataset,
             _collator(training, positions, tokenizer),
             packed=attention,
             sequence=losses.sequence,
-            window=reach(model),
+            window=trainable_window(model),
             evaluate=evaluate,
             gate=gate,
             processing_class=tokenizer,

@@ -1,6 +1,6 @@
 """LoRA and LongLoRA by peft: put adapters on a model, save, load and merge them.
 
-    model = add_lora(model, Lora(rank=16, embeddings=True, norms=True))    # LongLoRA
+    model = add_lora(model, Lora(r=16, embeddings=True, norms=True))    # LongLoRA
     …                                                                      # train
     save_adapter(model, "adapter/")
     model = load_adapter(longctx.load("base")[0], "adapter/")              # the method comes along
@@ -52,11 +52,11 @@ _SETTINGS = ("max_position_embeddings", "rope_parameters")
 class Lora:
     """Which weights are trained, and how."""
 
-    rank: int = 16
+    r: int = 16
     """Rank of the update of each adapted layer."""
     alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ()
+    """The update is scaled by alpha / r."""
+    target_modules: tuple[str, ...] = ()
     """Names of the linear layers that are adapted, wherever they occur; none for those of the
     attention, whatever the model calls them."""
     embeddings: bool = False
@@ -65,23 +65,23 @@ class Lora:
     """Train all norms whole (LongLoRA)."""
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise RunError(f"rank={self.rank!r}: expected a whole number, 1 or more.")
+        if type(self.r) is not int or self.r < 1:
+            raise RunError(f"r={self.r!r}: expected a whole number, 1 or more.")
         if not 0 < self.alpha < float("inf"):
-            raise RunError(f"alpha={self.alpha!r}: expected a number above 0, often 2·rank.")
-        if isinstance(self.targets, str):
+            raise RunError(f"alpha={self.alpha!r}: expected a number above 0, often 2·r.")
+        if isinstance(self.target_modules, str):
             raise RunError(
-                f"targets={self.targets!r}: expected names of linear layers, as in "
+                f"target_modules={self.target_modules!r}: expected names of linear layers, as in "
                 "('q_proj', 'v_proj')."
             )
 
-    def targets_in(self, model: PreTrainedModel) -> list[str]:
+    def target_modules_in(self, model: PreTrainedModel) -> list[str]:
         """The names that were asked for, if there are such layers, else those of the attention.
 
         Raises:
             RunError: no such layer below the head.
         """
-        if not self.targets:
+        if not self.target_modules:
             blocks = [module for _, module, _ in attention_modules(model)]
             parts = (part for block in blocks for part in block.named_modules())
             return sorted({name for name, part in parts if isinstance(part, nn.Linear)})
@@ -91,14 +91,14 @@ class Lora:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and module is not head
         }
-        absent = [name for name in self.targets if name not in linear]
+        absent = [name for name in self.target_modules if name not in linear]
         if absent:
             raise RunError(
-                f"targets={self.targets!r}: model type {model.config.model_type!r} has no linear "
-                f"layer {', '.join(map(repr, absent))} below its head{nearest(absent[0], linear)} "
-                f"(it has {', '.join(sorted(linear))})."
+                f"target_modules={self.target_modules!r}: model type {model.config.model_type!r} "
+                f"has no linear layer {', '.join(map(repr, absent))} below its "
+                f"head{nearest(absent[0], linear)} (it has {', '.join(sorted(linear))})."
             )
-        return list(self.targets)
+        return list(self.target_modules)
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> PeftModel:
@@ -122,10 +122,10 @@ def add_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> PeftModel:
             f"{type(model).__name__} has adapters already: merge them first (merged(model)), or "
             "load the base anew."
         )
-    targets = lora.targets_in(model)
+    targets = lora.target_modules_in(model)
     tied = lora.embeddings and _tied(model)
     config = peft.LoraConfig(
-        r=lora.rank,
+        r=lora.r,
         lora_alpha=lora.alpha,
         target_modules=targets,
         modules_to_save=_whole(model, lora, tied) or None,

@@ -66,7 +66,7 @@ class LossForward:
             labels: Tensor | None = None,
             document_ids: Tensor | None = None,
             kind_ids: Tensor | None = None,
-            shifted: bool = False,
+            labels_aligned: bool = False,
             prefixes: Tensor | None = None,
             **inputs: Any,
         ) -> Any:
@@ -94,7 +94,7 @@ class LossForward:
                     count=count[kind],
                     input_ids=inputs.get("input_ids"),
                     document_ids=document_ids,
-                    shifted=shifted,
+                    labels_aligned=labels_aligned,
                 )
                 total = total + share * loss.total
             return total

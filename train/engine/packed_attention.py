@@ -33,9 +33,9 @@ from longctx.model import attention_modules, text_config
 
 from ..data.collate import PADDING, check_batch
 
-__all__ = ["DocumentAttention", "Kernel", "PackedAttention", "packed_attention"]
+__all__ = ["AttentionKernel", "DocumentAttention", "PackedAttention", "packed_attention"]
 
-Kernel = Literal["documents", "flash_attention_2", "flex_attention"]
+AttentionKernel = Literal["documents", "flash_attention_2", "flex_attention"]
 
 _ROWS = 512
 """Queries of a sliding window that are computed at a time."""
@@ -134,7 +134,7 @@ class PackedAttention:
     """Packed attention in place on one model; as a context manager it takes itself back."""
 
     model: PreTrainedModel
-    kernel: Kernel
+    kernel: AttentionKernel
     undo: list[tuple[Any, str, Any, Any]] = field(default_factory=list)
     """(object, attribute, what was there, what was put there)."""
 
@@ -142,10 +142,10 @@ class PackedAttention:
         """What the model, or its base model, is called with: the mask made for this kernel.
 
         Args:
-            batch: as `batch.Collator` makes it; rows of one document are welcome.
+            batch: as `collate.Collator` makes it; rows of one document are welcome.
 
         Raises:
-            DataError: a batch that `batch.check_batch` refuses.
+            DataError: a batch that `collate.check_batch` refuses.
             RunError: taken off the model already.
         """
         if not self.undo or any(getattr(obj, name) != put for obj, name, _, put in self.undo):
@@ -195,7 +195,7 @@ class PackedAttention:
 
 
 def packed_attention(
-    model: PreTrainedModel, kernel: Kernel | Literal["auto"] = "auto"
+    model: PreTrainedModel, kernel: AttentionKernel | Literal["auto"] = "auto"
 ) -> PackedAttention:
     """Let `model` keep packed documents apart, reversibly.
 
@@ -210,8 +210,8 @@ def packed_attention(
             with dropout), or a kernel that would leave out a method's attention.
         RunError: an unknown kernel.
     """
-    if kernel not in ("auto", *get_args(Kernel)):
-        raise RunError(f"kernel={kernel!r}: pass auto, {', '.join(get_args(Kernel))}.")
+    if kernel not in ("auto", *get_args(AttentionKernel)):
+        raise RunError(f"kernel={kernel!r}: pass auto, {', '.join(get_args(AttentionKernel))}.")
     config: Any = text_config(model)
     modules = attention_modules(model)
     kinds = {kind for _, _, kind in modules} - set(_KINDS)

@@ -23,6 +23,7 @@ from longctx.folders import refuse_other_than_folder
 
 __all__ = ["WHOLE", "RunFolder", "last_whole"]
 
+_FORMAT = 2  # of run.json; counted up when settings get other names
 WHOLE = "whole"
 """An empty file that the last thing written to a checkpoint leaves there."""
 
@@ -48,7 +49,7 @@ class RunFolder:
                 off; or it cannot be written.
         """
         folder = cls(path)
-        wanted = json.loads(json.dumps(record))
+        wanted = json.loads(json.dumps({"format": _FORMAT, **record}))
         cls.refuse(path, resume=resume or not first)
         if folder.run.is_file() and (folder._begun or not first):
             folder._refuse_other(wanted)
@@ -91,6 +92,11 @@ class RunFolder:
             there: dict[str, Any] = json.loads(self.run.read_text())
         except ValueError as error:
             raise RunError(f"{self.run} is damaged ({error}): choose another folder.") from error
+        if there.get("format") != _FORMAT:
+            raise RunError(
+                f"{self.path} holds a run of another version of longctx, whose settings have other "
+                "names: finish it with that version, or choose another folder."
+            )
         names = [n for n in sorted({*there, *wanted}) if there.get(n) != wanted.get(n)]
         # Where weights and data came from may change: their contents are compared.
         names = [n for n in names if not (n == "model" or (n == "data" and "content" in wanted))]

@@ -28,10 +28,10 @@ from longctx.errors import RunError
 
 from ..config import Gate
 from ..data.collate import PADDING, Collator, unpacked_inputs
-from ..data.sampling import Feed
+from ..data.sampling import TrainDataset
 from ..data.tokenize import IGNORED
 from ..loss.sequence_unlikelihood import SequenceUnlikelihood
-from ..parallel.sequence_shards import SharedRows, model_inputs, piece, whole_inputs
+from ..parallel.sequence_shards import SharedRows, model_inputs, sequence_shard, whole_inputs
 from ..parallel.ulysses import Aside, borrowed
 from .loss_forward import causal_of
 from .packed_attention import PackedAttention
@@ -52,7 +52,7 @@ class LongTrainer(Trainer):
         self,
         model: Any,
         args: TrainingArguments,
-        feed: Feed,
+        train_dataset: TrainDataset,
         collate: Collator,
         *,
         packed: PackedAttention | None,
@@ -65,10 +65,14 @@ class LongTrainer(Trainer):
         # An evaluation data set is asked for wherever there is evaluation; ours needs none.
         shared: Any = args.parallelism_config
         size = shared.sp_size if shared else 1
-        rows = SharedRows(feed, size, args.per_device_train_batch_size) if size > 1 else feed
+        rows = (
+            SharedRows(train_dataset, size, args.per_device_train_batch_size)
+            if size > 1
+            else train_dataset
+        )
         sets: dict[str, Any] = {"train_dataset": rows, "eval_dataset": []}
         super().__init__(model, args, data_collator=collate, **sets, **rest)
-        self.feed = feed
+        self.kinds = len(train_dataset.shares)
         self.packed = packed
         self.sequence = sequence
         self.window = window
@@ -95,7 +99,7 @@ class LongTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Run the model on a batch; see `forward.LossForward`."""
+        """Run the model on a batch; see `loss_forward.LossForward`."""
         if self.sequence is not None and self.sequence.has_turn(self.state.global_step):
             return self._continued(model, inputs)
         if self.sharers > 1:
@@ -141,7 +145,7 @@ class LongTrainer(Trainer):
             return super()._prepare_context_parallel_inputs(model, inputs)
         whole = whole_inputs(inputs, packed=self.packed is not None)
         if (size := self.get_sp_size()) > 1:
-            part = piece(whole, self.accelerator.process_index % size, size)
+            part = sequence_shard(whole, self.accelerator.process_index % size, size)
             return nullcontext, part | (self.packed.borders(inputs) if self.packed else {})
         buffers = list(whole.values())
         cut = partial(
@@ -157,7 +161,7 @@ class LongTrainer(Trainer):
 
         Whole numbers, since FSDP rounds what is a float to bfloat16 on its way into the model.
         """
-        kinds = len(self.feed.shares)
+        kinds = self.kinds
         counts = torch.zeros(kinds + 1, dtype=torch.int64)
         for batch in batch_samples:
             self._refuse_beyond_window(batch["position_ids"])
@@ -203,8 +207,9 @@ class LongTrainer(Trainer):
         kept = f"{last} is the last good checkpoint" if last else "no checkpoint was written yet"
         return (
             f"the {what} is {float(value)} in update {step + 1}, rows {step * rows:,} to "
-            f"{(step + 1) * rows - 1:,} of the feed: nothing was learnt from it, and {kept}. Lower "
-            "the learning rate, lengthen the warmup, or look at those rows (feed[i])."
+            f"{(step + 1) * rows - 1:,} of the training data: nothing was learnt from it, and "
+            f"{kept}. Lower the learning rate, lengthen the warmup, or look at those rows "
+            "(train_dataset[i])."
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from longctx.errors import RunError, nearest
 
 from ..config import Gate, Training
 from ..loss.objective import Losses
-from ..parallel.compatibility import Setup, check_contract
+from ..parallel.compatibility import Setup, check_compatibility
 from ..parallel.fsdp import is_sharded, parallel_arguments, plugin_arguments
 from ..parallel.ulysses import precision
 from .loss_forward import causal_of
@@ -28,9 +28,9 @@ _SCHEDULES = {"constant": "constant_with_warmup"}  # transformers' own "constant
 
 
 def rows_per_update(training: Training) -> int:
-    """Rows of the feed that an update takes, over all processes that were started."""
+    """Rows of the training data that an update takes, over all processes that were started."""
     processes = int(os.environ.get("WORLD_SIZE", "1")) // (training.cp * training.sp)
-    return training.batch_size * training.accumulate * max(1, processes)
+    return training.batch_size * training.gradient_accumulation_steps * max(1, processes)
 
 
 def checked(
@@ -46,7 +46,7 @@ def checked(
     """Refuse what does not go together.
 
     Returns:
-        The settings as the contract sees them, and arguments for distribution.
+        The settings as the check of compatibility sees them, and arguments for distribution.
 
     Raises:
         RunError: names the settings and the way out.
@@ -77,7 +77,7 @@ def checked(
         whole_document_losses=losses.whole_document,
         fully_sharded=is_sharded(training),
     )
-    check_contract(setup)
+    check_compatibility(setup)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     return setup, parallel_arguments(training, started, setup.attention)
 
@@ -113,10 +113,10 @@ def trainer_arguments(
     training: Training,
     gate: Gate,
     parallel: dict[str, Any],
-    feed: Sized,
+    train_dataset: Sized,
     model: Any,
     *,
-    output: Path,
+    output_dir: Path,
     evaluated: bool,
     resumed: bool,
 ) -> TrainingArguments:
@@ -126,9 +126,9 @@ def trainer_arguments(
         training: how long, how fast, on what.
         gate: what chooses the best checkpoint.
         parallel: from `checked`.
-        feed: its rows set the updates where `training.steps` is None.
+        train_dataset: its rows set the updates where `training.max_steps` is None.
         model: what is trained, adapters in place.
-        output: folder for checkpoints.
+        output_dir: folder for checkpoints.
         evaluated: whether figures are taken.
         resumed: whether there is a checkpoint, and so figures from before training.
 
@@ -137,11 +137,11 @@ def trainer_arguments(
     """
     device = causal_of(model).device.type
     rows = rows_per_update(training)
-    steps = training.steps or max(1, len(feed) // rows)
-    if steps * rows > len(feed):
+    steps = training.max_steps or max(1, len(train_dataset) // rows)
+    if steps * rows > len(train_dataset):
         raise RunError(
-            f"{steps} updates of {rows} rows need {steps * rows} rows, the feed has {len(feed)}: "
-            f"make it with rows={steps * rows}."
+            f"{steps} updates of {rows} rows need {steps * rows} rows, train_dataset has "
+            f"{len(train_dataset)}: make it with rows={steps * rows}."
         )
     whole = {p.dtype for p in model.parameters() if p.requires_grad}
     if whole & {torch.bfloat16, torch.float16}:
@@ -154,10 +154,10 @@ def trainer_arguments(
     best = f"eval_{gate.best}" if gate.best else None
     every = training.evaluate_every
     settings: dict[str, Any] = dict(
-        output_dir=str(output),
+        output_dir=str(output_dir),
         max_steps=steps,
         per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.accumulate,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         warmup_steps=training.warmup,
         lr_scheduler_type=_SCHEDULES.get(training.schedule, training.schedule),
@@ -168,7 +168,7 @@ def trainer_arguments(
         use_cpu=device == "cpu",
         seed=training.seed,
         save_steps=training.save_every if best is None else every or training.save_every,
-        save_total_limit=training.keep,
+        save_total_limit=training.save_total_limit,
         eval_on_start=evaluated and not resumed,
         eval_strategy="steps" if evaluated and every else "no",
         eval_steps=every,

@@ -32,9 +32,9 @@ from longctx.model import text_config
 
 from . import before_torch_2_13
 
-__all__ = ["Head", "Kernel", "cross_entropy", "head_of", "projection"]
+__all__ = ["CrossEntropyKernel", "Head", "cross_entropy", "head_of", "projection"]
 
-Kernel = Literal["auto", "torch", "liger"]
+CrossEntropyKernel = Literal["auto", "torch", "liger"]
 
 CHUNK = 1024
 """Rows projected at a time."""
@@ -116,7 +116,7 @@ def cross_entropy(
     bias: Tensor | None = None,
     head: Head | None = None,
     chunk: int = CHUNK,
-    kernel: Kernel = "auto",
+    kernel: CrossEntropyKernel = "auto",
 ) -> Tensor:
     """Sum of −log p(target) over rows, in nats.
 
@@ -206,10 +206,10 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits, targets, reduction="sum")
 
 
-def _liger(kernel: Kernel, hidden: Tensor) -> Callable[..., Tensor] | None:
+def _liger(kernel: CrossEntropyKernel, hidden: Tensor) -> Callable[..., Tensor] | None:
     """Liger's fused loss if it is asked for or at hand, None for torch's."""
-    if kernel not in get_args(Kernel):
-        raise RunError(f"kernel={kernel!r}: pass one of {', '.join(get_args(Kernel))}.")
+    if kernel not in get_args(CrossEntropyKernel):
+        raise RunError(f"kernel={kernel!r}: pass one of {', '.join(get_args(CrossEntropyKernel))}.")
     if kernel == "torch" or (kernel == "auto" and not hidden.is_cuda):
         return None
     if importlib.util.find_spec("liger_kernel") is None:

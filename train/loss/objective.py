@@ -29,7 +29,7 @@ from longctx.errors import RunError
 
 from ..data.collate import PADDING
 from ..data.tokenize import IGNORED
-from .cross_entropy import CHUNK, Head, Kernel, anchor, cross_entropy, prepared
+from .cross_entropy import CHUNK, CrossEntropyKernel, Head, anchor, cross_entropy, prepared
 from .penalties import contrast, token_losses
 from .sequence_unlikelihood import SequenceUnlikelihood
 
@@ -106,12 +106,12 @@ class Losses:
     repetitions. The trainer's business (`engine/loss_forward.py`), not that of a call."""
     chunk: int = CHUNK
     """Rows projected at a time."""
-    kernel: Kernel = "auto"
+    kernel: CrossEntropyKernel = "auto"
     """Liger's kernel on CUDA where it is installed ("auto"), or one of "liger" and "torch"."""
 
     @property
     def whole_document(self) -> tuple[str, ...]:
-        """Losses that must see whole documents, for `contract.Setup`."""
+        """Losses that must see whole documents, for `compatibility.Setup`."""
         names = ("unlikelihood", "contrastive", "sequence")
         return tuple(name for name in names if getattr(self, name) is not None)
 
@@ -126,7 +126,7 @@ class Losses:
         count: float | Tensor | None = None,
         input_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
-        shifted: bool = False,
+        labels_aligned: bool = False,
     ) -> Loss:
         """The loss of a batch.
 
@@ -140,15 +140,15 @@ class Losses:
                 (transformers' `num_items_in_batch`); None for those of this batch.
             input_ids: [B, S], for unlikelihood.
             document_ids: [B, S], for unlikelihood and the contrastive loss.
-            shifted: whether labels stand at the token that predicts them already (context
+            labels_aligned: whether labels stand at the token that predicts them already (context
                 parallel's `shift_labels`).
 
         Raises:
             RunError: something that a loss needs is missing, or shapes that do not fit.
         """
         head = head or Head()
-        self._check(hidden, labels, input_ids, document_ids, shifted)
-        if not shifted:
+        self._check(hidden, labels, input_ids, document_ids, labels_aligned)
+        if not labels_aligned:
             labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         rows = (labels != IGNORED).flatten().nonzero().flatten()
         tokens = len(rows)
@@ -183,7 +183,7 @@ class Losses:
         labels: Tensor,
         input_ids: Tensor | None,
         document_ids: Tensor | None,
-        shifted: bool,
+        labels_aligned: bool,
     ) -> None:
         if hidden.ndim != 3 or hidden.shape[:2] != labels.shape:
             raise RunError(
@@ -191,7 +191,7 @@ class Losses:
                 "[batch, tokens, size] and [batch, tokens]."
             )
         compared = [name for name in self.whole_document if name != "sequence"]
-        if compared and (document_ids is None or shifted):
+        if compared and (document_ids is None or labels_aligned):
             raise RunError(
                 f"{' and '.join(compared)} needs whole documents: pass "
                 "document_ids=batch['document_ids'] and unshifted labels."

@@ -22,16 +22,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..loss.cross_entropy import CHUNK
-from .model_spec import Anatomy, Linear
+from .model_spec import Linear, ModelSpec
 
-__all__ = ["Regime", "attention_backward", "layer_backward", "loss_bytes", "outside", "saved"]
+__all__ = [
+    "PrecisionPolicy",
+    "attention_backward",
+    "layer_backward",
+    "loss_bytes",
+    "outside",
+    "saved",
+]
 
 FLOAT = 4
 """Bytes of a float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Regime:
+class PrecisionPolicy:
     """What decides which tensors are kept, and in which precision."""
 
     compute: int
@@ -61,63 +68,63 @@ class Regime:
         return not self.rank or linear.name in self.targets
 
 
-def saved(anatomy: Anatomy, regime: Regime) -> float:
+def saved(spec: ModelSpec, policy: PrecisionPolicy) -> float:
     """Bytes per token that one layer keeps for backward.
 
     Float32, all weights, two norms: 4·(6h + 2q + 2k + 4i) + 4·(2 + heads).
     """
-    c = regime.compute
-    norms = sum(FLOAT * (w + 1) + regime.stream * w * regime.norms for w in anatomy.norms)
-    attention = c * (2 * anatomy.query + 2 * anatomy.key_value) + FLOAT * anatomy.heads
-    if any(x.name == "qkv_proj" for x in anatomy.linears):
-        attention += c * (anatomy.query + anatomy.key_value)  # v keeps the whole product alive
-    mlp = 3 * c * anatomy.inner
-    trained = [x for x in anatomy.linears if regime.trains(x)]
+    c = policy.compute
+    norms = sum(FLOAT * (w + 1) + policy.stream * w * policy.norms for w in spec.norms)
+    attention = c * (2 * spec.query + 2 * spec.key_value) + FLOAT * spec.heads
+    if any(x.name == "qkv_proj" for x in spec.linears):
+        attention += c * (spec.query + spec.key_value)  # v keeps the whole product alive
+    mlp = 3 * c * spec.inner
+    trained = [x for x in spec.linears if policy.trains(x)]
     inputs = 0
     for block in ("attention", "mlp"):
         readers = [x for x in trained if x.block == block and x.first]
         if readers:
-            inputs += c * anatomy.hidden * (len(readers) if regime.casts else 1)
+            inputs += c * spec.hidden * (len(readers) if policy.casts else 1)
     for linear in trained:
         # The kernel's output is the input of o_proj, unless something is in between: an adapter's
         # cast, or the documents of a packed row put together.
-        between = (regime.casts and regime.rank) or regime.packed
+        between = (policy.casts and policy.rank) or policy.packed
         if not linear.first and (linear.name == "down_proj" or between):
             inputs += c * linear.inputs
-    adapters = c * regime.rank * len(trained)
+    adapters = c * policy.rank * len(trained)
     return norms + attention + mlp + inputs + adapters
 
 
-def outside(anatomy: Anatomy, regime: Regime) -> float:
+def outside(spec: ModelSpec, policy: PrecisionPolicy) -> float:
     """Bytes per token kept outside the layers: final norm, cos and sin, ids and positions."""
-    norm = FLOAT * (anatomy.hidden + 1) + regime.stream * anatomy.hidden * regime.norms
-    return norm + 2 * regime.stream * anatomy.query / anatomy.heads + 16
+    norm = FLOAT * (spec.hidden + 1) + policy.stream * spec.hidden * policy.norms
+    return norm + 2 * policy.stream * spec.query / spec.heads + 16
 
 
-def layer_backward(anatomy: Anatomy, regime: Regime) -> float:
+def layer_backward(spec: ModelSpec, policy: PrecisionPolicy) -> float:
     """Bytes per token that backward through a layer needs at its peak beyond what is kept.
 
     That is in the MLP's product act(gate)·up: gradients of it, of act(gate) and of up, and of what
     flows past in the residual, while the input of the last layer is free again.
     """
-    freed = any(x.name == "down_proj" and regime.trains(x) for x in anatomy.linears)
-    return (3 - freed) * regime.compute * anatomy.inner + regime.stream * anatomy.hidden
+    freed = any(x.name == "down_proj" and policy.trains(x) for x in spec.linears)
+    return (3 - freed) * policy.compute * spec.inner + policy.stream * spec.hidden
 
 
-def attention_backward(anatomy: Anatomy, regime: Regime, pieces: int) -> float:
+def attention_backward(spec: ModelSpec, policy: PrecisionPolicy, pieces: int) -> float:
     """The same in the attention, where a sequence is shared by `pieces` processes.
 
     Each gathers keys and values of all and their gradients (torch's ring attention by allgather,
     accelerate's default), when what the MLP kept is free again; Ulysses exchanges less.
     """
-    own = 2 * anatomy.query + 2 * anatomy.key_value
-    gathered = 4 * anatomy.key_value * pieces if pieces > 1 else 0
-    freed = 3 * anatomy.inner
-    return regime.compute * (own + gathered - freed) + 2 * regime.stream * anatomy.hidden
+    own = 2 * spec.query + 2 * spec.key_value
+    gathered = 4 * spec.key_value * pieces if pieces > 1 else 0
+    freed = 3 * spec.inner
+    return policy.compute * (own + gathered - freed) + 2 * policy.stream * spec.hidden
 
 
 def loss_bytes(
-    anatomy: Anatomy, regime: Regime, rows: int, *, plain: bool, gathered: bool
+    spec: ModelSpec, policy: PrecisionPolicy, rows: int, *, plain: bool, gathered: bool
 ) -> tuple[float, float]:
     """Bytes that the loss needs at its peak in forward and in backward, for `rows` tokens.
 
@@ -128,16 +135,16 @@ def loss_bytes(
 
     The gradient of the head is not counted here, but where all gradients are.
     """
-    h, v, c = anatomy.hidden, anatomy.vocabulary, regime.compute
-    hidden = regime.stream * h * rows
-    copy = c * h * v * regime.head if regime.half and not gathered else 0
+    h, v, c = spec.hidden, spec.vocabulary, policy.compute
+    hidden = policy.stream * h * rows
+    copy = c * h * v * policy.head if policy.half and not gathered else 0
     if plain:
-        float_copy = FLOAT * v * rows if regime.half else 0
+        float_copy = FLOAT * v * rows if policy.half else 0
         forward = hidden + (c + FLOAT) * v * rows + float_copy + copy
         return forward, hidden + 3 * FLOAT * v * rows + copy
     chunk = min(CHUNK, rows)
     logits = FLOAT * chunk * (v + h)
-    if regime.half:
+    if policy.half:
         backward = 2 * c * h * rows + logits + c * chunk * v + copy * 2
         return 2 * hidden + c * h * rows + logits + copy, backward
     return 3 * hidden + logits, 2 * hidden

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from longctx.errors import RunError
 
-from .model_spec import Anatomy
+from .model_spec import ModelSpec
 from .plan_settings import PlanSettings
 from .planner import MemoryPlan, plan
 
@@ -59,19 +59,19 @@ class Advice:
     @property
     def command(self) -> str:
         """The command line that trains so; data and output are to be filled in."""
-        s, anatomy = self.found.settings, self.found.anatomy
-        extends = anatomy.window is not None and s.max_length > anatomy.window
-        words = ["longctx", "train", anatomy.name]
+        s, spec = self.found.settings, self.found.spec
+        extends = spec.window is not None and s.max_length > spec.window
+        words = ["longctx", "train", spec.name]
         words += ["--method", f"yarn:target={s.max_length}" if extends else "none"]
-        words += ["--data", "FILE", "--max-length", str(s.max_length), "--output", "DIR"]
-        words += ["--lora-rank", str(s.lora_rank)]
-        words += ["--lora-targets", *s.lora_targets] if s.lora_targets else []
-        words += ["--checkpointing", s.checkpointing, "--optimizer", s.optimizer]
+        words += ["--data", "FILE", "--max-length", str(s.max_length), "--output-dir", "DIR"]
+        words += ["--lora-r", str(s.lora_r)]
+        words += ["--lora-target-modules", *s.lora_target_modules] if s.lora_target_modules else []
+        words += ["--gradient-checkpointing", s.gradient_checkpointing, "--optimizer", s.optimizer]
         flags = {"norms": s.norms, "embeddings": s.embeddings, "no-pack": not s.pack}
         # No process of them has the whole model that an evaluation needs.
         flags["evaluate"] = s.dp_shard * s.cp > 1
         words += [f"--{flag}" for flag, on in flags.items() if on]
-        for name in ("batch_size", "accumulate", "dp_shard", "cp", "sp"):
+        for name in ("batch_size", "gradient_accumulation_steps", "dp_shard", "cp", "sp"):
             words += [f"--{name.replace('_', '-')}", str(getattr(s, name))]
         if s.gpus > 1:
             launcher = f"torchrun --standalone --nproc-per-node {s.gpus} --no-python"
@@ -93,7 +93,7 @@ class Advice:
 
 
 def advise(
-    source: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel | Anatomy,
+    source: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel | ModelSpec,
     settings: PlanSettings,
 ) -> Advice:
     """Plan, and find what makes it fit.
@@ -106,16 +106,16 @@ def advise(
         ModelError: a model whose memory is not known.
         RunError: settings that do not go together.
     """
-    anatomy = source if isinstance(source, Anatomy) else Anatomy.of(source)
-    asked = plan(anatomy, settings)
+    spec = source if isinstance(source, ModelSpec) else ModelSpec.of(source)
+    asked = plan(spec, settings)
     taken: list[Measure] = []
     found = smallest = asked
     least: list[Measure] = []
-    for measure in _measures(anatomy, settings):
+    for measure in _measures(spec, settings):
         if found.fits:
             break
         taken.append(measure)
-        found = plan(anatomy, _with(settings, taken))
+        found = plan(spec, _with(settings, taken))
         if found.total < smallest.total:
             smallest, least = found, list(taken)
     if not found.fits:
@@ -125,7 +125,7 @@ def advise(
         if "loss" in measure.changes:  # it is what `longctx train` does
             continue
         rest = [other for other in taken if other is not measure]
-        without = plan(anatomy, _with(settings, rest))
+        without = plan(spec, _with(settings, rest))
         if without.fits or (not found.fits and without.total <= found.total):
             found, taken = without, rest
     return Advice(asked, found, tuple(taken))
@@ -138,37 +138,42 @@ def _with(settings: PlanSettings, measures: list[Measure]) -> PlanSettings:
     return replace(settings, **changes)
 
 
-def _measures(anatomy: Anatomy, settings: PlanSettings) -> Iterator[Measure]:
+def _measures(spec: ModelSpec, settings: PlanSettings) -> Iterator[Measure]:
     s = settings
     if s.loss == "plain":
         yield Measure("the chunked loss, which costs nothing", {"loss": "chunked"})
     if s.batch_size > 1:
-        rows = {"batch_size": 1, "accumulate": s.accumulate * s.batch_size}
+        rows = {
+            "batch_size": 1,
+            "gradient_accumulation_steps": s.gradient_accumulation_steps * s.batch_size,
+        }
         yield Measure("one row at a time, accumulated to the same update", rows)
     whole = s.gpus // (s.cp * s.sp)
     if whole > s.dp_shard and s.sp == 1:
         name = f"weights, gradients and states over {whole} GPUs (FSDP), at the cost of traffic"
         yield Measure(name, {"dp_shard": whole})
-    if s.checkpointing == "none":
-        name = "layers made again in backward (--checkpointing layers): one more forward pass"
-        yield Measure(name, {"checkpointing": "layers"})
-    if s.checkpointing != "offload" and s.device == "cuda":
+    if s.gradient_checkpointing == "none":
+        name = (
+            "layers made again in backward (--gradient-checkpointing layers): one more forward pass"
+        )
+        yield Measure(name, {"gradient_checkpointing": "layers"})
+    if s.gradient_checkpointing != "offload" and s.device == "cuda":
         name = "layers made again from inputs in the CPU's memory: another pass, and copies"
-        yield Measure(name, {"checkpointing": "offload"})
-    yield from _shared_sequences(anatomy, s)
+        yield Measure(name, {"gradient_checkpointing": "offload"})
+    yield from _shared_sequences(spec, s)
     if s.optimizer.startswith("adamw_torch"):
         name = "AdamW's states in 8 bits (bitsandbytes), which changes updates a little"
         yield Measure(name, {"optimizer": "adamw_8bit"})
-    if not s.lora_rank:
-        changes = {"lora_rank": RANK, "norms": True, "embeddings": True}
+    if not s.lora_r:
+        changes = {"lora_r": RANK, "norms": True, "embeddings": True}
         name = f"LoRA of rank {RANK} with embeddings and norms (LongLoRA) instead of all weights"
         yield Measure(name, changes)
-    if s.embeddings or not s.lora_rank:
+    if s.embeddings or not s.lora_r:
         name = "frozen embeddings and norms: adapters alone learn long texts less well"
         yield Measure(name, {"norms": False, "embeddings": False})
 
 
-def _shared_sequences(anatomy: Anatomy, settings: PlanSettings) -> Iterator[Measure]:
+def _shared_sequences(spec: ModelSpec, settings: PlanSettings) -> Iterator[Measure]:
     """Each sequence over more GPUs, by exchanged heads where that is asked for, else by ring."""
     s = settings
     name = "sp" if s.sp > 1 else "cp"
@@ -183,7 +188,7 @@ def _shared_sequences(anatomy: Anatomy, settings: PlanSettings) -> Iterator[Meas
             changes,
         )
         try:
-            plan(anatomy, _with(s, [measure]))
+            plan(spec, _with(s, [measure]))
         except RunError:  # heads that cannot be shared out so
             continue
         yield measure

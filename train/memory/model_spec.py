@@ -1,7 +1,7 @@
 """Count what a decoder is made of, on the meta device: no weights are read and no memory is taken.
 
-    anatomy = Anatomy.of(config)                     # or a model, or a checkpoint's name
-    anatomy.parameters, anatomy.hidden, anatomy.linears
+    spec = ModelSpec.of(config)                      # or a model, or a checkpoint's name
+    spec.parameters, spec.hidden, spec.linears
 
 For decoders of equal layers with a gated MLP: Llama, Mistral, Qwen2, Qwen3, Gemma-2 and 3, Phi-3,
 OLMo-2, Granite, SmolLM3.
@@ -25,7 +25,7 @@ from longctx.model import text_config, window
 
 from ..parallel.compatibility import has_sliding_layers
 
-__all__ = ["Anatomy", "Linear", "norm_layers", "read_config"]
+__all__ = ["Linear", "ModelSpec", "norm_layers", "read_config"]
 
 _OUT = ("o_proj", "down_proj")  # the last linear layers of attention and MLP in these families
 
@@ -55,7 +55,7 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class Anatomy:
+class ModelSpec:
     """Sizes of a decoder; widths are in numbers per token, the rest in parameters."""
 
     name: str
@@ -99,7 +99,7 @@ class Anatomy:
         return self.layers * self.layer + self.embedding + self.head + self.rest
 
     @classmethod
-    def of(cls, source: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel) -> Anatomy:
+    def of(cls, source: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel) -> ModelSpec:
         """Count.
 
         Args:
@@ -236,5 +236,5 @@ def _unknown(model_type: str, what: str) -> ModelError:
     return ModelError(
         f"model type {model_type!r} has {what}, whose memory this planner does not know: expected "
         "equal layers with a gated MLP (Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, OLMo-2). Run "
-        "one update (--steps 1) and look at the peak."
+        "one update (--max-steps 1) and look at the peak."
     )

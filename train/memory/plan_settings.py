@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from longctx.errors import RunError
 
-from ..config import Checkpointing
+from ..config import GradientCheckpointing
 from .optimizers import optimizer_of
 
 __all__ = ["PlanSettings"]
@@ -22,7 +22,7 @@ class PlanSettings:
     """Tokens of a row."""
     batch_size: int = 1
     """Rows per forward pass."""
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """Forward passes per update; gradients wait from one to the next."""
     gpus: int = 1
     """Processes, each with a GPU of its own."""
@@ -35,9 +35,9 @@ class PlanSettings:
     """What it runs on; a CPU holds offloaded activations itself."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What matrix products compute in, by autocast, and what a frozen base is held in."""
-    lora_rank: int = 0
+    lora_r: int = 0
     """Rank of LoRA adapters; 0 for all weights."""
-    lora_targets: tuple[str, ...] = ()
+    lora_target_modules: tuple[str, ...] = ()
     """Names of the adapted linear layers; none for those of the attention."""
     norms: bool = False
     """With adapters, norms are trained whole (LongLoRA)."""
@@ -45,7 +45,7 @@ class PlanSettings:
     """With adapters, embeddings are trained whole (LongLoRA), and a head tied to them."""
     optimizer: str = "adamw_torch"
     """Of transformers' `optim`."""
-    checkpointing: Checkpointing = "none"
+    gradient_checkpointing: GradientCheckpointing = "none"
     """All activations are kept, or the layers' inputs, or those in the CPU's memory."""
     loss: Literal["chunked", "plain"] = "chunked"
     """Without [S, vocab] logits, as `longctx train` does, or with them, as transformers does."""
@@ -62,15 +62,23 @@ class PlanSettings:
     @property
     def half_base(self) -> bool:
         """Whether the weights are held in `dtype`: `longctx train` trains no part of them whole."""
-        return self.lora_rank > 0 and not (self.norms or self.embeddings)
+        return self.lora_r > 0 and not (self.norms or self.embeddings)
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "batch_size", "accumulate", "gpus", "dp_shard", "cp", "sp"):
+        for name in (
+            "max_length",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "gpus",
+            "dp_shard",
+            "cp",
+            "sp",
+        ):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise RunError(f"{name}={value!r}: expected a whole number, 1 or more.")
-        if type(self.lora_rank) is not int or self.lora_rank < 0:
-            raise RunError(f"lora_rank={self.lora_rank!r}: expected a rank, or 0 for all weights.")
+        if type(self.lora_r) is not int or self.lora_r < 0:
+            raise RunError(f"lora_r={self.lora_r!r}: expected a rank, or 0 for all weights.")
         if not 0 <= self.reserve < self.memory < math.inf:
             raise RunError(
                 f"memory={self.memory}, reserve={self.reserve}: expected GiB of each GPU, above 0, "
@@ -79,15 +87,15 @@ class PlanSettings:
         known = {
             "device": ("cuda", "cpu"),
             "dtype": ("bfloat16", "float32"),
-            "checkpointing": get_args(Checkpointing),
+            "gradient_checkpointing": get_args(GradientCheckpointing),
             "loss": ("chunked", "plain"),
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise RunError(f"{name}={getattr(self, name)!r}: expected {', '.join(values)}.")
         optimizer_of(self.optimizer)
-        if (self.norms or self.embeddings) and not self.lora_rank:
-            raise RunError("norms and embeddings go with adapters: pass lora_rank too.")
+        if (self.norms or self.embeddings) and not self.lora_r:
+            raise RunError("norms and embeddings go with adapters: pass lora_r too.")
         if self.gpus % (self.dp_shard * self.cp * self.sp):
             raise RunError(
                 f"gpus={self.gpus} is no multiple of dp_shard·cp·sp = {self.dp_shard}·{self.cp}·"

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from rich.table import Table
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..parallel.compatibility import Setup, check_contract
-from .model_spec import Anatomy
+from ..parallel.compatibility import Setup, check_compatibility
+from .model_spec import ModelSpec
 from .plan_settings import PlanSettings
-from .timeline import PARTS, Moment, moments_of
+from .timeline import PARTS, Moment, timeline_of
 
 __all__ = ["MemoryPlan", "plan"]
 
@@ -32,14 +32,14 @@ class MemoryPlan:
     """The memory of one update."""
 
     settings: PlanSettings
-    anatomy: Anatomy
-    moments: tuple[Moment, ...]
+    spec: ModelSpec
+    timeline: tuple[Moment, ...]
     """In the order in which they come."""
 
     @property
     def peak(self) -> Moment:
         """The moment that needs most."""
-        return max(self.moments, key=lambda moment: moment.total)
+        return max(self.timeline, key=lambda moment: moment.total)
 
     @property
     def total(self) -> float:
@@ -49,7 +49,7 @@ class MemoryPlan:
     @property
     def host(self) -> float:
         """GiB of the CPU's memory that each process's offloaded activations take."""
-        return self.moments[0].host
+        return self.timeline[0].host
 
     @property
     def margin(self) -> float:
@@ -73,20 +73,20 @@ class MemoryPlan:
     def table(self) -> Table:
         """Parts by moments, for rich."""
         table = Table("GiB per GPU", box=None, padding=(0, 2, 0, 0))
-        for moment in self.moments:
+        for moment in self.timeline:
             table.add_column(
                 moment.name, justify="right", style="bold" if moment is self.peak else ""
             )
         for part, text in PARTS.items():
-            values = [getattr(moment, part) for moment in self.moments]
+            values = [getattr(moment, part) for moment in self.timeline]
             if any(values):
                 table.add_row(text, *(f"{v:.2f}" if v else "" for v in values))
-        table.add_row("together", *(f"{moment.total:.2f}" for moment in self.moments))
+        table.add_row("together", *(f"{moment.total:.2f}" for moment in self.timeline))
         return table
 
 
 def plan(
-    source: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel | Anatomy,
+    source: str | os.PathLike[str] | PreTrainedConfig | PreTrainedModel | ModelSpec,
     settings: PlanSettings,
 ) -> MemoryPlan:
     """Predict.
@@ -99,17 +99,17 @@ def plan(
         ModelError: a model whose memory is not known.
         RunError: settings that do not go together.
     """
-    anatomy = source if isinstance(source, Anatomy) else Anatomy.of(source)
-    check_contract(
+    spec = source if isinstance(source, ModelSpec) else ModelSpec.of(source)
+    check_compatibility(
         Setup(
-            heads=anatomy.heads,
-            kv_heads=anatomy.kv_heads,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
             context_parallel=settings.cp,
             sequence_parallel=settings.sp,
             packed=settings.pack,
-            sliding=anatomy.sliding,
+            sliding=spec.sliding,
             fully_sharded=settings.dp_shard * settings.cp > 1,
             attention="flash_attention_2" if settings.sp > 1 else "sdpa",
         )
     )
-    return MemoryPlan(settings, anatomy, moments_of(anatomy, settings))
+    return MemoryPlan(settings, spec, timeline_of(spec, settings))

@@ -21,20 +21,20 @@ from longctx.errors import RunError
 
 from .activations import (
     FLOAT,
-    Regime,
+    PrecisionPolicy,
     attention_backward,
     layer_backward,
     loss_bytes,
     outside,
     saved,
 )
-from .model_spec import Anatomy
+from .model_spec import ModelSpec
 from .optimizers import optimizer_of
 
 if TYPE_CHECKING:
     from .plan_settings import PlanSettings
 
-__all__ = ["PARTS", "Moment", "moments_of", "regime_of"]
+__all__ = ["PARTS", "Moment", "precision_policy_of", "timeline_of"]
 
 GIB = 2**30
 _NORM = 6
@@ -91,56 +91,58 @@ class _Trained:
     """Those in the largest tensor."""
 
 
-def adapted_by(anatomy: Anatomy, settings: PlanSettings) -> tuple[str, ...]:
+def adapted_by(spec: ModelSpec, settings: PlanSettings) -> tuple[str, ...]:
     """Names of the linear layers with adapters.
 
     Raises:
         RunError: there are no such layers.
     """
-    names = {x.name: x.block for x in anatomy.linears}
-    if settings.lora_rank and not {*names} >= {*settings.lora_targets}:
+    names = {x.name: x.block for x in spec.linears}
+    if settings.lora_r and not {*names} >= {*settings.lora_target_modules}:
         raise RunError(
-            f"lora_targets={settings.lora_targets}: expected linear layers of {anatomy.name}, "
-            f"which has {', '.join(sorted(names))}."
+            f"lora_target_modules={settings.lora_target_modules}: expected linear layers of "
+            f"{spec.name}, which has {', '.join(sorted(names))}."
         )
-    return settings.lora_targets or tuple(n for n, block in names.items() if block == "attention")
+    return settings.lora_target_modules or tuple(
+        n for n, block in names.items() if block == "attention"
+    )
 
 
-def regime_of(anatomy: Anatomy, settings: PlanSettings) -> Regime:
+def precision_policy_of(spec: ModelSpec, settings: PlanSettings) -> PrecisionPolicy:
     """What the settings mean for activations.
 
     Raises:
         RunError: adapters on layers that there are not.
     """
-    targets = adapted_by(anatomy, settings)
-    lora, sharded = settings.lora_rank > 0, settings.dp_shard * settings.cp > 1
+    targets = adapted_by(spec, settings)
+    lora, sharded = settings.lora_r > 0, settings.dp_shard * settings.cp > 1
     compute = 2 if settings.dtype == "bfloat16" else FLOAT
-    return Regime(
+    return PrecisionPolicy(
         compute=compute,
         # FSDP hands float32 weights out in half precision, embeddings and norms among them.
         stream=compute if sharded or settings.half_base else FLOAT,
         casts=compute < FLOAT and not sharded,
-        rank=settings.lora_rank,
+        rank=settings.lora_r,
         targets=targets,
         norms=settings.norms or not lora,
-        head=not lora or (settings.embeddings and not anatomy.head),
+        head=not lora or (settings.embeddings and not spec.head),
         packed=settings.pack,
     )
 
 
-def moments_of(anatomy: Anatomy, settings: PlanSettings) -> tuple[Moment, ...]:
+def timeline_of(spec: ModelSpec, settings: PlanSettings) -> tuple[Moment, ...]:
     """The moments of an update in the order in which they come.
 
     Raises:
         RunError: adapters on layers that there are not.
     """
-    s, a, regime = settings, anatomy, regime_of(anatomy, settings)
+    s, a, policy = settings, spec, precision_policy_of(spec, settings)
     trained, rule = _trained(a, s), optimizer_of(s.optimizer)
     shards, tokens = s.dp_shard * s.cp, s.batch_size * math.ceil(s.max_length / (s.cp * s.sp))
     sharded = shards > 1
 
-    frozen = a.parameters if s.lora_rank else 0
-    held = regime.compute if s.half_base else FLOAT
+    frozen = a.parameters if s.lora_r else 0
+    held = policy.compute if s.half_base else FLOAT
     weights = (held * frozen + FLOAT * trained.all) / shards
     states = rule.state * (trained.all - trained.embedding) + rule.embedding * trained.embedding
     # ZeRO 1 shares states, and a copy of the weights that they belong to, over all.
@@ -153,37 +155,37 @@ def moments_of(anatomy: Anatomy, settings: PlanSettings) -> tuple[Moment, ...]:
         update = rule.largest * trained.largest
 
     every_copy, one_copy, root_copy = 0.0, 0.0, 0.0
-    gradient = (regime.compute + FLOAT) * (not s.lora_rank)  # of what is gathered, before it is cut
+    gradient = (policy.compute + FLOAT) * (not s.lora_r)  # of what is gathered, before it is cut
     if sharded:
         root = a.embedding + a.head + a.rest
-        every_copy = regime.compute * (root + 2 * a.layer)
+        every_copy = policy.compute * (root + 2 * a.layer)
         one_copy = every_copy + gradient * a.layer
-        root_copy = (regime.compute + gradient) * root
-    elif regime.half and not s.half_base:
-        one_copy = regime.compute * sum(x.weights for x in a.linears)
+        root_copy = (policy.compute + gradient) * root
+    elif policy.half and not s.half_base:
+        one_copy = policy.compute * sum(x.weights for x in a.linears)
         every_copy = one_copy * a.layers
 
     tied = a.head == 0
     gradients = FLOAT * trained.all / shards
     embedding = FLOAT * trained.embedding / shards
-    own_layer = FLOAT * a.layer * (not s.lora_rank) / shards
-    of_head = (regime.compute if sharded else FLOAT) * a.vocabulary * a.hidden * regime.head
+    own_layer = FLOAT * a.layer * (not s.lora_r) / shards
+    of_head = (policy.compute if sharded else FLOAT) * a.vocabulary * a.hidden * policy.head
     buckets = FLOAT * trained.all if s.gpus > shards * s.sp and not sharded else 0.0
-    waiting = buckets + (gradients if s.accumulate > 1 else 0.0)
+    waiting = buckets + (gradients if s.gradient_accumulation_steps > 1 else 0.0)
     # The gradient of a head that is tied to the embedding waits to be added to the other's.
-    done = buckets + gradients + (of_head if s.accumulate > 1 and tied else 0.0)
+    done = buckets + gradients + (of_head if s.gradient_accumulation_steps > 1 and tied else 0.0)
 
-    row = regime.stream * a.hidden * tokens  # hidden states between two layers
-    one = saved(a, regime) * tokens
-    rest = outside(a, regime) * tokens
-    keeps = s.checkpointing == "none"
-    away = s.checkpointing == "offload" and s.device == "cuda"
+    row = policy.stream * a.hidden * tokens  # hidden states between two layers
+    one = saved(a, policy) * tokens
+    rest = outside(a, policy) * tokens
+    keeps = s.gradient_checkpointing == "none"
+    away = s.gradient_checkpointing == "offload" and s.device == "cuda"
     # A norm keeps a float32 input as it is: made again, a layer shares its input with what waited.
-    again = 0.0 if keeps else one - (row if regime.stream == FLOAT else 0)
+    again = 0.0 if keeps else one - (row if policy.stream == FLOAT else 0)
     first = one if keeps else row
     kept = row if away else a.layers * first
-    passing = tokens * max(layer_backward(a, regime), attention_backward(a, regime, s.cp))
-    forward, backward = loss_bytes(a, regime, tokens, plain=s.loss == "plain", gathered=sharded)
+    passing = tokens * max(layer_backward(a, policy), attention_backward(a, policy, s.cp))
+    forward, backward = loss_bytes(a, policy, tokens, plain=s.loss == "plain", gathered=sharded)
 
     held = {
         "weights": weights,
@@ -222,13 +224,13 @@ def moments_of(anatomy: Anatomy, settings: PlanSettings) -> tuple[Moment, ...]:
     )
 
 
-def _trained(anatomy: Anatomy, settings: PlanSettings) -> _Trained:
-    if not settings.lora_rank:
-        return _Trained(anatomy.parameters, anatomy.embedding, anatomy.largest)
-    adapted = [x for x in anatomy.linears if x.name in adapted_by(anatomy, settings)]
-    rank = settings.lora_rank
-    adapters = anatomy.layers * sum(rank * (x.inputs + x.outputs) for x in adapted)
-    embedding = anatomy.embedding * settings.embeddings
-    norms = anatomy.norm_parameters * settings.norms
+def _trained(spec: ModelSpec, settings: PlanSettings) -> _Trained:
+    if not settings.lora_r:
+        return _Trained(spec.parameters, spec.embedding, spec.largest)
+    adapted = [x for x in spec.linears if x.name in adapted_by(spec, settings)]
+    rank = settings.lora_r
+    adapters = spec.layers * sum(rank * (x.inputs + x.outputs) for x in adapted)
+    embedding = spec.embedding * settings.embeddings
+    norms = spec.norm_parameters * settings.norms
     largest = max([embedding, *(rank * max(x.inputs, x.outputs) for x in adapted)])
     return _Trained(adapters + embedding + norms, embedding, largest)

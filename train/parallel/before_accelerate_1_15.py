@@ -28,7 +28,7 @@ def offload_arguments(*, offload: bool) -> dict[str, Any]:
         return {}
     if _SETTING not in {field.name for field in dataclasses.fields(FullyShardedDataParallelPlugin)}:
         raise RunError(
-            "checkpointing='offload' under dp_shard or cp needs accelerate 1.15, here is "
-            f"{accelerate.__version__}: upgrade it, or pass checkpointing='layers'."
+            "gradient_checkpointing='offload' under dp_shard or cp needs accelerate 1.15, here is "
+            f"{accelerate.__version__}: upgrade it, or pass gradient_checkpointing='layers'."
         )
     return {_SETTING: True}

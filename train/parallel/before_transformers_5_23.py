@@ -38,7 +38,7 @@ def checkpointing_arguments(*, offload: bool) -> dict[str, Any]:
         return {"activation_checkpointing": True, "activation_checkpointing_kwargs": settings}
     if offload:
         raise RunError(
-            f"checkpointing='offload' needs transformers 5.23, here is {release}: upgrade it, or "
-            "pass checkpointing='layers'."
+            f"gradient_checkpointing='offload' needs transformers 5.23, here is {release}: upgrade "
+            "it, or pass gradient_checkpointing='layers'."
         )
     return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": settings}

@@ -1,6 +1,6 @@
 """What does not work together in training, and would go wrong without a word: refused up front.
 
-check_contract(Setup.of(model, packed=True, context_parallel=2))     # RunError: … and packing
+check_compatibility(Setup.of(model, packed=True, context_parallel=2))     # RunError: … and packing
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from longctx.errors import RunError
 from longctx.model import text_config, window
 from longctx.patch import Method, patch_of
 
-__all__ = ["FLASH", "Setup", "check_contract", "has_sliding_layers", "reach"]
+__all__ = ["FLASH", "Setup", "check_compatibility", "has_sliding_layers", "trainable_window"]
 
 FLASH = "flash_attention_2"
 """transformers' name of the attention that takes documents and windows without a mask."""
@@ -97,13 +97,13 @@ def _methods(model: PreTrainedModel) -> list[Method]:
     return methods
 
 
-def reach(model: PreTrainedModel) -> int | None:
+def trainable_window(model: PreTrainedModel) -> int | None:
     """Tokens that may be trained on: the window; None where a bias stands in for the rotary."""
     biased = any({"rotary", "attention"} <= {*method.slots} for method in _methods(model))
     return None if biased else window(model)
 
 
-def check_contract(setup: Setup) -> None:
+def check_compatibility(setup: Setup) -> None:
     """Refuse combinations that would train something else than was asked for.
 
     Raises:

@@ -1,7 +1,7 @@
 """Weights shared between processes (FSDP2): what accelerate is told, and the model whole again.
 
     arguments = TrainingArguments(…, **parallel_arguments(training, processes))
-    empty = hollow(model)                          # before it is cut into pieces
+    empty = meta_copy(model)                          # before it is cut into pieces
     …                                              # train
     whole = gathered(trainer.accelerator, model, empty)
 
@@ -25,7 +25,7 @@ from .before_accelerate_1_15 import offload_arguments
 from .before_transformers_5_23 import checkpointing_arguments
 from .ulysses import ulysses_arguments
 
-__all__ = ["gathered", "hollow", "is_sharded", "parallel_arguments", "plugin_arguments"]
+__all__ = ["gathered", "is_sharded", "meta_copy", "parallel_arguments", "plugin_arguments"]
 
 
 def is_sharded(training: Training) -> bool:
@@ -46,11 +46,12 @@ def parallel_arguments(training: Training, processes: int, attention: str) -> di
     """
     from accelerate.utils import ParallelismConfig
 
+    offload = training.gradient_checkpointing == "offload"
     if not is_sharded(training):
         arguments = ulysses_arguments(training, processes, attention) if training.sp > 1 else {}
-        if training.checkpointing == "none":
+        if training.gradient_checkpointing == "none":
             return arguments
-        return arguments | checkpointing_arguments(offload=training.checkpointing == "offload")
+        return arguments | checkpointing_arguments(offload=offload)
     shared = training.dp_shard * training.cp
     replicas, rest = divmod(processes, shared)
     if rest or not replicas:
@@ -73,7 +74,7 @@ def parallel_arguments(training: Training, processes: int, attention: str) -> di
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             # Each process writes its own piece of a checkpoint: no process need hold the whole.
             "state_dict_type": "SHARDED_STATE_DICT",
-            "activation_checkpointing": training.checkpointing != "none",
+            "activation_checkpointing": training.gradient_checkpointing != "none",
         },
     }
 
@@ -88,12 +89,12 @@ def plugin_arguments(training: Training, *, half: bool) -> dict[str, Any]:
     # accelerate's own policy adds gradients up in bfloat16, and rounds the loss to it.
     floats = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
     return {
-        **offload_arguments(offload=training.checkpointing == "offload"),
+        **offload_arguments(offload=training.gradient_checkpointing == "offload"),
         "mixed_precision_policy": floats if half else None,
     }
 
 
-def hollow(model: Any) -> Any:
+def meta_copy(model: Any) -> Any:
     """A copy of `model`, adapters and patch included, whose weights have shapes and no memory."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -103,9 +104,9 @@ def hollow(model: Any) -> Any:
 
 
 def gathered(accelerator: Accelerator, model: Any, empty: Any) -> Any:
-    """Put the weights of a sharded model into a hollow copy, on the CPU of the first process.
+    """Put the weights of a sharded model into its meta copy, on the CPU of the first process.
 
-    Every process takes part; in the others the copy stays hollow.
+    Every process takes part; in the others the copy stays on meta.
     """
     weights: Any = accelerator.get_state_dict(model)
     if not accelerator.is_main_process:

@@ -32,8 +32,8 @@ def chats(path: Path, *records: dict[str, Any]) -> str:
 def command(tmp_path: Path, *more: str, data: str | None = None) -> list[str]:
     data = data or chats(tmp_path / "chats.json", *[CHAT] * 4)
     return [
-        *("train", "demo", "--data", data, "--output", str(tmp_path / "run")),
-        *("--template", "vicuna", "--max-length", "512", "--steps", "2", "--evaluate", *more),
+        *("train", "demo", "--data", data, "--output-dir", str(tmp_path / "run")),
+        *("--template", "vicuna", "--max-length", "512", "--max-steps", "2", "--evaluate", *more),
     ]
 
 
@@ -75,17 +75,17 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_recipe_gives_what_is_left_out() -> None:
-    given: dict[str, Any] = {"model": "demo", "data": ("x",), "output": Path("out")}
+    given: dict[str, Any] = {"model": "demo", "data": ("x",), "output_dir": Path("out")}
     assert Train(**given, recipe="yarn-pose")._recipe() == YARN_POSE  # pyright: ignore[reportPrivateUsage]
-    changed = Train(**given, recipe="longlora", lora_rank=32, steps=7, no_pack=True)
+    changed = Train(**given, recipe="longlora", lora_r=32, max_steps=7, no_pack=True)
     recipe = changed._recipe()  # pyright: ignore[reportPrivateUsage]
     assert recipe.lora is not None
     assert LONGLORA.lora is not None
-    assert (recipe.lora.rank, recipe.lora.alpha) == (32, LONGLORA.lora.alpha)
-    assert recipe.training.steps == 7
+    assert (recipe.lora.r, recipe.lora.alpha) == (32, LONGLORA.lora.alpha)
+    assert recipe.training.max_steps == 7
     assert recipe.shifted
     assert not recipe.pack
-    without = Train(**given, recipe="longlora", lora_rank=0)._recipe()  # pyright: ignore[reportPrivateUsage]
+    without = Train(**given, recipe="longlora", lora_r=0)._recipe()  # pyright: ignore[reportPrivateUsage]
     assert without.lora is None
 
 
@@ -143,14 +143,17 @@ def test_data_that_cannot_be_learnt_from(
         (["--method", "linear:1.5"], "max_length=512 is beyond the 384 tokens"),
         (["--method", "none"], "max_length=512 is beyond the 256 tokens"),
         (["--method", "lineal:2"], "did you mean 'linear'"),
-        (["--method", "linear:2", "--norms"], "norms without adapters: pass --lora-rank too"),
+        (["--method", "linear:2", "--norms"], "norms without adapters: pass --lora-r too"),
         (["--method", "linear:2", "--retrieval", "1.5"], "retrieval=1.5: expected a share"),
         (["--method", "linear:2", "--batch-size", "0"], "batch_size=0: expected 1 or more"),
         ([*SCHEDULE, "--window", "64", "--no-pack"], "leave packing on"),
         (SCHEDULE, "window=2,048 (--window): expected 2 to max_length=512 tokens"),
         (["--method", "linear:2", "--window", "64"], "--window is for --positions schedule"),
-        (["--method", "linear:2", "--lora-rank", "0", "--norms"], "--lora-rank 0 trains all"),
-        (["--method", "linear:2", "--lora-rank", "4", "--lora-targets", "no"], "no linear layer"),
+        (["--method", "linear:2", "--lora-r", "0", "--norms"], "--lora-r 0 trains all"),
+        (
+            ["--method", "linear:2", "--lora-r", "4", "--lora-target-modules", "no"],
+            "no linear layer",
+        ),
         (["--method", "linear:2", "--warn"], "--warn is for --gate"),
         (["--method", "linear:2", "--gate", "0.1"], "--gate goes by perplexity: add it"),
         (["--method", "linear:2", "--seed", "-1"], "seed=-1: expected"),

@@ -17,7 +17,7 @@ from longctx.errors import DataError
 from longctx.gguf import convert_gguf
 from longctx.train.data.chat_template import chat_template
 from longctx.train.data.conversations import Turn
-from longctx.train.data.prepare import Settings, prepare, stream
+from longctx.train.data.prepare import TokenizeSettings, prepare, stream
 from longctx.train.data.readers import Records
 from longctx.train.data.synthetic import Synthetic, conversations
 from longctx.train.data.tokenize import Encoder
@@ -77,7 +77,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_processes_streams_and_plain_map_agree(talks: Path) -> None:
-    tokenizer, settings = chats.tokenizer(), Settings(max_length=700)
+    tokenizer, settings = chats.tokenizer(), TokenizeSettings(max_length=700)
     one = prepare(talks, tokenizer, settings)
     two = prepare(talks, tokenizer, settings, workers=2)
     assert two.report == one.report
@@ -104,7 +104,7 @@ def test_processes_streams_and_plain_map_agree(talks: Path) -> None:
 
 def test_the_account_balances(talks: Path) -> None:
     for overflow in ("continue", "drop", "cut"):
-        settings = Settings(max_length=900, overflow=cast(Any, overflow))
+        settings = TokenizeSettings(max_length=900, overflow=cast(Any, overflow))
         prepared = prepare(talks, chats.tokenizer(), settings)
         report = prepared.report
         lengths = np.asarray(prepared.dataset["length"][:])
@@ -119,11 +119,11 @@ def test_the_account_balances(talks: Path) -> None:
 def test_plain_text(tmp_path: Path) -> None:
     base = chats.tokenizer(None, bos=True)
     path = write(tmp_path / "a.jsonl", {"text": "The grass is green. " * 40}, {"text": "Paris."})
-    prepared = prepare(path, base, Settings(max_length=64))
+    prepared = prepare(path, base, TokenizeSettings(max_length=64))
     report = prepared.report
     assert report.supervised == report.kept - report.samples
     assert max(prepared.dataset["length"][:]) == 64
-    assert stream(path, base, Settings(max_length=64)).report.kept == report.kept
+    assert stream(path, base, TokenizeSettings(max_length=64)).report.kept == report.kept
 
 
 LONG = "word " * 80_000
@@ -132,18 +132,43 @@ LONG = "word " * 80_000
 @pytest.mark.parametrize(
     ("records", "settings", "message"),
     [
-        ([sharegpt("q")], Settings(), "no sample is left.*1, no answered question"),
-        ([sharegpt("q")], Settings(strict=True), "a.jsonl, record 1: turn 1 of 1 is a question"),
-        ([sharegpt("q", "a"), {"text": "t"}], Settings(), "record 2 has 'text', the records"),
-        ([sharegpt(LONG, "a")], Settings(), "no sample is left.*overflow='cut'.*1 exchanges left"),
-        ([sharegpt("q", LONG)], Settings(), "no sample is left.*1 exchanges left out, too long"),
-        ([sharegpt(LONG, "a")], Settings(overflow="cut"), "no sample is left.*no answer began"),
-        ([sharegpt("q", "a"), {"conversations": [{"from": "gtp", "value": ""}]}], Settings(),
-         "record 2, turn 1 has the role 'gtp'.*did you mean 'gpt'"),
-        ([], Settings(), "a.jsonl holds no records"),
+        ([sharegpt("q")], TokenizeSettings(), "no sample is left.*1, no answered question"),
+        (
+            [sharegpt("q")],
+            TokenizeSettings(strict=True),
+            "a.jsonl, record 1: turn 1 of 1 is a question",
+        ),
+        (
+            [sharegpt("q", "a"), {"text": "t"}],
+            TokenizeSettings(),
+            "record 2 has 'text', the records",
+        ),
+        (
+            [sharegpt(LONG, "a")],
+            TokenizeSettings(),
+            "no sample is left.*overflow='cut'.*1 exchanges left",
+        ),
+        (
+            [sharegpt("q", LONG)],
+            TokenizeSettings(),
+            "no sample is left.*1 exchanges left out, too long",
+        ),
+        (
+            [sharegpt(LONG, "a")],
+            TokenizeSettings(overflow="cut"),
+            "no sample is left.*no answer began",
+        ),
+        (
+            [sharegpt("q", "a"), {"conversations": [{"from": "gtp", "value": ""}]}],
+            TokenizeSettings(),
+            "record 2, turn 1 has the role 'gtp'.*did you mean 'gpt'",
+        ),
+        ([], TokenizeSettings(), "a.jsonl holds no records"),
     ],
-)  # fmt: skip
-def test_bad_input(tmp_path: Path, records: list[Record], settings: Settings, message: str) -> None:
+)
+def test_bad_input(
+    tmp_path: Path, records: list[Record], settings: TokenizeSettings, message: str
+) -> None:
     path = write(tmp_path / "a.jsonl", *records)
     for read in (prepare, stream):
         with pytest.raises(DataError, match=f"(?s){message}"):
@@ -152,7 +177,7 @@ def test_bad_input(tmp_path: Path, records: list[Record], settings: Settings, me
 
 def test_a_long_answer_is_cut_when_asked(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", sharegpt("q", LONG))
-    prepared = prepare(path, chats.tokenizer(), Settings(overflow="cut"))
+    prepared = prepare(path, chats.tokenizer(), TokenizeSettings(overflow="cut"))
     assert prepared.dataset["length"][:] == [16_384]
     assert chats.tokenizer().eos_token_id not in prepared.dataset["labels"][0]
 
@@ -161,14 +186,14 @@ def test_roles_out_of_order_in_a_worker(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *[sharegpt("q", "a")] * 9, sharegpt("q", "a", "q"))
     assert prepare(path, chats.tokenizer()).report.unanswered == 1
     with pytest.raises(DataError, match=r"a\.jsonl, record 10: turn 3 of 3 is a question without"):
-        prepare(path, chats.tokenizer(), Settings(strict=True), workers=2)
+        prepare(path, chats.tokenizer(), TokenizeSettings(strict=True), workers=2)
 
 
 def test_tokenizers_that_cannot_serve(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", sharegpt("q", "a"))
     with pytest.raises(DataError, match=r"no chat template.*--template vicuna"):
         prepare(path, chats.tokenizer(None))
-    prepared = prepare(path, chats.tokenizer(None), Settings(template="vicuna"))
+    prepared = prepare(path, chats.tokenizer(None), TokenizeSettings(template="vicuna"))
     assert prepared.report.samples == 1
 
     class Slow:
@@ -178,7 +203,7 @@ def test_tokenizers_that_cannot_serve(tmp_path: Path) -> None:
 
     slow: Any = Slow()
     with pytest.raises(DataError, match=r"Slow cannot say which characters.*fast tokenizer"):
-        Encoder(slow, None, Settings())
+        Encoder(slow, None, TokenizeSettings())
 
 
 def test_a_file_that_breaks_off(tmp_path: Path) -> None:
@@ -199,7 +224,7 @@ def test_real_sharegpt_is_labelled_on_answers_and_nothing_else() -> None:
     records = list(Records(SHAREGPT, salvage=True))
     assert len(records) == 17_671
     tokenizer: Any = AutoTokenizer.from_pretrained(convert_gguf(GGUF))
-    encoder = Encoder(tokenizer, chat_template(tokenizer), Settings(max_length=16_384))
+    encoder = Encoder(tokenizer, chat_template(tokenizer), TokenizeSettings(max_length=16_384))
     names = {"human": "user", "user": "user", "system": "system"}
     default = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
@@ -209,8 +234,10 @@ def test_real_sharegpt_is_labelled_on_answers_and_nothing_else() -> None:
 
     checked = answers = 0
     for record in Random(0).sample(records, 2_000):
-        said = [Turn(cast(Any, names.get(turn["from"], "assistant")), turn["value"])
-                for turn in record["conversations"]]  # fmt: skip
+        said = [
+            Turn(cast(Any, names.get(turn["from"], "assistant")), turn["value"])
+            for turn in record["conversations"]
+        ]
         roles, texts = [turn.role for turn in said], [turn.text for turn in said]
         while said and said[0].role == "assistant":
             said = said[1:]

@@ -12,7 +12,7 @@ from longctx.errors import DataError, RunError
 from longctx.prompts.haystacks import Grass, Texts
 from longctx.prompts.passkey_prompts import split_of
 from longctx.train.data.passkeys import Passkeys, training_text
-from longctx.train.data.sampling import Epochs, Mixture, Rows, Share
+from longctx.train.data.sampling import DocumentSource, Epochs, Mixture, MixtureWeight
 from longctx.train.data.tokenize import IGNORED
 from longctx.train.positions import FullLength, LengthSchedule
 
@@ -36,17 +36,19 @@ class Constant:
 
 
 def mixture(shares: tuple[float, ...] = (1.0, 1.0), rows: int = 40) -> Mixture:
-    sources = [Share(str(n), Constant(n), share) for n, share in enumerate(shares)]
+    sources = [MixtureWeight(str(n), Constant(n), share) for n, share in enumerate(shares)]
     policy = LengthSchedule(8, 64, 16)
     return Mixture(sources, rows=rows, rows_per_step=2, row_tokens=64, positions=policy)
 
 
 def test_every_row_comes_once_an_epoch_in_another_order() -> None:
-    feed = Epochs(dataset([3, 4, 5, 6, 7, 8, 9]), rows=21, seed=3)
-    orders = [[len(feed[7 * epoch + i]["input_ids"]) for i in range(7)] for epoch in range(3)]
+    train_dataset = Epochs(dataset([3, 4, 5, 6, 7, 8, 9]), rows=21, seed=3)
+    orders = [
+        [len(train_dataset[7 * epoch + i]["input_ids"]) for i in range(7)] for epoch in range(3)
+    ]
     assert all(sorted(order) == [3, 4, 5, 6, 7, 8, 9] for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert {feed[i]["draw"] for i in range(7, 14)} == {1}
+    assert {train_dataset[i]["draw"] for i in range(7, 14)} == {1}
 
 
 def test_a_row_does_not_depend_on_what_was_read_before() -> None:
@@ -58,21 +60,21 @@ def test_a_row_does_not_depend_on_what_was_read_before() -> None:
 
 
 def test_documents_have_the_length_of_the_step() -> None:
-    feed = mixture()
-    for index in range(len(feed)):
-        wanted = feed.positions.tokens(index // 2)
+    train_dataset = mixture()
+    for index in range(len(train_dataset)):
+        wanted = train_dataset.positions.tokens(index // 2)
         assert wanted is not None
-        assert feed[index]["seq_lengths"] == [wanted] * (64 // wanted)
+        assert train_dataset[index]["seq_lengths"] == [wanted] * (64 // wanted)
 
 
 @pytest.mark.parametrize("shares", [(1, 1), (3, 1), (0.5, 0.3, 0.2)])
 def test_kinds_come_as_often_as_their_shares_say(shares: tuple[float, ...]) -> None:
-    feed = mixture(shares, rows=1000)
-    kinds = [kind for i in range(1000) for kind in feed[i]["kinds"]]
+    train_dataset = mixture(shares, rows=1000)
+    kinds = [kind for i in range(1000) for kind in train_dataset[i]["kinds"]]
     for kind, share in enumerate(shares):
         assert kinds.count(kind) / len(kinds) == pytest.approx(share / sum(shares), abs=0.01)
     # Within every step too, where it holds enough documents.
-    early = [feed[i]["kinds"] for i in (0, 1)]
+    early = [train_dataset[i]["kinds"] for i in (0, 1)]
     assert {kind for row in early for kind in row} == set(range(len(shares)))
 
 
@@ -87,7 +89,7 @@ def test_a_stretch_of_a_long_row_holds_something_to_learn_after_its_first_token(
     rows = rows.remove_columns("labels").add_column("labels", labels)  # pyright: ignore[reportArgumentType]
     starts: set[int] = set()
     for seed in range(200):
-        ids, learnt = Rows(rows, keep=BOS).document(20, Random(seed))
+        ids, learnt = DocumentSource(rows, keep=BOS).document(20, Random(seed))
         assert len(ids) == len(learnt) == 20
         assert ids[0] == BOS
         assert learnt[0] == IGNORED
@@ -98,7 +100,7 @@ def test_a_stretch_of_a_long_row_holds_something_to_learn_after_its_first_token(
 
 
 def test_short_rows_come_whole() -> None:
-    ids, labels = Rows(dataset([9]), keep=7).document(20, Random(0))
+    ids, labels = DocumentSource(dataset([9]), keep=7).document(20, Random(0))
     assert ids[0] == BOS
     assert len(ids) == len(labels) == 9
 
@@ -108,20 +110,20 @@ def test_a_source_that_gives_too_much_is_named() -> None:
         def document(self, tokens: int, rng: Random) -> tuple[list[int], list[int]]:
             return super().document(tokens + 1, rng)
 
-    feed = Mixture(
-        [Share("long", Long(1), 1)],
+    train_dataset = Mixture(
+        [MixtureWeight("long", Long(1), 1)],
         rows=1,
         rows_per_step=1,
         row_tokens=8,
         positions=FullLength(),
     )
     with pytest.raises(DataError, match="source long gave 9 tokens and 9 labels where at most 8"):
-        feed[0]
+        train_dataset[0]
 
 
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(RunError, match=r"share=0 of x: expected a number above 0"):
-        Share("x", Constant(1), 0)
+        MixtureWeight("x", Constant(1), 0)
     with pytest.raises(RunError, match="0 rows of a dataset of 1"):
         Epochs(dataset([3]), rows=0)
     with pytest.raises(RunError, match="from 0 sources"):

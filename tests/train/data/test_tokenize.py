@@ -14,7 +14,7 @@ from longctx.errors import DataError
 from longctx.train.data.chat_template import chat_template
 from longctx.train.data.conversations import Turn
 from longctx.train.data.data_report import COUNTS
-from longctx.train.data.tokenize import Encoder, Settings
+from longctx.train.data.tokenize import Encoder, TokenizeSettings
 
 from .. import chats
 
@@ -22,11 +22,11 @@ Rows = list[tuple[list[int], list[int]]]
 
 
 def encode(
-    said: tuple[Turn, ...], settings: Settings | None = None, tokenizer: Any = None
+    said: tuple[Turn, ...], settings: TokenizeSettings | None = None, tokenizer: Any = None
 ) -> tuple[Rows, dict[str, int]]:
     """Samples of a conversation, and its counts."""
     tokenizer = tokenizer or chats.tokenizer()
-    settings = settings or Settings()
+    settings = settings or TokenizeSettings()
     template = None
     if said[0].role != "document":
         template = chat_template(tokenizer, settings.template)
@@ -77,7 +77,7 @@ def test_an_answer_that_begins_with_a_line_break_is_tokenised_as_served() -> Non
 @pytest.mark.parametrize("template", [chats.LLAMA3, chats.LLAMA2, "vicuna"])
 def test_other_templates_learn_the_answers(template: str) -> None:
     tokenizer = chats.tokenizer(None if template == "vicuna" else template)
-    settings = Settings(template="vicuna" if template == "vicuna" else None)
+    settings = TokenizeSettings(template="vicuna" if template == "vicuna" else None)
     ((ids, labels),), _ = encode(chats.turns("Hi", "Hello!", "And", "Fine."), settings, tokenizer)
     parts: list[str] = []
     pairs = list(zip(ids, labels, strict=True))
@@ -102,7 +102,7 @@ def test_a_sentencepiece_like_tokenizer() -> None:
     inner.train_from_iterator(["USER: Hello there ASSISTANT: it is fine . ' A chat"] * 9, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
     said = chats.turns("Hello", "it is fine", "there", "is it")
-    ((ids, labels),), _ = encode(said, Settings(template="vicuna"), tokenizer)
+    ((ids, labels),), _ = encode(said, TokenizeSettings(template="vicuna"), tokenizer)
     learnt = [token for token, label in zip(ids, labels, strict=True) if label != -100]
     assert tokenizer.convert_ids_to_tokens(learnt).count("</s>") == 2
     assert str(tokenizer.decode(learnt)).replace(" ", "") == "itisfine</s>isit</s>"
@@ -142,7 +142,7 @@ def test_continue_keeps_every_exchange_once_and_as_many_to_a_sample_as_fit(
             part = []
     if part:
         expected.append(hand(*head, *part))
-    rows, counts = encode(said, Settings(max_length=most))
+    rows, counts = encode(said, TokenizeSettings(max_length=most))
     assert rows == expected
     assert len(rows) > 1
     assert counts["too_long"] == left_out
@@ -156,15 +156,15 @@ def test_continue_keeps_every_exchange_once_and_as_many_to_a_sample_as_fit(
 
 def test_an_exchange_too_long_on_its_own_is_left_out_and_never_bridged() -> None:
     said = chats.turns("q0", "a0", "q1", "a " * 300, "q2", "a2", "q3", "a3")
-    rows, counts = encode(said, Settings(max_length=100))
+    rows, counts = encode(said, TokenizeSettings(max_length=100))
     assert rows == [hand(*said[:2]), hand(*said[4:])]
     assert (counts["too_long"], counts["continued"], counts["samples"]) == (1, 1, 2)
 
 
 def test_drop_keeps_the_beginning() -> None:
     said = long_talk(Random(3), 14, "Be kind.")
-    (kept,), counts = encode(said, Settings(max_length=260, overflow="drop"))
-    (first, *_), _ = encode(said, Settings(max_length=260))
+    (kept,), counts = encode(said, TokenizeSettings(max_length=260, overflow="drop"))
+    (first, *_), _ = encode(said, TokenizeSettings(max_length=260))
     assert kept == first
     assert counts["kept"] + counts["dropped"] == counts["tokens"]
     assert counts["continued"] == 0
@@ -173,10 +173,12 @@ def test_drop_keeps_the_beginning() -> None:
 def test_cut_is_plain_truncation() -> None:
     said = long_talk(Random(4), 14, "")
     ids, labels = hand(*said)
-    (row,), counts = encode(said, Settings(max_length=201, overflow="cut"))
+    (row,), counts = encode(said, TokenizeSettings(max_length=201, overflow="cut"))
     assert row == (ids[:201], labels[:201])
     assert (counts["cut"], counts["dropped"]) == (1, len(ids) - 201)
-    rows, counts = encode(chats.turns("q " * 300, "a"), Settings(max_length=100, overflow="cut"))
+    rows, counts = encode(
+        chats.turns("q " * 300, "a"), TokenizeSettings(max_length=100, overflow="cut")
+    )
     assert rows == []
     assert (counts["unsupervised"], counts["samples"], counts["kept"]) == (1, 0, 0)
     assert counts["dropped"] == counts["tokens"]
@@ -190,11 +192,11 @@ def test_turns_left_out_are_counted_and_strict_refuses_them() -> None:
     reasons = ("leading", "blank", "special", "unanswered")
     assert [counts[reason] for reason in reasons] == [1, 2, 2, 1]
     with pytest.raises(DataError, match="record 1: turn 1 of 8 is an answer before any question"):
-        encode(mixed, Settings(strict=True))
+        encode(mixed, TokenizeSettings(strict=True))
     with pytest.raises(DataError, match="turn 1 of 2 is a question without an answer"):
-        encode((Turn("user", "q"), Turn("user", "q")), Settings(strict=True))
+        encode((Turn("user", "q"), Turn("user", "q")), TokenizeSettings(strict=True))
     with pytest.raises(DataError, match="no assistant turn"):
-        encode((Turn("system", "s"),), Settings(strict=True))
+        encode((Turn("system", "s"),), TokenizeSettings(strict=True))
     rows, counts = encode((Turn("user", "q"),))
     assert (rows, counts["untaught"]) == ([], 1)
 
@@ -209,11 +211,11 @@ def test_documents_are_learnt_whole() -> None:
     assert ids == [bos, *body, eos]
     assert labels == [-100, *body, eos]
     assert counts["supervised"] == len(body) + 1
-    rows, counts = encode((Turn("document", text),), Settings(max_length=50), tokenizer)
+    rows, counts = encode((Turn("document", text),), TokenizeSettings(max_length=50), tokenizer)
     assert all(ids[0] == bos and len(ids) <= 50 for ids, _ in rows)
     assert list(chain.from_iterable(ids[1:] for ids, _ in rows)) == [*body, eos]
     rows, counts = encode(
-        (Turn("document", text),), Settings(max_length=50, overflow="cut"), tokenizer
+        (Turn("document", text),), TokenizeSettings(max_length=50, overflow="cut"), tokenizer
     )
     assert [ids for ids, _ in rows] == [[bos, *body[:49]]]
     assert counts["dropped"] == len(body) + 1 - 49
@@ -231,4 +233,4 @@ def test_a_template_without_an_end_token_is_refused() -> None:
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        Settings(**settings)
+        TokenizeSettings(**settings)

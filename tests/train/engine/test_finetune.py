@@ -25,7 +25,7 @@ import longctx
 from longctx.errors import RunError
 from longctx.train.config import Gate, Training
 from longctx.train.data.collate import Collator
-from longctx.train.data.sampling import Feed
+from longctx.train.data.sampling import TrainDataset
 from longctx.train.data.tokenize import IGNORED
 from longctx.train.engine.export import difference, probe
 from longctx.train.engine.finetune import Finetuned, finetune
@@ -33,10 +33,10 @@ from longctx.train.engine.lora import Lora
 from longctx.train.loss.objective import Losses
 from longctx.train.loss.sequence_unlikelihood import SequenceUnlikelihood
 
-STEPS = Training(steps=6, batch_size=2, learning_rate=1e-3, warmup=1, save_every=2)
+STEPS = Training(max_steps=6, batch_size=2, learning_rate=1e-3, warmup=1, save_every=2)
 
 
-class Noise(Feed):
+class Noise(TrainDataset):
     """Packed rows of random tokens, each by its number."""
 
     def __init__(
@@ -64,11 +64,20 @@ def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def train(
-    output: Path, training: Training = STEPS, feed: Feed | None = None, **rest: Any
+    output_dir: Path,
+    training: Training = STEPS,
+    train_dataset: TrainDataset | None = None,
+    **rest: Any,
 ) -> Finetuned:
     model, tokenizer = loaded()
     return finetune(
-        model, tokenizer, feed or Noise(), training, output=output, progress=False, **rest
+        model,
+        tokenizer,
+        train_dataset or Noise(),
+        training,
+        output_dir=output_dir,
+        progress=False,
+        **rest,
     )
 
 
@@ -102,9 +111,9 @@ def test_what_is_saved_serves_in_plain_transformers(whole: tuple[Path, Finetuned
 def test_the_first_loss_is_that_of_its_rows_alone(whole: tuple[Path, Finetuned]) -> None:
     """Packed documents, divided by all supervised tokens: against one call for each document."""
     model: Any = loaded()[0]
-    feed = Noise()
+    train_dataset = Noise()
     nats, count = 0.0, 0
-    for row in (feed[0], feed[1]):
+    for row in (train_dataset[0], train_dataset[1]):
         start = 0
         for length in row["seq_lengths"]:
             ids = torch.tensor(row["input_ids"][start : start + length])[None]
@@ -116,7 +125,7 @@ def test_the_first_loss_is_that_of_its_rows_alone(whole: tuple[Path, Finetuned])
 def test_accumulated_rows_are_the_rows_of_one_batch(
     whole: tuple[Path, Finetuned], tmp_path: Path
 ) -> None:
-    done = train(tmp_path / "run", replace(STEPS, batch_size=1, accumulate=2))
+    done = train(tmp_path / "run", replace(STEPS, batch_size=1, gradient_accumulation_steps=2))
     assert done.losses == pytest.approx(whole[1].losses, abs=1e-5)
 
 
@@ -149,7 +158,7 @@ def test_updates_of_sequence_unlikelihood_take_turns_and_are_logged_apart(tmp_pa
 def test_checkpointed_activations_change_nothing(
     whole: tuple[Path, Finetuned], tmp_path: Path
 ) -> None:
-    done = train(tmp_path / "run", replace(STEPS, checkpointing="layers"))
+    done = train(tmp_path / "run", replace(STEPS, gradient_checkpointing="layers"))
     assert done.losses == pytest.approx(whole[1].losses, abs=1e-6)
 
 
@@ -158,7 +167,9 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one_bit_for_bit(
 ) -> None:
     path = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        train(path, feed=Noise(last=7))  # in the fourth update; the last checkpoint is the second's
+        train(
+            path, train_dataset=Noise(last=7)
+        )  # in the fourth update; the last checkpoint is the second's
     # As kills while writing would leave it: a checkpoint, the model, and before it was looked at.
     for left in ("checkpoints/checkpoint-3", ".model-unchecked-x", "model-unchecked"):
         (path / left).mkdir()
@@ -188,7 +199,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one_bit_for_bit(
             def __getitem__(self, index):
                 time.sleep(0.2)
                 return super().__getitem__(index)
-        train(Path({str(path)!r}), feed=Slow())
+        train(Path({str(path)!r}), train_dataset=Slow())
         """
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[3])
@@ -210,7 +221,7 @@ def test_a_folder_is_never_taken_twice(whole: tuple[Path, Finetuned], tmp_path: 
             train(whole[0], resume=resume)
     begun = tmp_path / "begun"
     with pytest.raises(KeyboardInterrupt):
-        train(begun, feed=Noise(last=7))
+        train(begun, train_dataset=Noise(last=7))
     with pytest.raises(RunError, match="holds a run already: pass resume"):
         train(begun)
     with pytest.raises(RunError, match=r"another run \(seed: 0 there, 5 here\): ask"):
@@ -221,12 +232,14 @@ def test_a_folder_is_never_taken_twice(whole: tuple[Path, Finetuned], tmp_path: 
     with torch.no_grad():
         next(other.parameters()).mul_(1.001)  # of the same name
     with pytest.raises(RunError, match=r"another run \(weights: "):
-        finetune(other, tokenizer, Noise(), STEPS, output=begun, resume=True, progress=False)
+        finetune(other, tokenizer, Noise(), STEPS, output_dir=begun, resume=True, progress=False)
     # Where it came from, how often it is kept and what is recomputed do not make it another.
     same, tokenizer = loaded()
     same.name_or_path = "elsewhere"
-    settings = replace(STEPS, save_every=3, checkpointing="layers")
-    done = finetune(same, tokenizer, Noise(), settings, output=begun, resume=True, progress=False)
+    settings = replace(STEPS, save_every=3, gradient_checkpointing="layers")
+    done = finetune(
+        same, tokenizer, Noise(), settings, output_dir=begun, resume=True, progress=False
+    )
     assert done.losses == pytest.approx(whole[1].losses, abs=1e-6)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="holds something that is no run"):
@@ -243,7 +256,7 @@ def test_a_loss_that_is_no_number_stops_before_it_is_learnt(tmp_path: Path) -> N
 
     model, tokenizer = loaded()
     with pytest.raises(RunError, match=r"loss is nan in update 4, rows 6 to 7 .*checkpoint-2 is"):
-        finetune(model, tokenizer, Broken(), STEPS, output=tmp_path / "run", progress=False)
+        finetune(model, tokenizer, Broken(), STEPS, output_dir=tmp_path / "run", progress=False)
     done = train(tmp_path / "run", resume=True)
     assert all(map(math.isfinite, done.losses))
 
@@ -271,27 +284,27 @@ def test_a_model_that_reloads_otherwise_is_set_aside(
 ) -> None:
     monkeypatch.setattr("longctx.train.engine.export._difference", lambda model, saved: 0.5)
     with pytest.raises(RunError, match=r"model-unchecked: reloaded, its logits are off by 0\.5"):
-        train(tmp_path / "run", replace(STEPS, steps=2))
+        train(tmp_path / "run", replace(STEPS, max_steps=2))
     assert not (tmp_path / "run" / "model").exists()
     monkeypatch.undo()
-    assert train(tmp_path / "run", replace(STEPS, steps=2), resume=True).saved.plain
+    assert train(tmp_path / "run", replace(STEPS, max_steps=2), resume=True).saved.plain
 
 
 def test_positions_beyond_the_window_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"position 2,048 in a model with a window of 2,048 tokens"):
-        train(tmp_path / "run", replace(STEPS, steps=1), Noise(lengths=(2049,)))
+        train(tmp_path / "run", replace(STEPS, max_steps=1), Noise(lengths=(2049,)))
 
 
 def test_more_updates_than_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"7 updates of 2 rows need 14 rows, the feed has 12"):
-        train(tmp_path / "run", replace(STEPS, steps=7))
+    with pytest.raises(RunError, match=r"7 updates of 2 rows need 14 rows, train_dataset has 12"):
+        train(tmp_path / "run", replace(STEPS, max_steps=7))
     # Nothing was begun, so the folder takes the run that was meant.
-    assert train(tmp_path / "run", replace(STEPS, steps=1)).updates == 1
+    assert train(tmp_path / "run", replace(STEPS, max_steps=1)).updates == 1
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_every_schedule_warms_up(tmp_path: Path, schedule: Any) -> None:
-    train(tmp_path / "run", replace(STEPS, steps=4, warmup=2, schedule=schedule))
+    train(tmp_path / "run", replace(STEPS, max_steps=4, warmup=2, schedule=schedule))
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
     assert rates[:3] == pytest.approx([0, 5e-4, 1e-3])
@@ -362,13 +375,13 @@ def test_a_resumed_run_is_measured_when_the_uninterrupted_one_is(tmp_path: Path)
 
 def test_adapters_on_a_base_in_half_precision_say_what_merging_rounds(tmp_path: Path) -> None:
     model, tokenizer = loaded()
-    settings = replace(STEPS, steps=3)
-    how: dict[str, Any] = {"lora": Lora(rank=4), "progress": False}
-    done = finetune(model, tokenizer, Noise(), settings, output=tmp_path / "whole", **how)
+    settings = replace(STEPS, max_steps=3)
+    how: dict[str, Any] = {"lora": Lora(r=4), "progress": False}
+    done = finetune(model, tokenizer, Noise(), settings, output_dir=tmp_path / "whole", **how)
     assert done.rounded < 1e-5
     model, tokenizer = longctx.load("demo", device="cpu", dtype="bfloat16")
     longctx.extend(model, "linear", factor=8)
-    done = finetune(model, tokenizer, Noise(), settings, output=tmp_path / "half", **how)
+    done = finetune(model, tokenizer, Noise(), settings, output_dir=tmp_path / "half", **how)
     assert 1e-4 < done.rounded < 0.1
     card = (tmp_path / "half" / "model" / "README.md").read_text()
     assert f"into weights in bfloat16, whose rounding moved logits by {done.rounded:.1%}" in card
@@ -408,9 +421,23 @@ def test_a_gate_on_a_figure_that_is_not_measured_is_refused(tmp_path: Path) -> N
         train(tmp_path / "c", evaluate=counting(), gate=Gate(best="passkey@2048"))
 
 
+def test_a_run_of_a_version_with_other_names_of_settings_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text('{"model": "demo", "steps": 6, "accumulate": 1}')
+    (tmp_path / "run/log.jsonl").write_text("")
+    with pytest.raises(RunError, match=r"another version of longctx.*choose another folder"):
+        train(tmp_path / "run", resume=True)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("batch_size", 0), ("keep", 1), ("steps", 0), ("learning_rate", 0.0), ("schedule", "sine")],
+    [
+        ("batch_size", 0),
+        ("save_total_limit", 1),
+        ("max_steps", 0),
+        ("learning_rate", 0.0),
+        ("schedule", "sine"),
+    ],
 )
 def test_impossible_settings_are_refused(name: str, value: Any) -> None:
     with pytest.raises(RunError, match=f"{name}='?{value}"):

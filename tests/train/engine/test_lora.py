@@ -31,10 +31,10 @@ from ...test_matrix import demo_tokenizer
 
 LONG = WINDOW + 40
 KINDS = {
-    "lora": Lora(rank=4),
-    "norms": Lora(rank=4, norms=True),
-    "embeddings": Lora(rank=4, embeddings=True),
-    "longlora": Lora(rank=4, alpha=4, embeddings=True, norms=True),
+    "lora": Lora(r=4),
+    "norms": Lora(r=4, norms=True),
+    "embeddings": Lora(r=4, embeddings=True),
+    "longlora": Lora(r=4, alpha=4, embeddings=True, norms=True),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -181,7 +181,7 @@ def test_as_many_weights_are_trained_as_the_formula_says(family: str, kind: str)
     lora = KINDS[kind]
     model = add_lora(build(family), lora)
     # q and o are 64 → 64, k and v 64 → 32: rank · (in + out) each
-    wanted = 2 * lora.rank * (2 * 128 + 2 * 96)
+    wanted = 2 * lora.r * (2 * 128 + 2 * 96)
     wanted += lora.norms * NORMS[family] + lora.embeddings * VOCABULARY * 64
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == wanted
 
@@ -247,15 +247,15 @@ def test_half_precision_weights_have_float32_adapters(tmp_path: Path) -> None:
 def test_targets_that_a_model_lacks_are_named() -> None:
     phi3 = build("phi3")
     with pytest.raises(RunError) as caught:
-        add_lora(phi3, Lora(targets=("q_proj", "o_proj")))
+        add_lora(phi3, Lora(target_modules=("q_proj", "o_proj")))
     said = str(caught.value)
     assert "'phi3' has no linear layer 'q_proj' below its head" in said
     assert "(it has down_proj, gate_up_proj, o_proj, qkv_proj)" in said
-    add_lora(phi3, Lora(targets=("qkv_proj", "down_proj")))
+    add_lora(phi3, Lora(target_modules=("qkv_proj", "down_proj")))
     with pytest.raises(RunError, match="no linear layer 'lm_head' below its head"):
-        add_lora(build("llama"), Lora(targets=("q_proj", "lm_head")))
+        add_lora(build("llama"), Lora(target_modules=("q_proj", "lm_head")))
     with pytest.raises(RunError, match="did you mean 'up_proj'"):
-        add_lora(build("llama"), Lora(targets=("up_porj",)))
+        add_lora(build("llama"), Lora(target_modules=("up_porj",)))
 
 
 def test_embeddings_that_peft_would_untie_are_refused() -> None:
@@ -263,18 +263,18 @@ def test_embeddings_that_peft_would_untie_are_refused() -> None:
     falcon: Any = FalconForCausalLM(FalconConfig(vocab_size=96, **sizes))
     assert_tied(falcon, True)
     with pytest.raises(ModelError, match=r"'transformer\.word_embeddings'.*embeddings=False"):
-        add_lora(falcon, Lora(targets=("query_key_value",), embeddings=True))
-    add_lora(falcon, Lora(targets=("query_key_value",), norms=True))
+        add_lora(falcon, Lora(target_modules=("query_key_value",), embeddings=True))
+    add_lora(falcon, Lora(target_modules=("query_key_value",), norms=True))
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"rank": 0}, "rank=0"),
-        ({"rank": 2.5}, r"rank=2\.5"),
+        ({"r": 0}, "r=0"),
+        ({"r": 2.5}, r"r=2\.5"),
         ({"alpha": 0}, "alpha=0"),
         ({"alpha": float("nan")}, "alpha=nan"),
-        ({"targets": "q_proj"}, "targets='q_proj'"),
+        ({"target_modules": "q_proj"}, "target_modules='q_proj'"),
     ],
 )
 def test_impossible_settings_are_refused(fields: dict[str, Any], said: str) -> None:

@@ -81,8 +81,8 @@ def test_shifted_labels_are_taken_as_they_stand() -> None:
     batch = batch_of((0,), (2,))
     hidden, weight = states(batch), head_weight()
     labels = functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    shifted = Losses()(hidden, weight, labels, shifted=True)
-    assert shifted.total.item() == Losses()(hidden, weight, batch["labels"]).total.item()
+    labels_aligned = Losses()(hidden, weight, labels, labels_aligned=True)
+    assert labels_aligned.total.item() == Losses()(hidden, weight, batch["labels"]).total.item()
 
 
 @pytest.mark.parametrize("count", [100.0, torch.tensor(100)])
@@ -197,7 +197,7 @@ def test_what_is_missing_is_said() -> None:
     with pytest.raises(RunError, match="pass input_ids"):
         EVERYTHING(hidden, weight, batch["labels"], document_ids=batch["document_ids"])
     with pytest.raises(RunError, match="whole documents"):
-        EVERYTHING(hidden, weight, batch["labels"], shifted=True, **extras(batch))
+        EVERYTHING(hidden, weight, batch["labels"], labels_aligned=True, **extras(batch))
     with pytest.raises(RunError, match="alpha=0"):
         Unlikelihood(alpha=0)
     with pytest.raises(RunError, match="margin=2"):

@@ -22,10 +22,10 @@ from longctx.train.engine.lora import Lora, add_lora
 from longctx.train.engine.packed_attention import packed_attention
 from longctx.train.memory.activations import outside, saved
 from longctx.train.memory.advice import advise
-from longctx.train.memory.model_spec import Anatomy
+from longctx.train.memory.model_spec import ModelSpec
 from longctx.train.memory.plan_settings import PlanSettings
 from longctx.train.memory.planner import plan
-from longctx.train.memory.timeline import regime_of
+from longctx.train.memory.timeline import precision_policy_of
 
 from ...families import build
 
@@ -89,12 +89,12 @@ def kept(model: Any, *, packed: bool = False, autocast: bool = False) -> int:
 
 def counted(model: Any, settings: PlanSettings) -> float:
     """The same by the planner's formulas."""
-    anatomy = Anatomy.of(model)
-    regime = regime_of(anatomy, settings)
-    total = TOKENS * (anatomy.layers * saved(anatomy, regime) + outside(anatomy, regime))
-    matrices = sum(x.weights for x in anatomy.linears)
-    if regime.half and not regime.rank:  # autocast's copies of the matrices are saved too
-        total += 2 * anatomy.layers * matrices
+    spec = ModelSpec.of(model)
+    policy = precision_policy_of(spec, settings)
+    total = TOKENS * (spec.layers * saved(spec, policy) + outside(spec, policy))
+    matrices = sum(x.weights for x in spec.linears)
+    if policy.half and not policy.rank:  # autocast's copies of the matrices are saved too
+        total += 2 * spec.layers * matrices
     return total
 
 
@@ -112,7 +112,7 @@ def test_all_weights_keep_what_autograd_saves(dtype: Any, packed: bool) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_keep_what_autograd_saves(dtype: Any, targets: tuple[str, ...]) -> None:
     settings = PlanSettings(
-        max_length=TOKENS, dtype=dtype, pack=False, lora_rank=4, lora_targets=targets
+        max_length=TOKENS, dtype=dtype, pack=False, lora_r=4, lora_target_modules=targets
     )
     # The first layer's input needs no gradient under adapters: it alone keeps less, so that the
     # difference of two depths is what a layer keeps.
@@ -122,7 +122,7 @@ def test_adapters_keep_what_autograd_saves(dtype: Any, targets: tuple[str, ...])
     for layers in (2, 4):
         model = small(layers).to(getattr(torch, dtype))
         wanted.append(counted(model, settings))
-        adapted = add_lora(model, Lora(rank=4, targets=targets))
+        adapted = add_lora(model, Lora(r=4, target_modules=targets))
         adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         wanted[-1] += 2 * adapters * half  # autocast's copies of the adapters
         found.append(kept(adapted, autocast=half))
@@ -140,7 +140,7 @@ def test_other_families_keep_about_as_much(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "phi3", "olmo2"])
 def test_parameters_are_counted_without_weights(family: str) -> None:
     model = build(family)
-    assert Anatomy.of(model.config).parameters == sum(p.numel() for p in model.parameters())
+    assert ModelSpec.of(model.config).parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_predictions_are_within_a_fifth_of_measured_peaks() -> None:
@@ -158,7 +158,7 @@ def test_predictions_are_within_a_fifth_of_measured_peaks() -> None:
 
 def test_states_of_full_training_take_16_bytes_per_parameter() -> None:
     """As Rajbhandari et al. 2020 (ZeRO, section 3.1) count, with masters in place of two copies."""
-    update = plan(LLAMA_7B, PlanSettings(max_length=16, optimizer="adamw_torch_fused")).moments[-1]
+    update = plan(LLAMA_7B, PlanSettings(max_length=16, optimizer="adamw_torch_fused")).timeline[-1]
     assert update.total * 2**30 == pytest.approx(16 * 6_738_415_616, rel=1e-9)
 
 
@@ -166,21 +166,21 @@ def test_sharding_divides_what_is_held() -> None:
     one = plan(LLAMA_7B, PlanSettings(max_length=4096, gpus=8))
     eight = plan(LLAMA_7B, PlanSettings(max_length=4096, gpus=8, dp_shard=8))
     assert eight.peak.weights == pytest.approx(one.peak.weights / 8)
-    assert eight.moments[-1].gradients == pytest.approx(one.moments[-1].gradients / 2 / 8)
+    assert eight.timeline[-1].gradients == pytest.approx(one.timeline[-1].gradients / 2 / 8)
 
 
 def test_exchanging_heads_shares_the_states_and_nothing_else() -> None:
     """Over all 8 processes, with the weights that they belong to once more."""
     full: dict[str, Any] = {"max_length": 4096, "gpus": 8, "pack": False}
     one, shared = (plan(LLAMA_7B, PlanSettings(**full, sp=sp)) for sp in (1, 4))
-    first, own = shared.moments[0], one.moments[0]
+    first, own = shared.timeline[0], one.timeline[0]
     assert first.weights == own.weights
     assert first.optimizer == pytest.approx((own.optimizer + own.weights) / 8)
     assert shared.total < one.total
 
 
 def test_advice_shares_sequences_further_by_the_means_that_was_asked_for() -> None:
-    asked = PlanSettings(max_length=131_072, gpus=8, sp=2, lora_rank=16, memory=30, pack=False)
+    asked = PlanSettings(max_length=131_072, gpus=8, sp=2, lora_r=16, memory=30, pack=False)
     found = advise(LLAMA_8B, asked).found.settings
     assert (found.cp, found.dp_shard) == (1, 1)
     assert found.sp == 4
@@ -199,11 +199,14 @@ def test_what_fits_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"loss": "plain", "memory": 30, "lora_rank": 16, "max_length": 8192}, {"loss"}),
-        ({"memory": 40, "lora_rank": 16}, {"checkpointing"}),
-        ({"memory": 80}, {"checkpointing", "lora_rank"}),
-        ({"memory": 80, "gpus": 8}, {"checkpointing", "dp_shard"}),
-        ({"memory": 80, "gpus": 8, "max_length": 262_144}, {"checkpointing", "cp", "dp_shard"}),
+        ({"loss": "plain", "memory": 30, "lora_r": 16, "max_length": 8192}, {"loss"}),
+        ({"memory": 40, "lora_r": 16}, {"gradient_checkpointing"}),
+        ({"memory": 80}, {"gradient_checkpointing", "lora_r"}),
+        ({"memory": 80, "gpus": 8}, {"gradient_checkpointing", "dp_shard"}),
+        (
+            {"memory": 80, "gpus": 8, "max_length": 262_144},
+            {"gradient_checkpointing", "cp", "dp_shard"},
+        ),
     ],
 )
 def test_advice_takes_what_is_needed_and_no_more(changes: dict[str, Any], wanted: set[str]) -> None:
@@ -222,21 +225,21 @@ def test_advice_takes_what_is_needed_and_no_more(changes: dict[str, Any], wanted
     trained = tyro.cli(Train, args=shlex.split(advice.command.partition("longctx train ")[2]))
     found = advice.found.settings
     assert trained.max_length == found.max_length
-    assert trained.lora_rank == found.lora_rank
+    assert trained.lora_r == found.lora_r
     assert (trained.norms, trained.embeddings) == (found.norms, found.embeddings)
     assert trained.no_pack is not found.pack
     assert bool(trained.evaluate) == (found.dp_shard * found.cp == 1)
-    for name in ("checkpointing", "optimizer", "dp_shard", "cp", "sp", "batch_size"):
+    for name in ("gradient_checkpointing", "optimizer", "dp_shard", "cp", "sp", "batch_size"):
         assert getattr(trained, name) == getattr(found, name), name
     assert trained._recipe().training.dp_shard == found.dp_shard  # pyright: ignore[reportPrivateUsage]
 
 
 def test_rows_of_a_batch_are_accumulated_before_anything_is_lost() -> None:
-    asked = PlanSettings(max_length=8192, batch_size=8, lora_rank=16, memory=70)
+    asked = PlanSettings(max_length=8192, batch_size=8, lora_r=16, memory=70)
     advice = advise(LLAMA_8B, asked)
     found = advice.found.settings
     assert advice.fits
-    assert found.batch_size * found.accumulate == 8
+    assert found.batch_size * found.gradient_accumulation_steps == 8
 
 
 def test_nothing_fits_and_it_says_by_how_much() -> None:
@@ -272,9 +275,9 @@ def test_the_command_prints_a_table_and_exits_by_what_it_found(
         ({"gpus": 8, "dp_shard": 2, "cp": 2, "sp": 2}, "both cut the sequence"),
         ({"gpus": 2, "cp": 2, "pack": True}, "and packing"),
         ({"gpus": 4, "dp_shard": 2, "sp": 2}, "DeepSpeed runs the one and FSDP the other"),
-        ({"embeddings": True}, "pass lora_rank too"),
-        ({"lora_rank": 8, "lora_targets": ("c_attn",)}, "c_attn"),
-        ({"checkpointing": "all"}, "checkpointing='all'"),
+        ({"embeddings": True}, "pass lora_r too"),
+        ({"lora_r": 8, "lora_target_modules": ("c_attn",)}, "c_attn"),
+        ({"gradient_checkpointing": "all"}, "gradient_checkpointing='all'"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -133,7 +133,7 @@ def varlen(
     return torch.cat(done, dim=2).transpose(1, 2), None
 
 
-ADAMW = Training(steps=5, learning_rate=1e-3, warmup=1, save_every=100)
+ADAMW = Training(max_steps=5, learning_rate=1e-3, warmup=1, save_every=100)
 SGD = replace(ADAMW, optimizer="sgd", learning_rate=0.1)
 
 
@@ -175,7 +175,7 @@ class Case:
         """Of an update, over all processes and one forward pass."""
         return self.processes // (self.training.cp * self.training.sp)
 
-    def feed(self, last: int = 999) -> Noise:
+    def dataset(self, last: int = 999) -> Noise:
         """Rows; documents of their own are padded under context parallel."""
         make = Kinds if self.kinds else Noise
         return make(20, (40, 24) if self.packed else (62,), last)
@@ -198,9 +198,9 @@ class Case:
         done = finetune(
             model,
             tokenizer,
-            self.feed(last),
+            self.dataset(last),
             training,
-            output=output,
+            output_dir=output,
             packed=self.packed,
             resume=resume,
             progress=False,
@@ -224,38 +224,40 @@ CASES = {
     "ddp-sgd": Case(SGD),
     "fsdp": Case(replace(ADAMW, dp_shard=2)),
     "fsdp-sgd": Case(replace(SGD, dp_shard=2)),
-    "fsdp-layers": Case(replace(ADAMW, dp_shard=2, checkpointing="layers")),
-    "fsdp-accumulated": Case(replace(ADAMW, dp_shard=2, accumulate=2)),
+    "fsdp-layers": Case(replace(ADAMW, dp_shard=2, gradient_checkpointing="layers")),
+    "fsdp-accumulated": Case(replace(ADAMW, dp_shard=2, gradient_accumulation_steps=2)),
     "fsdp-lora": Case(
         replace(ADAMW, dp_shard=2, save_every=2),
-        lora=Lora(rank=4, embeddings=True, norms=True),
+        lora=Lora(r=4, embeddings=True, norms=True),
         interrupted=True,
     ),
-    "fsdp-untied": Case(replace(ADAMW, dp_shard=2), lora=Lora(rank=4), untied=True),
+    "fsdp-untied": Case(replace(ADAMW, dp_shard=2), lora=Lora(r=4), untied=True),
     "fsdp-resumed": Case(replace(ADAMW, dp_shard=2, save_every=2), interrupted=True),
     "cp": Case(replace(ADAMW, cp=2), packed=False),
     "cp-sgd": Case(replace(SGD, cp=2), packed=False),
     "cp-pose": Case(replace(ADAMW, cp=2), packed=False, positions=POSE),
     "cp-pose-sgd": Case(replace(SGD, cp=2), packed=False, positions=POSE),
-    "cp-kinds": Case(replace(ADAMW, cp=2, accumulate=2), packed=False, kinds=True),
+    "cp-kinds": Case(replace(ADAMW, cp=2, gradient_accumulation_steps=2), packed=False, kinds=True),
     "sp": Case(replace(ADAMW, sp=2), packed=False),
     "sp-sgd": Case(replace(SGD, sp=2), packed=False),
     "sp-pose": Case(replace(ADAMW, sp=2), packed=False, positions=POSE),
     "sp-pose-sgd": Case(replace(SGD, sp=2), packed=False, positions=POSE),
-    "sp-kinds": Case(replace(ADAMW, sp=2, accumulate=2), packed=False, kinds=True),
+    "sp-kinds": Case(replace(ADAMW, sp=2, gradient_accumulation_steps=2), packed=False, kinds=True),
     "sp-layers": Case(
-        replace(ADAMW, sp=2, checkpointing="layers", batch_size=2), packed=False, evaluated=True
+        replace(ADAMW, sp=2, gradient_checkpointing="layers", batch_size=2),
+        packed=False,
+        evaluated=True,
     ),
     "sp-resumed": Case(replace(ADAMW, sp=2, save_every=2), packed=False, interrupted=True),
     "sp-lora": Case(
         replace(ADAMW, sp=2, save_every=2),
         packed=False,
-        lora=Lora(rank=4, embeddings=True, norms=True),
+        lora=Lora(r=4, embeddings=True, norms=True),
         interrupted=True,
     ),
     "sp-packed": Case(replace(ADAMW, sp=2), flash=True),
     "sp-packed-pose": Case(replace(ADAMW, sp=2), positions=POSE, flash=True),
-    "four-sp": Case(replace(ADAMW, sp=2, accumulate=2), packed=False, processes=4),
+    "four-sp": Case(replace(ADAMW, sp=2, gradient_accumulation_steps=2), packed=False, processes=4),
     "four-sp-heads": Case(
         replace(ADAMW, sp=4, evaluate_every=2), packed=False, evaluated=True, processes=4
     ),
@@ -283,7 +285,7 @@ def hurt(output: Path) -> None:
     cast.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
     training = CASES["sp"].training
     with pytest.raises(RunError, match="gradient norm is inf in update 1, rows 0 to 0 of"):
-        finetune(model, tokenizer, Noise(20, (62,)), training, output=output, packed=False)
+        finetune(model, tokenizer, Noise(20, (62,)), training, output_dir=output, packed=False)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert not left()
 

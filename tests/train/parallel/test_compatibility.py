@@ -9,7 +9,7 @@ import pytest
 
 import longctx
 from longctx.errors import RunError
-from longctx.train.parallel.compatibility import Setup, check_contract
+from longctx.train.parallel.compatibility import Setup, check_compatibility
 
 from ...families import build
 
@@ -98,16 +98,16 @@ FINE = Setup(heads=12, kv_heads=4)
 def test_a_refusal_names_the_way_out(
     bad: dict[str, Any], says: str, way_out: dict[str, Any]
 ) -> None:
-    check_contract(FINE)
+    check_compatibility(FINE)
     with pytest.raises(RunError, match=says):
-        check_contract(replace(FINE, **bad))
-    check_contract(replace(FINE, **bad | way_out))
+        check_compatibility(replace(FINE, **bad))
+    check_compatibility(replace(FINE, **bad | way_out))
 
 
 def test_all_problems_are_named_at_once() -> None:
     setup = replace(FINE, context_parallel=2, packed=True, attention_method="alibi")
     with pytest.raises(RunError, match=r"(?s)packing.*alibi"):
-        check_contract(setup)
+        check_compatibility(setup)
 
 
 def test_a_model_says_what_is_on_it() -> None:
@@ -124,6 +124,6 @@ def test_a_model_says_what_is_on_it() -> None:
         setup = Setup.of(model, context_parallel=2)
         assert setup.length_variant_method == "dynamic"
         with pytest.raises(RunError, match="dynamic"):
-            check_contract(setup)
+            check_compatibility(setup)
     with longctx.extend(model, "yarn", factor=4):
-        check_contract(Setup.of(model, context_parallel=2))
+        check_compatibility(Setup.of(model, context_parallel=2))

@@ -157,10 +157,10 @@ def _same(runs: Pair) -> None:
     assert two == one
     training = runs.case.training
     shared = training.dp_shard * training.cp
-    through = 5 * training.accumulate * 4  # of 4 layers
+    through = 5 * training.gradient_accumulation_steps * 4  # of 4 layers
     passes = through if training.cp > 1 else 0
     # Queries, keys, values and what comes of them; interrupted runs repeat themselves.
-    exchanges = through * 4 * (2 if training.checkpointing == "layers" else 1)
+    exchanges = through * 4 * (2 if training.gradient_checkpointing == "layers" else 1)
     exchanges *= training.sp > 1
     for rank, seen in enumerate(runs.processes):
         assert seen["losses"] == runs.processes[0]["losses"]
@@ -277,7 +277,12 @@ def test_what_does_not_go_together_is_refused_up_front(
     longctx.extend(model, method)
     with pytest.raises(RunError, match=says):
         finetune(
-            model, tokenizer, Noise(), Training(**settings), output=tmp_path / "run", packed=packed
+            model,
+            tokenizer,
+            Noise(),
+            Training(**settings),
+            output_dir=tmp_path / "run",
+            packed=packed,
         )
     assert not (tmp_path / "run").exists()
 

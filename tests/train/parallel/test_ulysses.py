@@ -42,7 +42,7 @@ def test_processes_that_do_not_fit(processes: int) -> None:
 
 def test_what_accelerate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     _installed(monkeypatch, OLDEST)
-    told = parallel_arguments(Training(sp=2, checkpointing="layers"), 6, "sdpa")
+    told = parallel_arguments(Training(sp=2, gradient_checkpointing="layers"), 6, "sdpa")
     config = told["parallelism_config"]
     assert (config.sp_size, config.dp_replicate_size, config.dp_shard_size) == (2, 3, 1)
     assert config.sp_backend == "deepspeed"
