@@ -229,7 +229,7 @@ def train_theirs(model: PreTrainedModel, folder: Path) -> tuple[Clock, list[dict
     adapters: Any = LoraConfig(
         r=RANK,
         lora_alpha=2 * RANK,
-        target_modules=Lora().targets_in(model),
+        target_modules=Lora().target_modules_in(model),
         task_type="CAUSAL_LM",
     )
     trainer = SFTTrainer(
