@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import longctx
 from longctx.attention import cpu_flash
 from longctx.attention.cpu_flash import KeyBias, biased_attention
 from longctx.attention.reference import attention_with_linear_bias
+
+from ...families import build, tokens
 
 STEEP = (0.9, 0.5, 0.1, 0.0)
 
@@ -152,7 +155,7 @@ def test_the_probe_notices_a_changed_operator(monkeypatch: pytest.MonkeyPatch, d
         monkeypatch.setattr(cpu_flash, "_flash_backward", no_gradient)
     else:
         monkeypatch.setattr(cpu_flash, "_flash", without_bias)
-    cpu_flash.usable.cache_clear()
+    cpu_flash._tried.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="biased attention is correct"):
             assert not cpu_flash.usable()
@@ -160,7 +163,7 @@ def test_the_probe_notices_a_changed_operator(monkeypatch: pytest.MonkeyPatch, d
             warnings.simplefilter("error")
             assert not cpu_flash.usable()
     finally:
-        cpu_flash.usable.cache_clear()
+        cpu_flash._tried.cache_clear()
 
 
 def test_the_probe_passes_here() -> None:
@@ -168,6 +171,16 @@ def test_the_probe_passes_here() -> None:
 
 
 def test_the_probe_is_not_misled_by_inference_mode() -> None:
-    cpu_flash.usable.cache_clear()
+    cpu_flash._tried.cache_clear()
     with torch.inference_mode():
         assert cpu_flash.usable()
+
+
+def test_a_compiled_model_runs_the_operator_as_it_is() -> None:
+    model = build("llama")
+    longctx.extend(model, "alibi")
+    ids = tokens(100)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        found = torch.compile(model, backend="eager")(ids).logits
+    torch.testing.assert_close(found, wanted)
