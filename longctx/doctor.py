@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ModelError
-from .registry import available, method_class
 
 __all__ = ["Finding", "examine"]
 
@@ -210,6 +209,8 @@ def _record(config: dict[str, Any]) -> Iterator[Finding]:
             "delete the entry, or extend the original checkpoint anew",
         )
         return
+    from .registry import available, method_class  # torch takes seconds: only where it is needed
+
     names = [str(method["name"]) for method in record["methods"]]
     unknown = [name for name in names if name not in available()]
     if unknown:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,16 @@ def test_positions_tokenizer_and_record(
 ) -> None:
     found = one(examine(checkpoint(tmp_path / "x", tokenizer, **config)))
     assert (found.level, where in found.where) == (level, True)
+
+
+def test_a_checkpoint_without_record_is_read_without_torch(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "x", rope_parameters=YARN)
+    code = (
+        "import sys, pathlib, longctx.doctor as d; "
+        f"print(d.examine(pathlib.Path({str(folder)!r})), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] False\n"
 
 
 def test_weights(tmp_path: Path) -> None:
