@@ -203,7 +203,7 @@ def save(
     patch = patch_of(model)
     beyond: list[str] = []
     while patch is not None:
-        if patch.method.native_rope(patch.rope) is None:
+        if not patch.method.plain_loadable:
             beyond.append(patch.method.name)
         patch = patch.below
     with new_folder(Path(out), overwrite=overwrite) as folder:

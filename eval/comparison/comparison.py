@@ -32,6 +32,8 @@ class ComparedTask:
     """What a cell's value estimates."""
     interval: Interval
     """Of its differences."""
+    figure: str | None = None
+    """Where an observation's details hold its own share (`Task.figure`)."""
 
     @property
     def share(self) -> bool:

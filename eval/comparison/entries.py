@@ -47,6 +47,8 @@ class TaskSettings:
     estimand: str
     scale: Literal["share", "perplexity"]
     higher_is_better: bool
+    figure: str | None
+    """Where an observation's details hold its own share (`Task.figure`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,7 @@ def _of_result(result: SweepResult) -> _Swept:
                 task.estimand,
                 task.scale,
                 task.higher_is_better,
+                task.figure,
             )
             for task in result.tasks
         },
@@ -204,6 +207,7 @@ def _of_folder(folder: Path) -> _Swept:
                 task["estimand"],
                 task["scale"],
                 task["higher_is_better"],
+                task["figure"],
             )
             for task in report["tasks"]
         },

@@ -115,6 +115,7 @@ def _sweep_report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
                 "estimand": estimand_text(task, result.adaptive),
                 "scale": task.scale,
                 "higher_is_better": task.higher_is_better,
+                "figure": task.figure,
                 "spec": task.cache_key(),
                 "scope": task.report_identity(),
             }

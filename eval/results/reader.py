@@ -71,7 +71,7 @@ def read_folder(path: Path) -> Folder:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{report_path} is no report of a sweep ({error!r}): {again}") from error
     for task in tasks:
-        if "scale" not in task or "higher_is_better" not in task:
+        if not {"scale", "higher_is_better", "figure"} <= set(task):
             raise RunError(
                 f"{report_path} is of an earlier release and does not say what the figures of "
                 f"{task['name']} are: {again}"

@@ -75,6 +75,7 @@ class Repetition:
     name: ClassVar[str] = "repetition"
     scale: ClassVar[Literal["share", "perplexity"]] = "share"
     higher_is_better: ClassVar[bool] = False
+    figure: ClassVar[str | None] = "seq_rep_4"
 
     def __post_init__(self) -> None:
         if self.new_tokens < 4 or self.windows < 1:

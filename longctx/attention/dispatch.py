@@ -54,6 +54,10 @@ class LinearBias:
         """Attend with this bias; see `attend`."""
         return attend(q, k, v, slopes=self.slopes, mask=mask, positions=positions, scaling=scaling)
 
+    def __str__(self) -> str:
+        steep, flat = max(self.slopes), min(self.slopes)
+        return f"linear bias, {len(self.slopes)} slopes {steep:.4g} … {flat:.4g}"
+
 
 def attend(
     q: Tensor,

@@ -35,6 +35,7 @@ class Count:
     name: ClassVar[str] = "count"
     scale: ClassVar[Literal["share", "perplexity"]] = "share"
     higher_is_better: ClassVar[bool] = True
+    figure: ClassVar[str | None] = None
 
     @property
     def estimand(self) -> str:
