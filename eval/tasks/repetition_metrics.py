@@ -28,7 +28,7 @@ __all__ = [
 
 def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
     if n < 1:
-        raise DataError(f"n={n} is no length of an n-gram: expected 1 or more.")
+        raise DataError(f"n={n} is not a length of an n-gram: expected 1 or more.")
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
@@ -124,7 +124,7 @@ def loop_onset(tokens: Sequence[int], repeats: int = 3) -> int | None:
     2
 
     Raises:
-        DataError: repeats is below 2 (one copy is no loop).
+        DataError: repeats is below 2 (one copy is not a loop).
     """
     if repeats < 2:
         raise DataError(f"repeats={repeats}: a loop takes at least 2 copies.")

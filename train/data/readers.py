@@ -151,7 +151,7 @@ class Records:
                 rest = len(window.text) - error.pos
                 if rest > _NEAR_THE_END and not error.msg.startswith("Unterminated string"):
                     raise DataError(
-                        f"{window.name} is no JSON at byte {window.byte(error.pos):,}, in record "
+                        f"{window.name} is not JSON at byte {window.byte(error.pos):,}, in record "
                         f"{count + 1:,}: {error.msg}. Mend or remove that record."
                     ) from error
                 if window.more():
@@ -193,8 +193,8 @@ class Records:
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
-                f"{path.name} is no whole parquet file: {error}. Parquet keeps its index at the "
-                "end, so nothing can be salvaged from a part: fetch it again."
+                f"{path.name} is not a complete parquet file: {error}. Parquet keeps its index at "
+                "the end, so nothing can be salvaged from a part: fetch it again."
             ) from error
 
     def _document(self, path: Path) -> Iterator[Any]:
@@ -235,8 +235,8 @@ def _open(path: Path) -> BinaryIO:
 
 def _no_utf8(name: str, byte: int) -> DataError:
     return DataError(
-        f"{name} is no UTF-8 text at byte {byte:,}: convert it (iconv -f … -t utf-8), or mend that "
-        "byte."
+        f"{name} is not UTF-8 text at byte {byte:,}: convert it (iconv -f … -t utf-8), or mend "
+        "that byte."
     )
 
 
