@@ -70,7 +70,6 @@ def test_parquet_text_folders_and_saved_sets(
     shards.mkdir()
     write(shards / "train.jsonl", LINES)
     assert list(Records(shards)) == CHATS
-    assert list(Records(shards, streaming=True)) == CHATS
     with pytest.raises(DataError, match="shards', split 'test'"):
         list(Records(shards, split="test"))
     saved = datasets.Dataset.from_list(CHATS)
@@ -87,8 +86,8 @@ def test_a_hub_id_goes_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
         return CHATS
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(Records("some-org/chats.v1", split="test", streaming=True)) == CHATS
-    assert asked == [("some-org/chats.v1", {"split": "test", "streaming": True})]
+    assert list(Records("some-org/chats.v1", split="test")) == CHATS
+    assert asked == [("some-org/chats.v1", {"split": "test"})]
 
 
 @pytest.mark.usefixtures("chunks")
@@ -121,17 +120,6 @@ def test_a_file_cut_off_anywhere(tmp_path: Path, name: str, text: str) -> None:
             assert list(salvaged) == CHATS[:whole]
             (note,) = salvaged.notes
             assert f"salvaged {whole} whole records" in note
-
-
-def test_a_stream_is_refused_before_it_begins(tmp_path: Path) -> None:
-    cut = write(tmp_path / "a.json", ARRAY[:-40])
-    with pytest.raises(DataError, match="breaks off: after 3 whole records"):
-        Records(cut).refuse_broken()
-    Records(cut, salvage=True).refuse_broken()
-    with pytest.raises(DataError, match="breaks off: after 3 whole records"):
-        Records(write(tmp_path / "a.jsonl", LINES[:-10])).refuse_broken()
-    Records(write(tmp_path / "b.jsonl", LINES)).refuse_broken()
-    Records(write(tmp_path / "b.json", ARRAY)).refuse_broken()
 
 
 @pytest.mark.usefixtures("chunks")
