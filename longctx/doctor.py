@@ -205,7 +205,7 @@ def _record(config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "config.json: longctx",
-            f"{str(record)[:40]!r} is no record of longctx: longctx.load refuses it",
+            f"{str(record)[:40]!r} is not a valid longctx record: longctx.load refuses it",
             "delete the entry, or extend the original checkpoint anew",
         )
         return

@@ -2,9 +2,9 @@
 
     logit(i, j) − m_h · (i − j),  m_h = 2^(−8h/H) for h = 1 … H, in logits per token
 
-For a number of heads H that is no power of two, the slopes of the largest power of two P below H,
-then every other slope of 2P. The rotary becomes the identity; no weight changes and nothing depends
-on the length, so any input may be read.
+For a number of heads H that is not a power of two, the slopes of the largest power of two P below
+H, then every other slope of 2P. The rotary becomes the identity; no weight changes and nothing
+depends on the length, so any input may be read.
 
 On a model trained with RoPE this is a different model, which needs training. Use it when you mean
 to train with it: what it then reads beyond its training length stays as good as inside it, though

@@ -75,7 +75,7 @@ class GroupedAttention(nn.Module):
         """Attend; q [B, H, S, D], k and v [B, K, N, D]. What padding gets means nothing.
 
         Raises:
-            ModelError: in train mode, a mask that is no padding and no numbered documents.
+            ModelError: in train mode, a mask of neither padding nor numbered documents.
         """
         keys = k.shape[2] if mask is None else mask.shape[-1]
         if not self.training or q.shape[2] != keys:

@@ -84,7 +84,7 @@ def pair(first: Mapping[str, Observation], second: Mapping[str, Observation]) ->
 
 
 def check_interval(interval: str) -> None:
-    """Refuse a kind of interval that there is not (RunError)."""
+    """Refuse an unknown kind of interval (RunError)."""
     if interval not in get_args(Interval):
         raise RunError(f"interval={interval!r}: expected {' or '.join(get_args(Interval))}.")
 

@@ -95,7 +95,8 @@ def entries_of(runs: Mapping[str, Source]) -> list[Entry]:
     A single run's entries go by their methods alone.
 
     Raises:
-        RunError: a folder that is no finished sweep, an unknown method, or two entries of one name.
+        RunError: a folder that is not a finished sweep, an unknown method, or two entries of one
+            name.
     """
     found: list[Entry] = []
     for name, source in runs.items():

@@ -74,7 +74,7 @@ def effective(sweep: SweepFolder, task: str, method: str) -> dict[str, Any]:
     means = {row.length: row.value for row in rows}
     found = [o for o in sweep.observations(task, method) if o.length in means]
     fit = None
-    if sweep.report.get("adaptive"):  # cells that were stopped early are no sample of all prompts
+    if sweep.report.get("adaptive"):  # cells stopped early are not a sample of all prompts
         means = {}
     elif found:
         fit = effective_length(

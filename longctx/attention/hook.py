@@ -176,7 +176,7 @@ def _key_positions(
         )
     steps = position_ids.diff(dim=1)
     if mask is not None and mask.shape[-2] == 1:
-        # Steps between documents, and those of padding, are no distances.
+        # Steps between documents, and those of padding, are not distances.
         kind = mask[:, 0, 0]
         skipped = kind[:, 1:] != kind[:, :-1]
         if kind.dtype == torch.bool:
