@@ -18,7 +18,7 @@ from longctx.attention.hook import ATTRIBUTE
 from longctx.errors import MethodError, ModelError
 from longctx.model import attention_modules
 from longctx.patches.alibi import Alibi, slopes
-from longctx.train.parallel.compatibility import reach
+from longctx.train.parallel.compatibility import trainable_window
 
 from ..families import WINDOW, build, tokens
 
@@ -162,10 +162,10 @@ def test_training_with_attention_dropout_is_refused() -> None:
 
 def test_a_plain_config_cannot_say_it_and_any_length_may_be_trained_on() -> None:
     assert not Alibi.plain_loadable
-    assert reach(build("llama")) == WINDOW
+    assert trainable_window(build("llama")) == WINDOW
     model = build("llama")
     longctx.extend(model, Alibi())
-    assert reach(model) is None
+    assert trainable_window(model) is None
 
 
 def test_a_window_below_the_original_is_refused() -> None:
