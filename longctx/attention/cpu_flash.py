@@ -115,7 +115,6 @@ class _Chunk:
         yield slice(self.before, self.stop), True
 
 
-@torch.compiler.disable  # a compiler cannot see through the operator and its backward pass
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:
     """Causal attention over keys with a linear bias, exact and differentiable.
 
@@ -246,17 +245,12 @@ def _denormals_flushed() -> Generator[None]:
         torch.set_flush_denormal(before)
 
 
-@torch.compiler.disable
+@lru_cache(maxsize=1)
 def usable() -> bool:
     """Whether the private operator is there and computes what this file relies on.
 
     Warns once if it does not.
     """
-    return _tried()
-
-
-@lru_cache(maxsize=1)
-def _tried() -> bool:
     try:
         with torch.inference_mode(mode=False):  # inside it nothing has a gradient
             problem = _probe()
@@ -267,7 +261,7 @@ def _tried() -> bool:
             f"torch {torch.__version__} does not offer the flash attention that longctx uses on "
             f"the CPU ({problem}); biased attention is correct but about twice as slow.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
     return not problem
 

@@ -134,7 +134,8 @@ def _check_shapes(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:
-    if q.device.type == "cpu" and cpu_flash.usable():
+    # A compiler sees neither the operator's backward pass nor how it was tried.
+    if q.device.type == "cpu" and not torch.compiler.is_compiling() and cpu_flash.usable():
         return cpu_flash.biased_attention(q, k, v, bias, scaling)
     if q.is_cuda and not any(bias.slopes) and (bias.mask is None or bool(bias.mask.all())):
         return cuda.unbiased_attention(q, k, v, scaling)

@@ -155,7 +155,7 @@ def test_the_probe_notices_a_changed_operator(monkeypatch: pytest.MonkeyPatch, d
         monkeypatch.setattr(cpu_flash, "_flash_backward", no_gradient)
     else:
         monkeypatch.setattr(cpu_flash, "_flash", without_bias)
-    cpu_flash._tried.cache_clear()
+    cpu_flash.usable.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="biased attention is correct"):
             assert not cpu_flash.usable()
@@ -163,7 +163,7 @@ def test_the_probe_notices_a_changed_operator(monkeypatch: pytest.MonkeyPatch, d
             warnings.simplefilter("error")
             assert not cpu_flash.usable()
     finally:
-        cpu_flash._tried.cache_clear()
+        cpu_flash.usable.cache_clear()
 
 
 def test_the_probe_passes_here() -> None:
@@ -171,16 +171,16 @@ def test_the_probe_passes_here() -> None:
 
 
 def test_the_probe_is_not_misled_by_inference_mode() -> None:
-    cpu_flash._tried.cache_clear()
+    cpu_flash.usable.cache_clear()
     with torch.inference_mode():
         assert cpu_flash.usable()
 
 
-def test_a_compiled_model_runs_the_operator_as_it_is() -> None:
+def test_a_compiled_model_gives_the_same_logits() -> None:
     model = build("llama")
     longctx.extend(model, "alibi")
     ids = tokens(100)
     with torch.no_grad():
         wanted = model(ids).logits
         found = torch.compile(model, backend="eager")(ids).logits
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
