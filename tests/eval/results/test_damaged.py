@@ -209,8 +209,15 @@ def test_damaged_token_scores_are_refused(folder: Path, column: str) -> None:
             write_html([folder], folder / "report.html")
 
 
-SCORE: dict[str, Any] = {"method": "none", "task": "words", "length": 600, "metric": "acc", "value": 0.5,
-         "stderr": 0.25, "n": 4}  # fmt: skip
+SCORE: dict[str, Any] = {
+    "method": "none",
+    "task": "words",
+    "length": 600,
+    "metric": "acc",
+    "value": 0.5,
+    "stderr": 0.25,
+    "n": 4,
+}
 
 
 @pytest.mark.parametrize(
