@@ -33,8 +33,10 @@ from longctx.errors import RunError, nearest
 from longctx.files import write_whole
 from longctx.fingerprint import identity_of, json_digest
 from longctx.patch import Method
+from longctx.schema import conform, parse
 
 from .results.records import Record
+from .results.schemas import StoredScores
 from .results.store import Store
 from .results.variants import Variant, variants_of
 from .running.lengths import parse_lengths
@@ -138,7 +140,7 @@ def run_lm_eval(
                             with variant.applied(model, replace=replace):
                                 found = _evaluate(model, tokenizer, loaded, *how)
                             record = store.put(_record(key, variant, name, length, found, begin))
-                        scores += [Score(**o.detail) for o in record.observations]
+                        scores += [_score(o, store.path, key) for o in record.observations]
     finally:
         store.close()
     if folder is not None:
@@ -285,10 +287,18 @@ def _standard_error(each: list[Any], value: float) -> float:
 def _record(
     key: str, variant: Variant, task: str, length: int, scores: list[Score], begin: float
 ) -> Record:
-    """A record of the sweep's store, each score as an observation: it keeps, locks and resumes."""
-    found = [Observation(length, s.metric, s.task, 0.0, 0, None, asdict(s)) for s in scores]
+    """A record of the sweep's store, each score as an observation: it keeps, locks and resumes.
+
+    Their NLL is NaN: the harness gives none.
+    """
+    found = [Observation(length, s.metric, s.task, math.nan, 0, None, asdict(s)) for s in scores]
     seconds = round(time.perf_counter() - begin, 3)
     return Record(key, variant.label, task, (length,), 0, seconds, "lm-eval", tuple(found))
+
+
+def _score(observation: Observation, path: Path | None, key: str) -> Score:
+    where = f"{path}, record {key}"
+    return conform(observation.detail, Score, where, next_step="Delete that line, or name another.")
 
 
 def _frame(scores: list[Score]) -> pd.DataFrame:
@@ -313,13 +323,8 @@ def _refuse_lost(folder: Path, wanted: set[tuple[Any, ...]], names: tuple[str, .
     path = folder / _TABLES[-1]
     if not path.exists():
         return
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        there = {tuple(row[name] for name in names) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} is not a table of lm-eval ({error!r}): name another folder."
-        ) from error
+    stored = parse(path.read_bytes(), StoredScores, path, next_step="Name another folder.")
+    there = {tuple(getattr(row, name) for name in names) for row in stored.rows}
     if lost := sorted(there - wanted):
         raise RunError(
             f"{folder} holds tables with {', '.join(map(str, lost[0]))} ({', '.join(names)}), "

@@ -9,9 +9,11 @@ import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
+from msgspec import Meta, Struct
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,12 +28,30 @@ from .gguf import convert_gguf
 from .model import build_rotary, decoder_of, rope_entry, text_config
 from .patch import patch_of
 from .registry import make_method
+from .schema import conform
 
 __all__ = ["Saved", "load", "load_tokenizer", "local_folder", "locate", "save"]
 
 EMBEDDED = ("demo", "demo-tuned")
+_ANEW = "Extend the original anew, or delete the entry 'longctx' from config.json."
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
+
+
+class _Original(Struct):
+    """What methods took the place of."""
+
+    max_position_embeddings: Annotated[int, Meta(ge=1, le=10**12)]
+    rope_parameters: dict[str, Any] | None
+
+
+class _Record(Struct):
+    """The entry "longctx" of a config.json."""
+
+    version: Annotated[int, Meta(ge=1)]
+    original: _Original
+    methods: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    """Their names and fields, the lowest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,30 +286,32 @@ def _restore(model: PreTrainedModel) -> None:
     record: Any = getattr(model.config, "longctx", None)
     if record is None:
         return
-    if not isinstance(record, dict) or not {"version", "original", "methods"} <= set(record):
-        raise ModelError(
-            f"{str(record)[:60]} is not a valid longctx record: extend the original "
-            "anew, or delete the entry 'longctx' from config.json."
-        )
-    if record.get("version") != 1:
-        raise ModelError(
-            f"the checkpoint's longctx record has version {record.get('version')!r}; this release "
-            "reads version 1: upgrade longctx."
-        )
+    where = f"{model.config.name_or_path}/config.json, entry longctx"
+    checked = conform(record, _Record, where, next_step=_ANEW, error=ModelError)
+    if checked.version != 1:
+        raise ModelError(f"{where}: version: expected 1, got {checked.version}. Upgrade longctx.")
+    try:
+        _put_back(model, checked)
+    except (AttributeError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise ModelError(f"{where}: it does not fit this model ({error!r}). {_ANEW}") from error
+
+
+def _put_back(model: PreTrainedModel, record: _Record) -> None:
     config = text_config(model)
-    saved = {key: copy.deepcopy(getattr(config, key)) for key in record["original"]}
-    for key, value in record["original"].items():
+    original = msgspec.structs.asdict(record.original)
+    saved = {key: copy.deepcopy(getattr(config, key)) for key in original}
+    for key, value in original.items():
         setattr(config, key, value)
     _, layer_type = rope_entry(config)
     decoder_of(model).rotary_emb = build_rotary(model, layer_type)
     delattr(model.config, "longctx")
-    for entry in record["methods"]:
+    for entry in record.methods:
         fields = {key: value for key, value in entry.items() if key != "name"}
-        extend(model, make_method(entry["name"], fields), replace=True)
+        extend(model, make_method(str(entry.get("name")), fields), replace=True)
     for key, value in saved.items():
         if json.dumps(value, sort_keys=True) != json.dumps(getattr(config, key), sort_keys=True):
             raise ModelError(
-                f"config.json says {key}={value}, its longctx record {record['methods']} means "
+                f"config.json says {key}={value}, its longctx record {record.methods} means "
                 f"{getattr(config, key)}: it was edited after saving. Extend the original anew "
                 "(longctx.extend), or delete the entry 'longctx' to load what the config says."
             )

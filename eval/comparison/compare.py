@@ -62,9 +62,9 @@ def compare(runs: Mapping[str, Source], *, interval: Interval = "t") -> Comparis
     _refuse_unlike(entries)
     tasks = tuple(
         _task(name, entries, interval)
-        for name in dict.fromkeys(t for e in entries for t in e.tasks)
+        for name in dict.fromkeys(t for e in entries for t in e.sweep.tasks)
     )
-    lengths = tuple(sorted({length for entry in entries for length in entry.lengths}))
+    lengths = tuple(sorted({length for entry in entries for length in entry.sweep.lengths}))
     pairs = {
         (task.name, length, entry.name): _pairs(entries[0], entry, task, length)
         for task in tasks
@@ -83,12 +83,12 @@ def compare(runs: Mapping[str, Source], *, interval: Interval = "t") -> Comparis
             f"the runs have nothing in common: {'; '.join(map(str, reasons))}. Sweep the same "
             "tasks, texts and lengths in both."
         )
-    window = entries[0].original_window
+    window = entries[0].sweep.original_window
     short = [length for length in lengths if window is not None and length <= window]
     return Comparison(
         baseline=entries[0].name,
         entries=tuple(entry.name for entry in entries),
-        models={entry.name: f"{entry.model} {entry.method}" for entry in entries},
+        models={entry.name: f"{entry.sweep.model} {entry.method}" for entry in entries},
         original_window=window,
         lengths=lengths,
         tasks=tasks,
@@ -105,29 +105,32 @@ def _refuse_unlike(entries: Sequence[Entry]) -> None:
     """Different models are the point; different prompts are not."""
     base = entries[0]
     for entry in entries:
-        if entry.adaptive:
+        if entry.sweep.adaptive is not None:
             raise RunError(
                 f"{entry.name} is of an adaptive sweep, which asked each cell only until it was "
                 "decided: tests of differences take a number of prompts that was fixed before. "
                 "Sweep both without --adaptive."
             )
+    tokenizer, template = (base.sweep.identity.get(key) for key in ("tokenizer", "chat template"))
     for entry in entries[1:]:
-        if entry.tokenizer != base.tokenizer:
+        own, tasks = entry.sweep.identity, entry.sweep.tasks
+        if own["tokenizer"] != tokenizer:
             raise RunError(
-                f"{base.name} and {entry.name} have different tokenizers ({base.tokenizer} and "
-                f"{entry.tokenizer}), so that no prompt is the same: compare runs of one tokenizer."
+                f"{base.name} and {entry.name} have different tokenizers ({tokenizer} "
+                f"and {own['tokenizer']}), so that no prompt is the same: compare runs of one "
+                "tokenizer."
             )
-        if entry.chat_template != base.chat_template:
-            for task in entry.tasks.keys() & base.tasks.keys():
-                if base.tasks[task].cache_key.get("chat", False) is not False:
+        if own.get("chat template") != template:
+            for task in tasks.keys() & base.sweep.tasks.keys():
+                if base.sweep.tasks[task].cache_key.get("chat", False) is not False:
                     raise RunError(
                         f"{base.name} and {entry.name} have different chat templates, so that no "
                         f"prompt of {task} is the same: sweep both with chat=False (--chat False), "
                         "or give both tokenizers one template."
                     )
         for other in entries[: entries.index(entry)]:
-            for task in entry.tasks.keys() & other.tasks.keys():
-                one, two = other.tasks[task].cache_key, entry.tasks[task].cache_key
+            for task in tasks.keys() & other.sweep.tasks.keys():
+                one, two = other.sweep.tasks[task].cache_key, tasks[task].cache_key
                 if json_digest(one) != json_digest(two):
                     raise RunError(
                         f"{other.name} and {entry.name} have different settings of {task}: "
@@ -137,15 +140,15 @@ def _refuse_unlike(entries: Sequence[Entry]) -> None:
 
 def _other_texts(entries: Sequence[Entry]) -> list[str]:
     """Tasks whose figures are over other inputs in one entry than in the baseline."""
-    base = entries[0]
+    base, before = entries[0], entries[0].sweep.tasks
     return [
         f"{task} of {entry.name} and of {base.name} is over other windows or texts: the values are "
         "of all of them, the difference of those that both have"
         for entry in entries[1:]
-        for task in base.tasks
-        if task in entry.tasks
-        and json_digest(base.tasks[task].report_identity)
-        != json_digest(entry.tasks[task].report_identity)
+        for task, settings in before.items()
+        if task in entry.sweep.tasks
+        and json_digest(settings.report_identity)
+        != json_digest(entry.sweep.tasks[task].report_identity)
     ]
 
 
@@ -159,14 +162,8 @@ def _unlike(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 
 def _task(name: str, entries: Sequence[Entry], interval: Interval) -> ComparedTask:
-    has = [entry for entry in entries if name in entry.tasks]
-    answered = any(
-        o.correct is not None
-        for entry in has
-        for (task, _), cell in entry.cells.items()
-        if task == name
-        for o in cell.observations.values()
-    )
+    has = [entry.sweep for entry in entries if name in entry.sweep.tasks]
+    answered = any(sweep.is_answered(name) for sweep in has)
     task = has[0].tasks[name]
     return ComparedTask(
         name=name,
@@ -175,7 +172,7 @@ def _task(name: str, entries: Sequence[Entry], interval: Interval) -> ComparedTa
         answered=answered,
         estimand=task.estimand,
         interval=interval,
-        figure=next((entry.tasks[name].figure for entry in has if entry.tasks[name].figure), None),
+        figure=next((f for sweep in has if (f := sweep.tasks[name].figure)), None),
     )
 
 

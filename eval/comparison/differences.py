@@ -8,7 +8,7 @@ both p-value and interval.
 
 Every interval can be a bootstrap of whole haystacks or documents instead, which takes no
 distribution for granted. It is not the default, since from the some ten documents of a sweep it is
-too narrow (`significance.cluster_bootstrap`), and from many both agree.
+too narrow (`paired_tests.cluster_bootstrap`), and from many both agree.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from longctx.files import finite, write_whole
 from longctx.folders import refuse_other_than_file, refuse_other_than_folder
 
 from ..comparison.comparison import Comparison
+from ..results.reader import read_cells
 from ..results.sweep_result import SweepResult, cell_key, estimand_text
 from .tables import regressions
 
@@ -36,15 +37,11 @@ def refuse_lost_cells(folder: Path, identity: dict[str, str], cells: Iterable[st
     if not path.exists():
         return
     way_out = "name another folder, or pass overwrite to replace the report"
-    try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found, kept = dict(report["identity"]), set(map(str, report["cells"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is not a report of a sweep ({error!r}): {way_out}.") from error
+    stored = read_cells(path, f"{way_out[0].upper()}{way_out[1:]}.")
     for key, value in identity.items():
-        if found.get(key) != value:
+        if stored.identity.get(key) != value:
             raise RunError(f"{folder} holds the report of another {key}: {way_out}.")
-    lost = sorted(kept - set(cells))
+    lost = sorted({*stored.cells} - {*cells})
     if lost:
         raise RunError(
             f"{folder} holds a report with {len(lost)} cells that this sweep lacks, such as "

@@ -19,10 +19,12 @@ from longctx.errors import RunError
 from longctx.files import write_whole
 from longctx.folders import refuse_other_than_file
 
-from ..results.reader import SweepFolder, read_sweep
-from ..results.verification import Verification, notes_of
+from ..results.reader import SweepData, read_sweep, refuse_other_records
+from ..results.verification import notes_of
 from . import sections
-from .charts import DASHES, MARKERS, Chart, geometry, position_chart, styles, tokens, value_chart
+from .charts import Chart, position_chart, styles, tokens, value_chart
+from .palette import COLOURS, DASHES, HEAT, MARKERS
+from .svg import geometry
 from .tables import figure, intervals, spread
 
 __all__ = ["render", "write_html"]
@@ -53,6 +55,8 @@ def write_html(
         if resolved.count(place) > 1:
             raise RunError(f"{run} is named twice: leave one out.")
     sweeps = [read_sweep(run) for run in runs]
+    for sweep in sweeps:
+        refuse_other_records(sweep)
     files: dict[Path, Any] = {}
     text = render(sweeps)
     if len(text.encode()) > _LIMIT:
@@ -78,7 +82,7 @@ def write_html(
     return list(files)
 
 
-def render(sweeps: Sequence[SweepFolder]) -> str:
+def render(sweeps: Sequence[SweepData]) -> str:
     """The whole page as text."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -114,13 +118,15 @@ def render(sweeps: Sequence[SweepFolder]) -> str:
         values=values,
         lost=lost,
         looks={m: looks[m] for m in dict.fromkeys(m for s in sweeps for m in s.methods)},
-        dashes=DASHES,
-        markers=MARKERS,
+        colours=COLOURS,
+        heat=HEAT,
+        dashes=[dash.svg for dash in DASHES],
+        markers=[marker.svg for marker in MARKERS],
         data={"longctx": "report", "runs": runs},
     )
 
 
-def _run(sweep: SweepFolder, name: str) -> dict[str, Any]:
+def _run(sweep: SweepData, name: str) -> dict[str, Any]:
     """What is embedded of a run: its report, and what is derived from its records."""
     pairs = [(task, method) for task in sweep.tasks for method in sweep.methods]
     asked = [pair for pair in pairs if sweep.is_answered(pair[0])]
@@ -128,33 +134,43 @@ def _run(sweep: SweepFolder, name: str) -> dict[str, Any]:
     wrong = [sections.failures(sweep, *pair) for pair in asked]
     return {
         "name": name,
-        "report": sweep.report,
+        "report": sweep.source,
         "effective": [sections.effective(sweep, *pair) for pair in asked],
         "depths": [each for each in found if each is not None],
         "positions": sections.positions(sweep),
         "repetition": sections.repetition(sweep),
         "failures": [each for each in wrong if each is not None],
         "cost": [sections.cost(sweep, *pair) for pair in pairs],
-        "missing": list(sweep.notes),
-        "notes": _notes(sweep.report),
+        "missing": _missing(sweep),
+        "notes": _notes(sweep),
     }
 
 
-def _notes(report: dict[str, Any]) -> list[str]:
+def _notes(sweep: SweepData) -> list[str]:
     """What the sweep noted, without what the page shows of answers that were generated too."""
-    checks = [
-        Verification(
-            c["method"], c["task"], c["checked"], (*c["disagreements"],), (*c.get("lost", ()),)
+    shown = notes_of(sweep.verified)
+    return [note for note in sweep.notes if note not in shown]
+
+
+def _missing(sweep: SweepData) -> list[str]:
+    """What could not be read, and what is missing from the page for it."""
+    notes, folder = list(sweep.reading_notes), sweep.folder
+    if folder is not None and sweep.records is None:
+        notes.append(
+            f"{folder.name} holds no results.jsonl: depths, failed answers, repetition and how "
+            "prompts were run are not known"
         )
-        for c in report.get("verified", ())
-    ]
-    shown = notes_of(checks)
-    return [note for note in report["notes"] if note not in shown]
+    if folder is not None and (missing := sweep.missing_tokens()):
+        notes.append(
+            f"{missing} files of token scores are missing from {folder.name}/tokens: loss by "
+            "position is left out"
+        )
+    return notes
 
 
 def _having(
-    runs: Sequence[dict[str, Any]], sweeps: Sequence[SweepFolder], task: str
-) -> list[tuple[dict[str, Any], SweepFolder]]:
+    runs: Sequence[dict[str, Any]], sweeps: Sequence[SweepData], task: str
+) -> list[tuple[dict[str, Any], SweepData]]:
     return [(r, s) for r, s in zip(runs, sweeps, strict=True) if task in s.tasks]
 
 
@@ -164,12 +180,14 @@ def _charts(charts: dict[str, Chart]) -> dict[str, dict[str, Any]]:
     return {name: geometry(chart, among) for name, chart in charts.items()}
 
 
-def _names(sweeps: Sequence[SweepFolder]) -> list[str]:
+def _names(sweeps: Sequence[SweepData]) -> list[str]:
     """The models, with the folder where two sweeps are of one that is called the same."""
-    models = [str(sweep.report["model"]) for sweep in sweeps]
+    models = [sweep.model for sweep in sweeps]
     names = [
-        model if models.count(model) == 1 else f"{model} ({sweep.folder.resolve().name})"
-        for model, sweep in zip(models, sweeps, strict=True)
+        s.model
+        if models.count(s.model) == 1 or s.folder is None
+        else f"{s.model} ({s.folder.resolve().name})"
+        for s in sweeps
     ]
     return [
         name if names.count(name) == 1 else f"{name} #{number}"

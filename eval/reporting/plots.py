@@ -9,37 +9,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import (
-    FixedFormatter,
-    FixedLocator,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-    PercentFormatter,
-    StrMethodFormatter,
-)
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from ..comparison.comparison import ComparedCell, ComparedTask, Comparison
-from ..results.reader import SweepFolder
+from ..results.reader import SweepData, data_of
 from ..results.sweep_result import SweepResult
-from ..results.variants import Variant
-from ..tasks.protocol import Task
 from . import sections
-from .charts import BANDS, Chart, Style, position_chart, styles, tokens, value_chart
+from .charts import (
+    Chart,
+    comparison_chart,
+    position_chart,
+    styles,
+    tokens,
+    value_axis,
+    value_chart,
+)
+from .palette import COLOURS, DASHES, HEAT, INK, MARKERS
 from .tables import change
 
 __all__ = ["draw_comparison", "draw_sweep", "report_plots"]
 
-# Okabe & Ito 2008: told apart with every kind of colour vision. Black is the model as it came.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-_DASHES = ("solid", "dashed", "dotted", "dashdot")
-_MARKERS = "osD^vP*X"
+_MARGIN = 0.03  # of an axis, beyond its ends
+_FOUND = LinearSegmentedColormap.from_list("found", [step.light for step in HEAT])
 
 
 def draw_sweep(result: SweepResult) -> Figure:
@@ -48,104 +45,71 @@ def draw_sweep(result: SweepResult) -> Figure:
     Settings of one method share a colour and differ in dashes. The vertical line is the window
     that the model was trained with. What failed is left out.
     """
-    tasks = len(result.tasks)
+    sweep = data_of(result)
+    tasks = len(sweep.tasks)
     across = min(tasks, 3)
     down = math.ceil(tasks / across)
-    figure = Figure(figsize=(1.8 + 4.6 * across, 4.2 * down), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(1.8 + 4.6 * across, 4.2 * down, sweep.model)
     grid = figure.subplots(down, across, squeeze=False).flatten()
     for axes in grid[tasks:]:
         axes.set_visible(False)
-    styles = _sweep_styles([variant.label for variant in result.variants])
-    for axes, task in zip(grid, result.tasks, strict=False):
-        for variant in result.variants:
-            _method_line(axes, result, task, variant, styles[variant.label])
-        _sweep_axes(axes, result, task)
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
-    figure.suptitle(result.model, fontsize=11)
+    looks = styles(sweep.methods)
+    for axes, task in zip(grid, sweep.tasks, strict=False):
+        _draw_chart(axes, value_chart(sweep, task, looks), task)
+    _legend(figure, grid[0])
     return figure
 
 
-def _sweep_styles(labels: list[str]) -> dict[str, tuple[str, str, str]]:
-    """(colour, dashes, marker) of each method."""
-    names = list(dict.fromkeys(label.partition(":")[0] for label in labels if label != "none"))
-    seen: dict[str, int] = {}
-    styles: dict[str, tuple[str, str, str]] = {}
-    for label in labels:
-        name = label.partition(":")[0]
-        turn = seen[name] = seen.get(name, -1) + 1
-        place = names.index(name) if name in names else 0
-        colour = "black" if label == "none" else _COLOURS[place % len(_COLOURS)]
-        marker = "o" if label == "none" else _MARKERS[(1 + place) % len(_MARKERS)]
-        styles[label] = (colour, _DASHES[turn % len(_DASHES)], marker)
-    return styles
-
-
-def _method_line(
-    axes: Axes, result: SweepResult, task: Task, variant: Variant, style: tuple[str, str, str]
-) -> None:
-    rows = [result.row(variant.label, task.name, length) for length in result.lengths]
-    rows = [row for row in rows if math.isfinite(row.value)]
-    colour, dashes, marker = style
-    lengths = [row.length for row in rows]
-    axes.plot(
-        lengths,
-        [row.value for row in rows],
-        color=colour,
-        linestyle=dashes,
-        marker=marker,
-        markersize=5,
-        linewidth=1.6,
-        label=variant.label,
-    )
-    if len(result.variants) <= BANDS:
-        low, high = [row.low for row in rows], [row.high for row in rows]
-        axes.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
-
-
-def _sweep_axes(axes: Axes, result: SweepResult, task: Task) -> None:
-    label = "found" if task.higher_is_better else "share, less is better"
-    share = label if task.scale == "share" else None
-    _length_axes(axes, task.name, result.lengths, result.original_window, share=share)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-
-
-def _length_axes(
-    axes: Axes, title: str, lengths: Sequence[int], window: int | None, *, share: str | None
-) -> None:
-    """Put the axes around lines of values by length.
-
-    Args:
-        axes: with the lines drawn.
-        title: above them.
-        lengths: in tokens, each with a tick.
-        window: that the model was trained with, if it is known.
-        share: label of values from 0 to 1; None: perplexities, on a logarithmic axis if there
-            are any.
-    """
-    axes.set_title(title, fontsize=11, loc="left")
+def _draw_chart(axes: Axes, chart: Chart, title: str | None = None) -> None:
+    """Draw a line chart."""
+    for line in chart.series:
+        xs = [point.x for point in line.points]
+        colour = INK if line.style.colour is None else COLOURS[line.style.colour].light
+        axes.plot(
+            xs,
+            [point.y for point in line.points],
+            color=colour,
+            linestyle=DASHES[line.style.dash].matplotlib,
+            marker=MARKERS[line.style.marker].matplotlib,
+            markersize=4.5,
+            linewidth=1.6,
+            label=line.method,
+        )
+        if chart.bands:
+            low, high = [p.low for p in line.points], [p.high for p in line.points]
+            axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
+    if title is not None:
+        axes.set_title(title, fontsize=11, loc="left")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
-    axes.xaxis.set_major_formatter(FixedFormatter([tokens(n) for n in lengths]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("length in tokens")
-    if share is not None:
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_ylabel(share)
-    else:
-        values = [value for line in axes.lines for value in np.asarray(line.get_ydata())]
-        if any(math.isfinite(value) and value > 0 for value in values):
-            axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        wide = high > 10 * low > 0
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylabel("perplexity")
-    _mark_window(axes, window)
+    _ticks(axes.xaxis, chart.ticks, [tokens(n) for n in chart.ticks])
+    axes.set_xlabel(chart.x_label)
+    _value_scale(axes, chart)
+    _mark_window(axes, chart.window)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _value_scale(axes: Axes, chart: Chart) -> None:
+    """As far as the values go, if two ticks lie within."""
+    low, high, levels = value_axis([chart])
+    first, last = min(chart.values, default=low), max(chart.values, default=high)
+    if not chart.share and sum(first <= level <= last for level in levels) > 1:
+        low, high = first, last
+    axes.set_ylabel(chart.y_label)
+    if chart.log:
+        margin = (high / low) ** _MARGIN
+        axes.set_yscale("log")
+        axes.set_ylim(low / margin, high * margin)
+    else:
+        margin = (high - low) * _MARGIN
+        axes.set_ylim(low - margin, high + margin)
+    _ticks(axes.yaxis, levels, [chart.written(level) for level in levels])
+
+
+def _ticks(axis: XAxis | YAxis, places: Sequence[float], names: Sequence[str]) -> None:
+    axis.set_major_locator(FixedLocator(list(places)))
+    axis.set_major_formatter(FixedFormatter(list(names)))
+    axis.set_minor_locator(NullLocator())
 
 
 def _mark_window(axes: Axes, window: int | None) -> None:
@@ -173,43 +137,13 @@ def draw_comparison(comparison: Comparison) -> Figure:
     tasks, entries, lengths = comparison.tasks, comparison.entries, comparison.lengths
     height = 2.4 + 0.45 * len(entries)
     width = 7.5 + 0.9 * len(lengths) + 0.07 * max(map(len, entries))
-    figure = Figure(figsize=(width, max(3.2, height) * len(tasks)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(width, max(3.2, height) * len(tasks), f"against {comparison.baseline}")
     grid = figure.subplots(len(tasks), 2, squeeze=False)
     for (left, right), task in zip(grid, tasks, strict=True):
-        _entry_lines(left, comparison, task)
+        _draw_chart(left, comparison_chart(comparison, task), task.name)
+        left.legend(frameon=False, fontsize=8)
         _difference_map(right, comparison, task)
-    figure.suptitle(f"against {comparison.baseline}", fontsize=11)
     return figure
-
-
-def _entry_lines(axes: Axes, comparison: Comparison, task: ComparedTask) -> None:
-    colours = matplotlib.colormaps["tab10"]
-    for place, entry in enumerate(comparison.entries):
-        rows = [comparison.row(task.name, length, entry) for length in comparison.lengths]
-        rows = [row for row in rows if math.isfinite(row.value)]
-        lengths = [row.length for row in rows]
-        colour = colours((place - 1) % 10) if place else "black"
-        axes.plot(
-            lengths,
-            [row.value for row in rows],
-            color=colour,
-            marker="o",
-            markersize=4,
-            linestyle="solid" if place <= 10 else "dashed",
-            label=entry,
-        )
-        if len(comparison.entries) <= BANDS:
-            low, high = [row.low for row in rows], [row.high for row in rows]
-            axes.fill_between(lengths, low, high, color=colour, alpha=0.12, linewidth=0)
-    _length_axes(
-        axes,
-        task.name,
-        comparison.lengths,
-        comparison.original_window,
-        share=task.value if task.share else None,
-    )
-    axes.legend(frameon=False, fontsize=8)
 
 
 def _difference_map(axes: Axes, comparison: Comparison, task: ComparedTask) -> None:
@@ -261,9 +195,7 @@ def _difference_label(
     )
 
 
-def report_plots(
-    sweeps: Sequence[SweepFolder], names: Sequence[str], out: Path
-) -> dict[Path, bytes]:
+def report_plots(sweeps: Sequence[SweepData], names: Sequence[str], out: Path) -> dict[Path, bytes]:
     """Every plot of a report, drawn: the files that go beside `out`, and what is in them."""
     looks = styles([method for sweep in sweeps for method in sweep.methods])
     drawn: dict[str, Figure] = {}
@@ -290,37 +222,10 @@ def report_plots(
 
 
 def _chart_plot(chart: Chart, title: str) -> Figure:
-    figure, axes = _empty_figure(6.4, 4.0, title)
-    for line in chart.series:
-        xs = [point.x for point in line.points]
-        colour = _style_colour(line.style)
-        axes.plot(
-            xs,
-            [point.y for point in line.points],
-            color=colour,
-            linestyle=_DASHES[line.style.dash],
-            marker=_MARKERS[line.style.marker],
-            markersize=4,
-            linewidth=1.6,
-            label=line.method,
-        )
-        if chart.bands:
-            low, high = [p.low for p in line.points], [p.high for p in line.points]
-            axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(list(chart.ticks)))
-    axes.xaxis.set_major_formatter(FixedFormatter([tokens(n) for n in chart.ticks]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(chart.x_label)
-    axes.set_ylabel(chart.y_label)
-    if chart.share:
-        axes.set_ylim(-0.03, 1.03)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _mark_window(axes, chart.window)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    figure = _figure(6.4, 4.0, title)
+    axes = figure.subplots()
+    _draw_chart(axes, chart)
+    _legend(figure, axes)
     return figure
 
 
@@ -329,15 +234,13 @@ def _heatmaps(maps: Sequence[dict[str, Any]], title: str) -> Figure:
     down = math.ceil(len(maps) / across)
     lengths, depths = maps[0]["lengths"], max(len(each["depths"]) for each in maps)
     width = across * (1.1 + 0.42 * len(lengths))
-    figure = Figure(figsize=(max(width, 4), down * (0.9 + 0.24 * depths)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11)
+    figure = _figure(max(width, 4), down * (0.9 + 0.24 * depths), title)
     for axes, each in zip(figure.subplots(down, across, squeeze=False).flat, maps, strict=False):
         values = [
             [math.nan if c is None or c["value"] is None else c["value"] for c in row]
             for row in each["cells"]
         ]
-        axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.imshow(values, cmap=_FOUND, vmin=0, vmax=1, aspect="auto")
         axes.set_title(each["method"], fontsize=9, loc="left")
         axes.set_xticks(range(len(lengths)), [tokens(n) for n in lengths], fontsize=7)
         axes.set_yticks(range(len(each["depths"])), each["depths"], fontsize=7)
@@ -346,7 +249,7 @@ def _heatmaps(maps: Sequence[dict[str, Any]], title: str) -> Figure:
         for y, row in enumerate(values):
             for x, value in enumerate(row):
                 if math.isfinite(value):
-                    ink = "white" if value > 0.55 else "black"
+                    ink = HEAT[round(value * (len(HEAT) - 1))].ink_light
                     axes.text(
                         x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6, color=ink
                     )
@@ -355,12 +258,15 @@ def _heatmaps(maps: Sequence[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
-def _empty_figure(width: float, height: float, title: str) -> tuple[Figure, Any]:
+def _figure(width: float, height: float, title: str) -> Figure:
+    """An empty one, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
-    return figure, figure.subplots()
+    return figure
 
 
-def _style_colour(style: Style) -> str:
-    return "black" if style.colour is None else _COLOURS[style.colour]
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Say beside the plots what the lines of these are."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)

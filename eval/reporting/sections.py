@@ -12,7 +12,7 @@ import numpy as np
 
 from longctx.files import finite
 
-from ..results.reader import SweepFolder
+from ..results.reader import SweepData
 from ..stats.effective_length import effective_length, pi_length, ruler_length, yarn_length
 from ..stats.intervals import mean_interval, wilson
 from ..tasks.protocol import Observation
@@ -26,7 +26,7 @@ _PER_DOUBLING = 3  # bins of loss by position
 _FIRST = 16  # tokens: below, a bin would hold a handful
 
 
-def depths(sweep: SweepFolder, task: str, method: str) -> dict[str, Any] | None:
+def depths(sweep: SweepData, task: str, method: str) -> dict[str, Any] | None:
     """Share found by length and depth, with the Wilson interval; None where depths are not known.
 
     Returns:
@@ -44,7 +44,7 @@ def depths(sweep: SweepFolder, task: str, method: str) -> dict[str, Any] | None:
         groups[min(int(place * 10), 9) / 10 if tenths else place, observation.length].append(
             observation
         )
-    lengths: list[int] = sorted(sweep.report["lengths"])
+    lengths = list(sweep.lengths)
     ordered = sorted({place for place, _ in groups})
     labels = [f"{p:.0%}–{p + 0.1:.0%}" if tenths else f"{p:.0%}" for p in ordered]
     cells = [[_cell(groups.get((place, length))) for length in lengths] for place in ordered]
@@ -68,13 +68,13 @@ def _cell(found: Sequence[Observation] | None) -> dict[str, Any] | None:
     return {"n": n, "hits": hits, "value": hits / n, "low": low, "high": high, "by": by}
 
 
-def effective(sweep: SweepFolder, task: str, method: str) -> dict[str, Any]:
+def effective(sweep: SweepData, task: str, method: str) -> dict[str, Any]:
     """How far a method reads by the fit and by three published definitions."""
     rows = [row for row in sweep.cells(task, method) if math.isfinite(row.value)]
     means = {row.length: row.value for row in rows}
     found = [o for o in sweep.observations(task, method) if o.length in means]
     fit = None
-    if sweep.report.get("adaptive"):  # cells stopped early are not a sample of all prompts
+    if sweep.adaptive:  # cells stopped early are not a sample of all prompts
         means = {}
     elif found:
         fit = effective_length(
@@ -99,7 +99,7 @@ def effective(sweep: SweepFolder, task: str, method: str) -> dict[str, Any]:
     }
 
 
-def positions(sweep: SweepFolder) -> dict[str, Any] | None:
+def positions(sweep: SweepData) -> dict[str, Any] | None:
     """Mean NLL by the tokens before, in bins that double; None without scores of single tokens.
 
     Where a position was scored in windows of several lengths, the longest counts.
@@ -140,10 +140,10 @@ def positions(sweep: SweepFolder) -> dict[str, Any] | None:
             )
         if bins:
             lines.append({"method": method, "bins": bins})
-    return {"window": sweep.report["original_window"], "lines": lines}
+    return {"window": sweep.original_window, "lines": lines}
 
 
-def repetition(sweep: SweepFolder) -> dict[str, Any] | None:
+def repetition(sweep: SweepData) -> dict[str, Any] | None:
     """Means by method and length of every number in the details of tasks with a `figure` there.
 
     Returns:
@@ -152,7 +152,7 @@ def repetition(sweep: SweepFolder) -> dict[str, Any] | None:
     """
     rows: list[dict[str, Any]] = []
     metrics: dict[str, None] = {}
-    tasks: list[str] = [task["name"] for task in sweep.report["tasks"] if task["figure"]]
+    tasks = [name for name, task in sweep.tasks.items() if task.figure]
     for task, method in product(tasks, sweep.methods):
         groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for observation in sweep.observations(task, method):
@@ -175,7 +175,7 @@ def _is_metric(name: str, value: Any) -> bool:
     return number and name not in ("seed", "start", "end", "index")
 
 
-def failures(sweep: SweepFolder, task: str, method: str) -> dict[str, Any] | None:
+def failures(sweep: SweepData, task: str, method: str) -> dict[str, Any] | None:
     """Prompts that were answered wrongly, evenly over all of them; None where there are none."""
     wrong = [o for o in sweep.observations(task, method) if o.correct is False]
     wrong.sort(key=lambda o: (o.length, o.detail.get("wanted_depth") or 0.0))
@@ -209,10 +209,10 @@ def _visible(text: Any) -> str:
     return shown if len(shown) <= _SAID else f"{shown[:_SAID]}…"
 
 
-def cost(sweep: SweepFolder, task: str, method: str) -> dict[str, Any]:
+def cost(sweep: SweepData, task: str, method: str) -> dict[str, Any]:
     """Tokens forwarded and seconds, summed over the rows, and how prompts were run."""
     rows = sweep.cells(task, method)
-    records = [r for r in sweep.records if (r.task, r.method) == (task, method)]
+    records = [r for r in sweep.records or () if (r.task, r.method) == (task, method)]
     return {
         "method": method,
         "task": task,

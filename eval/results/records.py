@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from longctx.errors import RunError
+from longctx.schema import parse
 
 from ..tasks.protocol import Observation
+from .schemas import ResultsHeader, StoredObservation, StoredRecord
 
 __all__ = [
     "Record",
@@ -29,29 +31,7 @@ __all__ = [
 ]
 
 _VERSION = 2
-_NUMBER = (int, float)
-_OBSERVATION: dict[str, tuple[type, ...]] = {
-    "length": (int,),
-    "item": (str,),
-    "cluster": (str,),
-    "nll": _NUMBER,
-    "targets": (int,),
-    "correct": (bool, type(None)),
-    "detail": (dict,),
-}
-_RECORD: dict[str, tuple[type, ...]] = {
-    "key": (str,),
-    "method": (str,),
-    "task": (str,),
-    "lengths": (list,),
-    "tokens": (int,),
-    "seconds": _NUMBER,
-    "how": (str,),
-    "observations": (list,),
-    "failed": (str, type(None)),
-    "per_token": (bool,),
-}
-"""Types that JSON gives for each field."""
+_NEXT = "Delete that line, or name another results file."
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,41 +95,27 @@ def _read_records(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:
     whole = path.read_bytes().rpartition(b"\n")[0]
     found: dict[str, Record] = {}
     for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
-        try:
-            value: Any = json.loads(line)
-            record = None if number == 1 else load_record(value)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if number == 1:
-                value, record = ascii(line[:60])[1:], None
-            else:
-                raise RunError(
-                    f"{path}, line {number}, is not a result of a sweep ({error}): delete that "
-                    "line, or name another results file."
-                ) from error
-        if record is None:
-            check_header(path, value, identity)
+        if number == 1:
+            check_header(path, line, identity)
         else:
+            record = load_record(line, f"{path}, line {number}")
             found[record.key] = record
     return found
 
 
-def check_header(path: Path, found: Any, identity: Mapping[str, str]) -> None:
+def check_header(path: Path, line: bytes, identity: Mapping[str, str]) -> None:
     """Refuse a first line that is not that of a results file with these digests.
 
     Raises:
         RunError: it names what was found.
     """
-    wanted = header_of(identity)
-    values: dict[str, Any] = found if isinstance(found, dict) else {}
-    if any(values.get(key) != wanted[key] for key in ("longctx", "version")):
-        raise RunError(
-            f"{path} is not a results file of this release (first line {str(found)[:80]}): name "
-            "another one."
-        )
+    where, next_step = f"{path}, line 1", "It is not a results file of this release: name another."
+    parse(line, ResultsHeader, where, next_step=next_step)
+    found: dict[str, Any] = json.loads(line)
     for key, value in identity.items():
-        if values.get(key) != value:
+        if found.get(key) != value:
             raise RunError(
-                f"{path} holds the results of another {key} ({values.get(key)}, this one is "
+                f"{path} holds the results of another {key} ({found.get(key)}, this one is "
                 f"{value}): name another file or folder, or delete it."
             )
 
@@ -169,30 +135,38 @@ def _null(values: dict[str, Any]) -> None:
             values[key] = None
 
 
-def load_record(value: dict[str, Any]) -> Record:
-    """Read a record from what JSON gives; a null is NaN.
+def load_record(line: str | bytes, where: str) -> Record:
+    """Read a record from its line; a null is NaN.
+
+    Args:
+        line: the JSON.
+        where: the file and the number of the line, for the error.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: a field that is missing, unknown or of
-            another type.
+        RunError: no JSON, or a field that is missing, unknown or of another type.
     """
-    _check(value, _RECORD)
-    observations: list[Observation] = []
-    for fields in value["observations"]:
-        if fields["nll"] is None:
-            fields["nll"] = math.nan
-        _check(fields, _OBSERVATION)
-        for name in [key for key, found in fields["detail"].items() if found is None]:
-            fields["detail"][name] = math.nan
-        observations.append(Observation(**fields))
-    value["lengths"] = tuple(value["lengths"])
-    value["observations"] = tuple(observations)
-    return Record(**value)
+    stored = parse(line, StoredRecord, where, next_step=_NEXT)
+    return Record(
+        key=stored.key,
+        method=stored.method,
+        task=stored.task,
+        lengths=tuple(stored.lengths),
+        tokens=stored.tokens,
+        seconds=stored.seconds,
+        how=stored.how,
+        observations=tuple(map(_observation, stored.observations)),
+        failed=stored.failed,
+        per_token=stored.per_token,
+    )
 
 
-def _check(value: dict[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
-    for name, found in value.items():
-        expected = kinds.get(name, ())
-        if type(found) not in expected:  # True is not a number
-            names = " or ".join(kind.__name__ for kind in expected) or "no such field"
-            raise ValueError(f"{name} is {found!r:.40}, expected {names}")
+def _observation(stored: StoredObservation) -> Observation:
+    return Observation(
+        length=stored.length,
+        item=stored.item,
+        cluster=stored.cluster,
+        nll=math.nan if stored.nll is None else stored.nll,
+        targets=stored.targets,
+        correct=stored.correct,
+        detail={k: math.nan if v is None else v for k, v in stored.detail.items()},
+    )

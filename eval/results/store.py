@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -66,7 +66,7 @@ class Store:
             self.reload()
             self._drop_cut_line(self._own)
             if not self._own.exists() or not self._own.stat().st_size:
-                self._append(header_of(identity))
+                self._append(json.dumps(header_of(identity)))
             else:
                 self._own.open("ab").close()  # refuse what cannot be written before any work
         except Timeout as error:
@@ -110,13 +110,13 @@ class Store:
         if self.path is not None and per_token is not None:
             record = dataclasses.replace(record, per_token=True)
         text = dump_record(record)
-        record = load_record(json.loads(text))
+        record = load_record(text, "the record")
         self._records[record.key] = record
         if self.path is not None:
             try:
                 if per_token is not None:
                     self._write_tokens(record.key, per_token)
-                self._append(json.loads(text))
+                self._append(text)
             except OSError as error:
                 raise RunError(
                     f"cannot write to {self.path.parent}: {error}. Make room; the same call then "
@@ -140,10 +140,10 @@ class Store:
         finally:
             part.unlink(missing_ok=True)
 
-    def _append(self, value: dict[str, Any]) -> None:
+    def _append(self, line: str) -> None:
         assert self._own is not None
         with self._own.open("ab") as file:
-            file.write(json.dumps(value, allow_nan=False).encode() + b"\n")
+            file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -154,7 +154,7 @@ class Store:
         if not cut:
             return
         if not whole and not json.dumps(header_of(self.identity)).encode().startswith(cut):
-            check_header(path, cut.decode(errors="replace"), self.identity)
+            check_header(path, cut, self.identity)
         os.truncate(path, len(data) - len(cut))
         self.notes.append(
             f"{path}: the last line was cut off ({len(cut)} bytes), dropped and computed again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import longctx
 from longctx.checkpoint import load, save
-from longctx.errors import MethodError, ModelError, RunError
+from longctx.errors import LongctxError, MethodError, ModelError, RunError
 from longctx.folders import new_folder
 
 from ..families import build, tokens
@@ -55,7 +56,7 @@ def test_a_folder_or_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None
     with pytest.raises(ModelError, match=r"no config\.json and 0 GGUF files"):
         load(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ModelError, match="no GGUF file"):
+    with pytest.raises(ModelError, match="not a GGUF file"):
         load(tmp_path / "notes.txt")
     (tmp_path / "bad.gguf").write_bytes(b"hello")
     with pytest.raises(ModelError, match="does not begin with 'GGUF'"):
@@ -93,7 +94,7 @@ def test_a_record_from_a_later_release_is_refused(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["longctx"]["version"] = 2
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="version 2"):
+    with pytest.raises(ModelError, match=r"version: expected 1, got 2\. Upgrade"):
         load(folder)
 
 
@@ -220,13 +221,71 @@ def test_older_servers_find_the_settings_in_their_keys(tmp_path: Path) -> None:
     assert "rope_scaling" not in base  # a base alone is not a scaling
 
 
-@pytest.mark.parametrize("record", ["x", {"version": 1, "methods": []}])
-def test_a_record_that_is_none_is_named(tmp_path: Path, record: object) -> None:
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_ORIGINAL = {"max_position_embeddings": 64, "rope_parameters": _ROPE}
+_METHOD = {"name": "yarn", "factor": 4.0}
+
+
+def _longctx(**changes: Any) -> dict[str, Any]:
+    return {"version": 1, "original": _ORIGINAL, "methods": [_METHOD], **changes}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "x",
+        3,
+        [],
+        {},
+        {"version": 1, "methods": []},
+        _longctx(version=0),
+        _longctx(version="1"),
+        _longctx(version=None),
+        _longctx(original=None),
+        _longctx(original=[]),
+        _longctx(original={}),
+        _longctx(original={"max_position_embeddings": 64}),
+        _longctx(original={**_ORIGINAL, "max_position_embeddings": -64}),
+        _longctx(original={**_ORIGINAL, "max_position_embeddings": 0}),
+        _longctx(original={**_ORIGINAL, "max_position_embeddings": "64"}),
+        _longctx(original={**_ORIGINAL, "max_position_embeddings": 10**30}),
+        _longctx(original={**_ORIGINAL, "max_position_embeddings": 64.5}),
+        _longctx(original={**_ORIGINAL, "rope_parameters": []}),
+        _longctx(methods=None),
+        _longctx(methods=[]),
+        _longctx(methods=["yarn"]),
+        _longctx(methods={"yarn": 4}),
+    ],
+)
+def test_a_damaged_record_is_named(tmp_path: Path, record: object) -> None:
     folder = saved(tmp_path / "x", "yarn:4")
     config = json.loads((folder / "config.json").read_text())
     config["longctx"] = record
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"is not a valid longctx record"):
+    with pytest.raises(ModelError, match=r"config\.json, entry longctx: .* Extend the original"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"original": {**_ORIGINAL, "rope_parameters": {"rope_type": "default"}}},
+        {"original": {**_ORIGINAL, "rope_parameters": {**_ROPE, "rope_theta": "b"}}},
+        {"methods": [{}]},
+        {"methods": [{"name": 3}]},
+        {"methods": [{"name": "yarm"}]},
+        {"methods": [{**_METHOD, "factr": 2}]},
+        {"methods": [{**_METHOD, "factor": "four"}]},
+    ],
+)
+def test_settings_of_a_record_that_cannot_be_are_named(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = saved(tmp_path / "x", "yarn:4")
+    config = json.loads((folder / "config.json").read_text())
+    config["longctx"] = _longctx(**changes)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LongctxError):
         load(folder, device="cpu")
 
 

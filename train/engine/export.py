@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def save_served(
     """
     # Under its name it would pass for finished, whatever happened before it was looked at.
     saved = save(model, tokenizer, folder.unchecked, overwrite=True)
-    record: dict[str, Any] = json.loads(folder.run.read_text())
+    record = folder.read()
     off = _difference(model, saved)
     if not off <= 1e-4 * (1 if model.dtype == torch.float32 else 100):
         raise RunError(

@@ -18,14 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from longctx.errors import RunError
 from longctx.folders import refuse_other_than_folder
+from longctx.schema import conform, parse
 
 __all__ = ["WHOLE", "RunFolder", "last_whole"]
 
 _FORMAT = 2  # of run.json; counted up when settings get other names
 WHOLE = "whole"
 """An empty file that the last thing written to a checkpoint leaves there."""
+
+
+_ELSEWHERE = "Choose another folder."
+
+
+class _Run(Struct):
+    """What every run.json holds beside the settings."""
+
+    model: str
+    weights: str
+    """Their digest."""
+    method: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +103,7 @@ class RunFolder:
         return any(path != self.run for path in self.path.iterdir())
 
     def _refuse_other(self, wanted: dict[str, Any]) -> None:
-        try:
-            there: dict[str, Any] = json.loads(self.run.read_text())
-        except ValueError as error:
-            raise RunError(f"{self.run} is damaged ({error}): choose another folder.") from error
+        there = self.read()
         if there.get("format") != _FORMAT:
             raise RunError(
                 f"{self.path} holds a run of another version of longctx, whose settings have other "
@@ -106,6 +118,20 @@ class RunFolder:
                 f"{self.path} holds another run ({said}): ask for the same, or choose another "
                 "folder."
             )
+
+    def read(self) -> dict[str, Any]:
+        """What run.json says.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        try:
+            text = self.run.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"{self.run}: cannot be read ({error}). {_ELSEWHERE}") from error
+        found: dict[str, Any] = parse(text, dict, self.run, next_step=_ELSEWHERE)
+        conform(found, _Run, self.run, next_step=_ELSEWHERE)
+        return found
 
     @property
     def run(self) -> Path:
