@@ -55,7 +55,7 @@ def test_a_folder_or_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None
     with pytest.raises(ModelError, match=r"no config\.json and 0 GGUF files"):
         load(tmp_path)
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ModelError, match="no GGUF file"):
+    with pytest.raises(ModelError, match="is not a GGUF file"):
         load(tmp_path / "notes.txt")
     (tmp_path / "bad.gguf").write_bytes(b"hello")
     with pytest.raises(ModelError, match="does not begin with 'GGUF'"):

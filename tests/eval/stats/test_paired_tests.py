@@ -290,7 +290,7 @@ def test_holm_rejects_what_the_step_down_procedure_does(ps: list[float], alpha: 
         ([1, math.nan], [1, 0], "first: 1 of 2 are NaN"),
         ([1, 0], [1, None], "second: 1 of 2 are NaN"),
         ([[1, 0]], [[1, 0]], r"shape \(1, 2\)"),
-        (["yes"], [1], "no vector of numbers"),
+        (["yes"], [1], "is not a vector of numbers"),
     ],
 )
 def test_outcomes_that_cannot_be_compared(
