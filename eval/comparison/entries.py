@@ -17,7 +17,7 @@ from longctx.errors import RunError, nearest
 from ..results.reader import mismatch, read_folder
 from ..results.records import Record
 from ..results.sweep_result import Row, SweepResult
-from ..tasks.protocol import Observation
+from ..tasks.shared.protocol import Observation
 
 __all__ = ["Cell", "Entry", "Source", "TaskSettings", "entries_of"]
 

@@ -29,7 +29,7 @@ from ..comparison.comparison import ComparedCell, ComparedTask, Comparison
 from ..results.reader import SweepFolder
 from ..results.sweep_result import SweepResult
 from ..results.variants import Variant
-from ..tasks.protocol import Task
+from ..tasks.shared.protocol import Task
 from . import sections
 from .charts import BANDS, Chart, Style, position_chart, styles, tokens, value_chart
 from .tables import change

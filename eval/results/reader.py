@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from longctx.errors import RunError
 
-from ..tasks.protocol import Observation
+from ..tasks.shared.protocol import Observation
 from .records import Record, parts_of, read_parts
 from .sweep_result import Row
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from longctx.errors import RunError
 
-from ..tasks.protocol import Observation
+from ..tasks.shared.protocol import Observation
 
 __all__ = [
     "Record",

@@ -28,9 +28,9 @@ from ..results.records import Record
 from ..results.store import Store
 from ..results.variants import Variant
 from ..results.verification import Verification
-from ..tasks.adaptive import Adaptive, Verdict, boundary
-from ..tasks.protocol import Measured, Observation, Plan, Task, Unit
-from ..tasks.retrieval import Retrieval
+from ..tasks.shared.adaptive import Adaptive, Verdict, boundary
+from ..tasks.shared.protocol import Measured, Observation, Plan, Task, Unit
+from ..tasks.shared.retrieval import Retrieval
 from .verify import verify
 
 __all__ = ["Job", "Progress", "Ranks", "SweepRunner", "UnitRunner", "cost"]

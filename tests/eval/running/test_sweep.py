@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
 
     with pytest.raises(RunError, match=r"unknown task 'paskey'; did you mean 'passkey'\?"):
         run([task, "paskey"])
-    with pytest.raises(RunError, match="no task to sweep: pass some of passkey, perplexity"):
+    with pytest.raises(RunError, match="no task to sweep: pass some of lines, multi_key"):
         run([])
     with pytest.raises(RunError, match="'perplexity' is asked for twice"):
         run(["perplexity", Perplexity(last=5)])
@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
         run([task], batch_tokens="a")
     with pytest.raises(RunError, match="adaptive=True: expected an Adaptive"):
         run([task], adaptive=True)
-    with pytest.raises(RunError, match=r"class .*Count'> is no task: pass an instance"):
+    with pytest.raises(RunError, match=r"class .*Count'> is not a task: pass an instance"):
         run([Count])
     with pytest.raises(DataError, match=r"(?s)task passkey: .*too short.*\ntask perplexity: "):
         run(["passkey", "perplexity"], "16,64")
