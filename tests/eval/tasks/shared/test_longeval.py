@@ -94,8 +94,10 @@ def test_what_does_not_fit_is_refused(lines_file: Path) -> None:
     task = Lines(file=str(lines_file))
     with pytest.raises(DataError, match=r"lines.jsonl:2 has \d+ tokens, more than the longest"):
         task.plan(byte_tokenizer(), (300, 400), length_invariant=True)
-    with pytest.raises(DataError, match="leave out `adaptive`, or the file"):
-        task.part(300, [0], 300)
+    with pytest.raises(DataError, match="share_lengths is for prompts that are drawn"):
+        Lines(file=str(lines_file), share_lengths=True)
+    assert not task.draws_prompts
+    assert Lines().draws_prompts
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_what_does_not_fit_is_refused(lines_file: Path) -> None:
         (json.dumps({**lines_case(4), "expected_number": 45}), "expects 45, but its prompt says"),
         (json.dumps({**lines_case(4), "expected_number": True}), "has True as 'expected_number'"),
         ('{"prompt": "a"', "x.jsonl:1 breaks off: fetch the file again"),
-        ('{"prompt": }\n', "x.jsonl:1 is no JSON .*column"),
+        ('{"prompt": }\n', "x.jsonl:1 is not JSON .*column"),
         ("[]\n", r"x.jsonl:1 is \[\]: expected a JSON object"),
         (json.dumps(TOPICS), r"x.jsonl:1 has no 'random_idx' \(fields: prompt, topics\)"),
         (json.dumps({**lines_case(4), "random_idx": []}), r"x.jsonl:1 has \[\] as 'random_idx'"),
@@ -127,7 +129,7 @@ def test_files_that_are_no_text_or_hold_another_topic(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read"):
         Topics(file=str(path)).plan(byte_tokenizer(), (400,), length_invariant=True)
     path.write_bytes(b"\xff")
-    with pytest.raises(DataError, match="is no UTF-8"):
+    with pytest.raises(DataError, match="is not UTF-8"):
         Topics(file=str(path)).plan(byte_tokenizer(), (400,), length_invariant=True)
     (tmp_path / "y").write_text(json.dumps({**TOPICS, "topics": ["Other"]}))
     (tmp_path / "z").write_text(json.dumps({**TOPICS, "topics": [3]}))
