@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import longctx
 from longctx.eval import Passkey, Perplexity, sweep
 from longctx.eval.stats.intervals import mean_interval
-from longctx.eval.tasks.texts import documents_of, spread
+from longctx.eval.tasks.shared.texts import documents_of, spread
 from longctx.prompts.haystacks import Texts, bos_of
 from longctx.scoring.token_scores import score
 from longctx.train.recipes import EMBEDDED, Recipe

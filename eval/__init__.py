@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from .reporting.tables import print_comparison, print_sweep, regressions
     from .results.sweep_result import Row, SweepResult
     from .running.lengths import parse_lengths
-    from .running.sweep import TASKS, sweep
+    from .running.sweep import sweep
     from .stats.longppl import key_tokens, long_ppl, position_curve
-    from .tasks.adaptive import Adaptive
-    from .tasks.longeval_lines import Lines
-    from .tasks.longeval_topics import Topics
+    from .tasks.lines import Lines
     from .tasks.multi_key import MultiKey
     from .tasks.multi_value import MultiValue
     from .tasks.needle import Needle
     from .tasks.passkey import Passkey
     from .tasks.perplexity import Perplexity
-    from .tasks.protocol import Measured, Observation, Plan, Summary, Task, Unit
     from .tasks.repetition import Repetition
+    from .tasks.shared.adaptive import Adaptive
+    from .tasks.shared.protocol import Measured, Observation, Plan, Summary, Task, Unit
+    from .tasks.shared.registry import available_tasks, parse_task
+    from .tasks.topics import Topics
     from .tasks.variable_tracking import VariableTracking
 
 __all__ = [
-    "TASKS",
     "Adaptive",
     "ComparedCell",
     "ComparedTask",
@@ -54,10 +54,12 @@ __all__ = [
     "Topics",
     "Unit",
     "VariableTracking",
+    "available_tasks",
     "compare",
     "key_tokens",
     "long_ppl",
     "parse_lengths",
+    "parse_task",
     "position_curve",
     "print_comparison",
     "print_sweep",
@@ -68,15 +70,16 @@ __all__ = [
 ]
 
 _HOMES = (
-    "tasks.protocol",
-    "tasks.adaptive",
+    "tasks.shared.protocol",
+    "tasks.shared.registry",
+    "tasks.shared.adaptive",
     "tasks.passkey",
     "tasks.needle",
     "tasks.multi_key",
     "tasks.multi_value",
     "tasks.variable_tracking",
-    "tasks.longeval_lines",
-    "tasks.longeval_topics",
+    "tasks.lines",
+    "tasks.topics",
     "tasks.perplexity",
     "tasks.repetition",
     "running.lengths",

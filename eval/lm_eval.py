@@ -40,7 +40,7 @@ from .results.schemas import StoredScores
 from .results.store import Store
 from .results.variants import Variant, variants_of
 from .running.lengths import parse_lengths
-from .tasks.protocol import Observation
+from .tasks.shared.protocol import Observation
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,10 +8,10 @@ import importlib
 import pkgutil
 from typing import Any
 
-from .errors import MethodError, nearest
+from .errors import LongctxError, MethodError, nearest
 from .patch import Method
 
-__all__ = ["available", "make_method", "method_class", "parse_method"]
+__all__ = ["available", "make_method", "method_class", "parse_fields", "parse_method"]
 
 
 def available() -> tuple[str, ...]:
@@ -61,23 +61,41 @@ def parse_method(text: str) -> Method | None:
     Raises:
         MethodError: unknown method or field, or an item that is not `field=value`.
     """
+    name, fields = parse_fields(text, first="factor", example="yarn:factor=4", error=MethodError)
+    return None if (name, fields) == ("none", {}) else make_method(name, fields)
+
+
+def parse_fields(
+    text: str, *, first: str | None = None, example: str, error: type[LongctxError]
+) -> tuple[str, dict[str, Any]]:
+    """Read `NAME:field=value,…` into the name and its fields.
+
+    >>> from longctx.errors import RunError
+    >>> parse_fields("needle:samples=5,text=manual", example="needle:samples=5", error=RunError)
+    ('needle', {'samples': 5, 'text': 'manual'})
+
+    Args:
+        text: as the command line writes it. Values are Python literals; words stay words.
+        first: the field that a first value without a name is for; None where there is none.
+        example: one that is right, for the message.
+        error: raised for an item that is not `field=value`, or a field that stands twice.
+    """
     name, _, rest = text.strip().partition(":")
-    if name == "none" and not rest:
-        return None
     fields: dict[str, Any] = {}
     for index, item in enumerate(_split(rest)):
         key, equals, value = item.partition("=")
-        if not equals and index == 0:
-            key, value = "factor", item
+        if not equals and index == 0 and first:
+            key, value = first, item
         elif not equals:
-            raise MethodError(f"{item!r} in {text!r}: expected field=value, as in 'yarn:factor=4'.")
-        if key.strip() in fields:
-            raise MethodError(f"{key.strip()!r} stands twice in {text!r}: leave one out.")
+            raise error(f"{item!r} in {text!r}: expected field=value, as in {example!r}.")
+        key, value = key.strip(), value.strip()
+        if key in fields:
+            raise error(f"{key!r} stands twice in {text!r}: leave one out.")
         try:
-            fields[key.strip()] = ast.literal_eval(value.strip())
+            fields[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            fields[key.strip()] = value.strip()
-    return make_method(name, fields)
+            fields[key] = value
+    return name, fields
 
 
 def _split(text: str) -> list[str]:

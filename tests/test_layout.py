@@ -155,3 +155,13 @@ def test_every_method_has_its_file_and_only_methods_do() -> None:
 
     files = {p.stem for p in (ROOT / "patches").glob("*.py") if not p.stem.startswith("_")}
     assert set(longctx.available()) == files
+
+
+def test_every_task_has_its_file_and_only_tasks_do() -> None:
+    from longctx.eval import available_tasks
+    from longctx.eval.tasks.shared.registry import task_class
+
+    files = {p.stem for p in (ROOT / "eval" / "tasks").glob("*.py") if p.stem != "__init__"}
+    assert set(available_tasks()) == files
+    for name in files:
+        assert task_class(name).name == name

@@ -24,7 +24,7 @@ from longctx.errors import RunError
 
 from ..stats.intervals import mean_interval
 from ..stats.paired_tests import mcnemar, paired_bootstrap, sign_flip
-from ..tasks.protocol import Observation
+from ..tasks.shared.protocol import Observation
 
 __all__ = [
     "Difference",

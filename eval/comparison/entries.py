@@ -16,7 +16,7 @@ from longctx.errors import RunError, nearest
 
 from ..results.reader import SweepData, data_of, mismatch, read_sweep
 from ..results.sweep_result import Row, SweepResult
-from ..tasks.protocol import Observation
+from ..tasks.shared.protocol import Observation
 
 __all__ = ["Cell", "Entry", "Source", "entries_of"]
 

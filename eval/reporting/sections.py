@@ -15,7 +15,7 @@ from longctx.files import finite
 from ..results.reader import SweepData
 from ..stats.effective_length import effective_length, pi_length, ruler_length, yarn_length
 from ..stats.intervals import mean_interval, wilson
-from ..tasks.protocol import Observation
+from ..tasks.shared.protocol import Observation
 
 __all__ = ["cost", "depths", "effective", "failures", "positions", "repetition"]
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ..comparison.comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
 from ..results.sweep_result import Row, SweepResult
-from ..tasks.protocol import Task
+from ..tasks.shared.protocol import Task
 
 __all__ = [
     "change",

@@ -18,7 +18,7 @@ import msgspec
 from longctx.errors import RunError
 from longctx.schema import conform, parse
 
-from ..tasks.protocol import Observation
+from ..tasks.shared.protocol import Observation
 from .records import Record, parts_of, read_parts
 from .schemas import StoredCells, StoredRow, StoredSweep, StoredTask
 from .sweep_result import Row, SweepResult, estimand_text

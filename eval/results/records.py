@@ -17,7 +17,7 @@ from typing import Any
 from longctx.errors import RunError
 from longctx.schema import parse
 
-from ..tasks.protocol import Observation
+from ..tasks.shared.protocol import Observation
 from .schemas import ResultsHeader, StoredObservation, StoredRecord
 
 __all__ = [

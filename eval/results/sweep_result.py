@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from longctx.errors import RunError
 from longctx.fingerprint import json_digest
 
-from ..tasks.adaptive import Adaptive
-from ..tasks.protocol import Observation, Summary, Task
-from ..tasks.retrieval import Retrieval
+from ..tasks.shared.adaptive import Adaptive
+from ..tasks.shared.protocol import Observation, Summary, Task
+from ..tasks.shared.retrieval import Retrieval
 from .records import Record
 from .variants import Variant
 from .verification import Verification

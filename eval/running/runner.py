@@ -10,14 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from types import TracebackType
 from typing import TypeAlias
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
-from rich.progress import TimeRemainingColumn as Remaining
 from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,12 +23,13 @@ from ..results.records import Record
 from ..results.store import Store
 from ..results.variants import Variant
 from ..results.verification import Verification
-from ..tasks.adaptive import Adaptive, Verdict, boundary
-from ..tasks.protocol import Measured, Observation, Plan, Task, Unit
-from ..tasks.retrieval import Retrieval
+from ..tasks.shared.adaptive import Adaptive, Verdict, boundary
+from ..tasks.shared.protocol import Measured, Observation, Plan, Task, Unit
+from ..tasks.shared.retrieval import Retrieval
+from .progress import Progress
 from .verify import verify
 
-__all__ = ["Job", "Progress", "Ranks", "SweepRunner", "UnitRunner", "cost"]
+__all__ = ["Job", "Ranks", "SweepRunner", "UnitRunner", "cost"]
 
 _LONGEST = timedelta(days=7)  # that one process may have to wait for another's last unit
 _Ask: TypeAlias = Callable[..., list[Record]]
@@ -69,47 +65,6 @@ class Ranks:
         distributed.barrier()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-
-
-class Progress:
-    """A progress bar with the remaining time, on stderr; nothing where that is not a terminal."""
-
-    def __init__(self, total: float, *, shown: bool) -> None:
-        console = Console(stderr=True)
-        self._rich = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("elapsed,"),
-            Remaining(),
-            TextColumn("left"),
-            console=console,
-            transient=True,
-            disable=not (shown and console.is_terminal),
-            speed_estimate_period=600,  # steps take minutes at long lengths
-        )
-        self._task = self._rich.add_task("", total=total)
-
-    def __enter__(self) -> Progress:
-        self._rich.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._rich.stop()
-
-    def at(self, what: str) -> None:
-        """Say what is being done."""
-        self._rich.update(self._task, description=what)
-
-    def advance(self, amount: float) -> None:
-        """Go on by `amount` of the total."""
-        self._rich.advance(self._task, amount)
 
 
 @dataclass(frozen=True, slots=True)

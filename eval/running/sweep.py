@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longctx.errors import DataError, ModelError, RunError, nearest
+from longctx.errors import DataError, ModelError, RunError
 from longctx.fingerprint import identity_of
 from longctx.model import learned_positions
 from longctx.patch import Method
@@ -23,37 +23,14 @@ from ..results.store import Store
 from ..results.sweep_result import SweepResult, cell_key, rows_of
 from ..results.variants import original_window, variants_of
 from ..results.verification import notes_of
-from ..tasks.adaptive import Adaptive
-from ..tasks.longeval_lines import Lines
-from ..tasks.longeval_topics import Topics
-from ..tasks.multi_key import MultiKey
-from ..tasks.multi_value import MultiValue
-from ..tasks.needle import Needle
-from ..tasks.passkey import Passkey
-from ..tasks.perplexity import Perplexity
-from ..tasks.protocol import Plan, Task
-from ..tasks.repetition import Repetition
-from ..tasks.variable_tracking import VariableTracking
+from ..tasks.shared.adaptive import Adaptive
+from ..tasks.shared.protocol import Plan, Task
+from ..tasks.shared.registry import available_tasks, parse_task
+from ..tasks.shared.retrieval import Retrieval
 from .lengths import parse_lengths
 from .runner import Job, Ranks, SweepRunner, UnitRunner
 
-__all__ = ["TASKS", "sweep"]
-
-TASKS: dict[str, type[Task]] = {
-    task.name: task
-    for task in (
-        Passkey,
-        Perplexity,
-        Needle,
-        Lines,
-        Topics,
-        MultiKey,
-        MultiValue,
-        VariableTracking,
-        Repetition,
-    )
-}
-"""The tasks that go by name, at their defaults."""
+__all__ = ["sweep"]
 
 
 def sweep(
@@ -84,7 +61,8 @@ def sweep(
     Args:
         model: from `longctx.load` or transformers, patched or not.
         tokenizer: its tokenizer.
-        tasks: instances, or names of those in `TASKS`.
+        tasks: instances of yours or of longctx, or as the command line writes them ("needle",
+            "needle:samples=5").
         lengths: tokens, in any form that `parse_lengths` reads. A length beyond the window is
             measured and flagged.
         methods: instances, or as the command line writes them ("yarn:8"; "none" or None is the
@@ -100,7 +78,8 @@ def sweep(
             sweep lacks, so that `write_sweep` to it needs `overwrite` too.
         single_process: this process runs all of it, whatever others were started with it; in
             training, say.
-        progress: show a bar with the remaining time on stderr, if that is a terminal.
+        progress: show a bar with the remaining time on stderr; where that is not a terminal, a line
+            every 30 seconds.
 
     Raises:
         RunError: lengths, tasks or a results file that do not fit, or no room on the disk.
@@ -115,6 +94,8 @@ def sweep(
             raise RunError(f"{name}={value!r}: expected a whole number, {least} or more.")
     if adaptive is not None and not hasattr(adaptive, "decide"):
         raise RunError(f"adaptive={adaptive!r}: expected an Adaptive(threshold=0.8, …) or None.")
+    if adaptive is not None:
+        _refuse_fixed_prompts(chosen)
     _refuse_beyond_table(model, sizes)
     identity = identity_of(model, tokenizer)
     variants = variants_of(model, methods, replace=replace)
@@ -192,20 +173,17 @@ def _tasks(tasks: Sequence[Task | str] | Task | str) -> list[Task]:
     chosen: list[Task] = []
     for task in [tasks] if isinstance(tasks, str | Task) else tasks:
         if isinstance(task, str):
-            if task not in TASKS:
-                raise RunError(
-                    f"unknown task {task!r}{nearest(task, TASKS)} (tasks: {', '.join(TASKS)})"
-                )
-            task = TASKS[task]()
+            task = parse_task(task)
         if isinstance(task, type) or not hasattr(task, "plan"):
             raise RunError(
-                f"{task!r} is not a task: pass an instance, or a name of {', '.join(TASKS)}."
+                f"{task!r} is not a task: pass an instance, or a name of "
+                f"{', '.join(available_tasks())}."
             )
         if task.name in [other.name for other in chosen]:
             raise RunError(f"task {task.name!r} is asked for twice: one sweep for each setting.")
         chosen.append(task)
     if not chosen:
-        raise RunError(f"no task to sweep: pass some of {', '.join(TASKS)}.")
+        raise RunError(f"no task to sweep: pass some of {', '.join(available_tasks())}.")
     return chosen
 
 
@@ -229,6 +207,15 @@ def _plans(
     if wrong:
         raise DataError("\n".join(wrong))
     return found
+
+
+def _refuse_fixed_prompts(tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        if isinstance(task, Retrieval) and not task.draws_prompts:
+            raise DataError(
+                f"task {task.name}: the prompts of a file cannot be asked one by one until a "
+                "length is decided: leave out `adaptive`, or the file."
+            )
 
 
 def _refuse_beyond_table(model: PreTrainedModel, lengths: Sequence[int]) -> None:

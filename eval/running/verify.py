@@ -17,8 +17,8 @@ from longctx.scoring.greedy import greedy
 
 from ..results.records import Record
 from ..results.verification import Verification
-from ..tasks.protocol import Unit
-from ..tasks.retrieval import Retrieval
+from ..tasks.shared.protocol import Unit
+from ..tasks.shared.retrieval import Retrieval
 
 __all__ = ["generated", "verify"]
 

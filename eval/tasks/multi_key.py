@@ -16,11 +16,11 @@ from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt
 from longctx.prompts.haystacks import Grass
 
-from .haystack_task import HaystackTask
-from .retrieval import PromptSpec
-from .vocabulary import names, number
+from .shared.haystack_task import HaystackTask
+from .shared.retrieval import PromptSpec
+from .shared.vocabulary import names, number
 
-__all__ = ["MultiKey"]
+__all__ = ["TASK", "MultiKey"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +97,6 @@ class MultiKey(HaystackTask):
         taken = known.values()
         known[key] = number(rng, self.digits, taken) if self.values == "numbers" else word
         return key, known[key]
+
+
+TASK = MultiKey

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt
 
-from .haystack_task import HaystackTask
-from .retrieval import PromptSpec
-from .vocabulary import listed, names, number
+from .shared.haystack_task import HaystackTask
+from .shared.retrieval import PromptSpec
+from .shared.vocabulary import listed, names, number
 
-__all__ = ["MultiValue"]
+__all__ = ["TASK", "MultiValue"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +76,6 @@ class MultiValue(HaystackTask):
             answer_prefix=f"The {self.values} special magic numbers for {key}, in order, are",
             key=listed(values),
         )
+
+
+TASK = MultiValue

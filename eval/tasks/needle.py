@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt
 
-from .haystack_task import HaystackTask
-from .protocol import Plan
-from .retrieval import PromptSpec
+from .shared.haystack_task import HaystackTask
+from .shared.protocol import Plan
+from .shared.retrieval import PromptSpec
 
-__all__ = ["Needle"]
+__all__ = ["TASK", "Needle"]
 
 _INTRO = (
     "Read the following text carefully. I will ask you a question about it afterwards; answer it "
@@ -66,6 +66,14 @@ class Needle(HaystackTask):
                 f"{counts[0]} needles, {counts[1]} questions and {counts[2]} answers: expected one "
                 "question and one answer for each needle."
             )
+        unchanged = [
+            name for name in ("question", "answer") if getattr(self, name) == _default(name)
+        ]
+        if self.needle != _default("needle") and unchanged:
+            raise DataError(
+                f"needles of yours without {' and '.join(unchanged)}: expected a question and an "
+                "answer for each needle."
+            )
         for name in ("needle", "question", "answer"):
             for text in getattr(self, name):
                 if not text.strip() or text != text.strip() or "\n" in text:
@@ -108,3 +116,11 @@ class Needle(HaystackTask):
             answer_prefix=begin.strip() if found and begin.strip() else "The answer is",
             key=answer,
         )
+
+
+def _default(name: str) -> object:
+    """What a field of Needle has unless it is given."""
+    return next(field.default for field in dataclasses.fields(Needle) if field.name == name)
+
+
+TASK = Needle

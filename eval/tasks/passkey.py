@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from longctx.prompts.passkey_prompts import CLASSIC, Prompt, Wording, passkey
 
-from .haystack_task import HaystackTask
-from .retrieval import PromptSpec
+from .shared.haystack_task import HaystackTask
+from .shared.retrieval import PromptSpec
 
-__all__ = ["Passkey"]
+__all__ = ["TASK", "Passkey"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +53,6 @@ class Passkey(HaystackTask):
             pairs=self.pairs,
             wording=self.wording,
         )
+
+
+TASK = Passkey

@@ -27,13 +27,13 @@ from longctx.scoring.batching import score_batches
 from longctx.scoring.token_scores import TokenScores
 
 from ..stats.intervals import mean_interval, perplexity_of
-from .protocol import Measured, Observation, Plan, Summary, Unit
-from .texts import digest, documents_of, spread, texts_of
+from .shared.protocol import Measured, Observation, Plan, Summary, Unit
+from .shared.texts import digest, documents_of, spread, texts_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Perplexity"]
+__all__ = ["TASK", "Perplexity"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,3 +228,6 @@ def _per_token(
     for place, (name, column) in enumerate(constant.items()):
         table = table.add_column(place, name, column)
     return table
+
+
+TASK = Perplexity

@@ -33,11 +33,11 @@ from longctx.scoring.batching import shrinking
 from longctx.scoring.greedy import greedy
 
 from ..stats.intervals import mean_interval
-from .protocol import Measured, Observation, Plan, Summary, Unit
-from .repetition_metrics import distinct_n, diversity, loop_onset, rep_l, seq_rep_n, uniq
-from .texts import digest, documents_of, spread, texts_of
+from .shared.protocol import Measured, Observation, Plan, Summary, Unit
+from .shared.repetition_metrics import distinct_n, diversity, loop_onset, rep_l, seq_rep_n, uniq
+from .shared.texts import digest, documents_of, spread, texts_of
 
-__all__ = ["Repetition"]
+__all__ = ["TASK", "Repetition"]
 
 _RECENT = 128  # tokens that rep/l looks back; the paper has 16, 32, 128 and 512
 _TEXT = 2000  # characters of a continuation that are kept
@@ -263,3 +263,6 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int
     several: list[int | None] = named if isinstance(named, list) else [named]
     own: Any = tokenizer.eos_token_id
     return {token for token in (*several, own) if token is not None}
+
+
+TASK = Repetition

@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt
 
-from .haystack_task import HaystackTask
-from .retrieval import PromptSpec
-from .vocabulary import listed, number, variable
+from .shared.haystack_task import HaystackTask
+from .shared.retrieval import PromptSpec
+from .shared.vocabulary import listed, number, variable
 
-__all__ = ["VariableTracking"]
+__all__ = ["TASK", "VariableTracking"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +92,6 @@ class VariableTracking(HaystackTask):
             ),
             key=listed([taken[0], *(f"VAR {name}" for name in taken[1:count])]),
         )
+
+
+TASK = VariableTracking

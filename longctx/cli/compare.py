@@ -11,12 +11,12 @@ from tyro.conf import Positional
 
 from ..errors import RunError
 
-__all__ = ["Compare"]
+__all__ = ["COMMAND", "Compare"]
 
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Set sweeps side by side: differences on the same prompts, with intervals and tests.
+    """Compare sweeps on the same prompts, with intervals and tests.
 
     The first run (or the first method of a single run) is the baseline. Runs may be of different
     models with one tokenizer; tasks and their settings must be the same. With --out, the folder
@@ -69,3 +69,6 @@ def _named(runs: Sequence[str]) -> dict[str, str]:
             )
         named[name] = path
     return named
+
+
+COMMAND = Compare

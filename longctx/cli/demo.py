@@ -12,7 +12,7 @@ from .sweep import Sweep, write
 if TYPE_CHECKING:
     from longctx.eval import SweepResult
 
-__all__ = ["Demo"]
+__all__ = ["COMMAND", "Demo"]
 
 _METHODS = ("linear", "ntk", "yarn", "dynamic")
 _LENGTHS = "256:2048"
@@ -20,10 +20,11 @@ _LENGTHS = "256:2048"
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """Extend and measure the embedded model (0.9 M parameters, window 256) in about three minutes.
+    """Extend and measure the embedded model in about three minutes.
 
-    Methods none, linear, ntk, yarn and dynamic at factors 2, 4 and 8, and alibi (which has no
-    factor), at 256 to 2,048 tokens: passkey and perplexity, table and plot. Then the same model
+    It has 0.9 M parameters and a window of 256 tokens. Methods none, linear, ntk, yarn and dynamic
+    at factors 2, 4 and 8, and alibi (which has no factor), at 256 to 2,048 tokens: passkey and
+    perplexity, table and plot. Then the same model
     under linear:8 after fine-tuning, which ships with the package; with --train it is trained
     before your eyes instead, which takes about eight minutes on two cores.
 
@@ -59,8 +60,8 @@ class Demo:
             model=model,
             methods=tuple(methods),
             lengths=_LENGTHS,
-            samples=self.samples,
-            chat=False,  # one that is trained now has the template that it was trained with
+            # One that is trained now has the template that it was trained with.
+            tasks=(f"passkey:samples={self.samples},chat=False", "perplexity"),
             out=out,
             overwrite=True,
             device_options=DeviceOptions(device="cpu"),
@@ -123,3 +124,6 @@ def _trained(before: SweepResult, after: SweepResult) -> str:
         f"tokens, where it found {was[0]:.0%} before, at a perplexity of {now[1]:.1f} instead of "
         f"{was[1]:.1f}."
     )
+
+
+COMMAND = Demo

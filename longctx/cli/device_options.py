@@ -30,6 +30,7 @@ class DeviceOptions:
         """Load a model and its tokenizer; see `longctx.load`."""
         from ..checkpoint import load
 
+        _silence_loading()
         device = self.device
         if device == "auto" and "LOCAL_RANK" in os.environ:  # each process of a node its own GPU
             import torch
@@ -42,3 +43,14 @@ class DeviceOptions:
             attn=self.attn,
             trust_remote_code=self.trust_remote_code,
         )
+
+
+def _silence_loading() -> None:
+    """Keep transformers' bars of reading weights from stderr, and those of downloads on it."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads_shown = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads_shown:
+        enable_progress_bars()

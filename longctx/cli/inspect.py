@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-__all__ = ["Inspect"]
+__all__ = ["COMMAND", "Inspect"]
 
 
 @dataclass(frozen=True, slots=True)
 class Inspect:
-    """Show samples as the trainer sees them, with what is learnt in colour, and an account of all.
+    """Show samples as the trainer sees them, and an account of all.
+
+    What is learnt is in colour.
 
     Examples:
         longctx inspect sample demo --template vicuna --max-length 2048
@@ -58,3 +60,6 @@ class Inspect:
         rows: Any = prepared.dataset
         inspect_samples(rows, tokenizer, count=self.count, stretch=self.stretch)
         return 0
+
+
+COMMAND = Inspect

@@ -10,16 +10,16 @@ from tyro.conf import Positional, arg
 
 from .device_options import DeviceOptions
 
-__all__ = ["LmEval"]
+__all__ = ["COMMAND", "LmEval"]
 
 
 @dataclass(frozen=True, slots=True)
 class LmEval:
-    """Run tasks of lm-evaluation-harness, such as RULER's, under several methods and lengths.
+    """Run lm-evaluation-harness under several methods and lengths.
 
-    Needs `pip install 'longctx-toolkit[lm-eval]'`. With --out, scores are kept as they come in
-    OUT/lm_eval.jsonl, the same command goes on where an interrupted one was, and OUT (which may be
-    that of a sweep) gets the table as lm_eval.csv, .json and .parquet.
+    Among its tasks are RULER's. Needs `pip install 'longctx-toolkit[lm-eval]'`. With --out,
+    scores are kept as they come in OUT/lm_eval.jsonl, the same command goes on where an interrupted
+    one was, and OUT (which may be that of a sweep) gets the table as CSV, JSON and parquet.
 
     Examples:
         longctx lm-eval smollm2 --tasks niah_single_1 --lengths 4096 8192 --limit 50
@@ -86,3 +86,6 @@ class LmEval:
         if self.out is not None:
             print(f"lm_eval.csv, .parquet and .json are in {self.out}")
         return 0
+
+
+COMMAND = LmEval

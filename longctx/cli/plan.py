@@ -7,16 +7,16 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-__all__ = ["Plan"]
+__all__ = ["COMMAND", "Plan"]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    r"""Predict the memory of fine-tuning, and find what makes it fit; exit 1 if nothing does.
+    r"""Predict the memory of fine-tuning, and find what makes it fit.
 
-    Reads the model's config only: no weights, no code. Prints what each moment of an update holds
-    on each GPU and, where that is too much, what helps with least harm, with the command line for
-    it. Options are those of `longctx train`.
+    Exit code 1 if nothing does. Reads the model's config only: no weights, no code. Prints what
+    each moment of an update holds on each GPU and, where that is too much, what helps with least
+    harm, with the command line for it. Options are those of `longctx train`.
 
     Examples:
         longctx plan meta-llama/Llama-3.1-8B --max-length 16384 --gpus 8 --memory 80
@@ -91,3 +91,6 @@ class Plan:
         if advice.fits:
             console.print(f"\n{advice.command}", soft_wrap=True, markup=False)
         return 0 if advice.fits else 1
+
+
+COMMAND = Plan

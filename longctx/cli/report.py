@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-__all__ = ["Report"]
+__all__ = ["COMMAND", "Report"]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Write what one or more sweeps found as one HTML file that needs no network.
+    """Write what sweeps found as one HTML file that needs no network.
 
     Each RUN is the --out folder of a `longctx sweep`. Heatmaps by length and depth, values with
     their intervals, loss by position, effective lengths, failed answers, cost and settings.
@@ -40,3 +40,6 @@ class Report:
         if self.plots:
             print(f"{len(paths) - 1} plots are beside it: {', '.join(p.name for p in paths[1:])}")
         return 0
+
+
+COMMAND = Report

@@ -2,56 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from ..catalogue import entries
 from ..errors import RunError
 from .device_options import DeviceOptions
+from .task_options import given_options, task_options, tasks_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from longctx.eval import SweepResult, Task
 
-__all__ = ["Sweep", "write"]
+__all__ = ["COMMAND", "Sweep", "write"]
 
-TaskName: TypeAlias = Literal[
-    "passkey",
-    "perplexity",
-    "needle",
-    "lines",
-    "topics",
-    "multi_key",
-    "multi_value",
-    "variable_tracking",
-    "repetition",
-]
 
-_HIDDEN = ("passkey", "multi_key", "multi_value", "variable_tracking")
-_ANSWERED = (*_HIDDEN, "needle", "lines", "topics")
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    "samples": _ANSWERED,
-    "chat": _ANSWERED,
-    "share_lengths": _ANSWERED,
-    "verify": _ANSWERED,
-    "adaptive": _ANSWERED,
-    "seed": (*_ANSWERED, "repetition"),
-    "text": (*_HIDDEN, "needle", "perplexity", "repetition"),
-    "windows": ("perplexity", "repetition"),
-    "stride": ("perplexity",),
-    "new_tokens": ("repetition",),
-    "haystack": _HIDDEN,
-    "needle": ("needle",),
-    "question": ("needle",),
-    "answer": ("needle",),
-    "lines_file": ("lines",),
-    "topics_file": ("topics",),
-}
-"""The tasks that an option has an effect on."""
+def _which(default: str) -> str:
+    """What the help says after the tasks' description."""
+    names = ", ".join(entry.name for entry in entries("longctx.eval.tasks", "TASK"))
+    return f"(default: {default}; there are {names})"
+
+
+def _task_options() -> type[Any]:
+    """The class of the options that the tasks bring."""
+    return task_options(Sweep, DeviceOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +45,8 @@ class Sweep:
         longctx sweep demo --methods none linear:8 yarn:8 --lengths 256:2048
         longctx sweep smollm2 --methods none yarn:2 --lengths 4k,8k,12k,16k --samples 4
         longctx sweep smollm2-16k --tasks perplexity --text manual/ --lengths 1k:16k
-        longctx sweep smollm2 --tasks needle multi_key lines topics --lengths 2k,4k
-        longctx sweep longchat --tasks lines --lines-file 200_lines.jsonl --lengths 8k
+        longctx sweep smollm2 --tasks needle multi_key:keys=8 lines --lengths 2k,4k
+        longctx sweep longchat --tasks lines --file 200_lines.jsonl --lengths 8k
     """
 
     model: Positional[str]
@@ -77,37 +56,9 @@ class Sweep:
     lengths: str = ""
     """Tokens: FROM:TO doubles, or a list 4k,8k. Default: from a quarter of the window
     (at least 256) to twice it (at least 1k)."""
-    tasks: tuple[TaskName, ...] = ("passkey", "perplexity")
-    """What to measure: perplexity of text, repetition in what a model writes, or whether it finds
-    again what a prompt of that length hides."""
-    samples: int = 20
-    """Prompts per method, retrieval task and length."""
-    windows: int = 10
-    """Windows of text at most, for perplexity and repetition, each within one document."""
-    new_tokens: int = 256
-    """Tokens to generate after each prompt of repetition."""
-    haystack: Literal["grass", "text", "both"] = "both"
-    """What keys and variables are hidden in: the classical sentences, real text, or in turn."""
-    text: tuple[str, ...] = ()
-    """Text files or folders, a document per file; default: the embedded held-out documents."""
-    needle: tuple[str, ...] = ()
-    """Sentences to hide in real text, one to a prompt; default: the one about San Francisco."""
-    question: tuple[str, ...] = ()
-    """A question for each needle."""
-    answer: tuple[str, ...] = ()
-    """An answer to each question, best in the needle's words."""
-    lines_file: str = ""
-    """LongEval's published test file for task lines; default: generated prompts."""
-    topics_file: str = ""
-    """LongEval's published test file for task topics; default: generated prompts."""
-    stride: int | None = None
-    """Score the same perplexity targets at every length, in windows this many tokens apart."""
-    seed: int = 0
-    """Chooses keys and haystacks."""
-    chat: bool | None = None
-    """Put prompts into the tokenizer's chat template; default: if it has one."""
-    share_lengths: bool = False
-    """Let all lengths share keys and haystacks: cheaper, but they are no longer independent."""
+    tasks: Annotated[tuple[str, ...], arg(help_behavior_hint=_which)] = ("passkey", "perplexity")
+    """What to measure: NAME or NAME:field=value,…: see `longctx tasks`. An option below that is for
+    tasks goes to all that have such a field, unless they are given their own."""
     verify: int = 0
     """Answers per method and task that are generated too, to be compared with their scores."""
     adaptive: bool = False
@@ -121,6 +72,9 @@ class Sweep:
     """Let methods replace the RoPE scaling that the checkpoint ships with."""
     batch_tokens: int = 16_384
     """Tokens forwarded at a time; halved on out-of-memory."""
+    task_options: Annotated[Any, arg(name="", constructor_factory=_task_options)] = field(
+        default_factory=lambda: _task_options()()
+    )
     device_options: Annotated[DeviceOptions, arg(name="")] = field(default_factory=DeviceOptions)
 
     def run(self) -> int:
@@ -134,7 +88,7 @@ class Sweep:
         refuse_other_than_folder(self.out)
         for method in self.methods:
             parse_method(method)
-        self._chosen()
+        self.chosen()
         if self.lengths:
             parse_lengths(self.lengths)
         model, tokenizer = self.device_options.load(self.model)
@@ -155,7 +109,7 @@ class Sweep:
         return sweep(
             model,
             tokenizer,
-            self._chosen(),
+            self.chosen(),
             self.lengths or f"{first}:{max(known * 2, first * 4)}",
             methods=self.methods,
             results=self.out / "results.jsonl",
@@ -166,64 +120,40 @@ class Sweep:
             overwrite=self.overwrite,
         )
 
-    def _chosen(self) -> list[Task]:
+    def chosen(self) -> list[Task]:
         """The tasks at these settings."""
-        from longctx.eval import (
-            Lines,
-            MultiKey,
-            MultiValue,
-            Needle,
-            Passkey,
-            Perplexity,
-            Repetition,
-            Topics,
-            VariableTracking,
-        )
+        from ..registry import parse_fields
 
-        if self.adaptive and (self.lines_file or self.topics_file):
-            raise RunError("--adaptive draws its own prompts: leave it out, or the test file.")
-        for option, tasks in _OPTIONS.items():
-            default: Any = type(self).__dataclass_fields__[option].default
-            if getattr(self, option) != default and not {*tasks} & {*self.tasks}:
-                raise RunError(
-                    f"--{option.replace('_', '-')} is for the tasks {', '.join(tasks)}: add one to "
-                    "--tasks, or leave it out."
-                )
-        if self.share_lengths and (self.lines_file or self.topics_file):
-            raise RunError(
-                "--share-lengths is for prompts that are drawn, those of a test file are as they "
-                "are: leave it out, or sweep the file by itself."
-            )
-        drawn: dict[str, Any] = {
-            "samples": self.samples,
-            "seed": self.seed,
-            "share_lengths": self.share_lengths,
-            "chat": self.chat,
-        }
-        hidden: dict[str, Any] = {**drawn, "haystack": self.haystack, "text": self.text}
-        asked: dict[str, Any] = {
-            "needle": self.needle,
-            "question": self.question,
-            "answer": self.answer,
-        }
-        if not any(asked.values()):
-            asked = {}  # all three at their defaults
-        settings: dict[TaskName, Callable[[], Task]] = {
-            "passkey": lambda: Passkey(**hidden),
-            "perplexity": lambda: Perplexity(
-                windows=self.windows, stride=self.stride, text=self.text
-            ),
-            "needle": lambda: Needle(**drawn, text=self.text, **asked),
-            "lines": lambda: Lines(**drawn, file=self.lines_file),
-            "topics": lambda: Topics(**drawn, file=self.topics_file),
-            "multi_key": lambda: MultiKey(**hidden),
-            "multi_value": lambda: MultiValue(**hidden),
-            "variable_tracking": lambda: VariableTracking(**hidden),
-            "repetition": lambda: Repetition(
-                new_tokens=self.new_tokens, windows=self.windows, seed=self.seed, text=self.text
-            ),
-        }
-        return [settings[name]() for name in self.tasks]
+        own = dict(
+            parse_fields(text, example="needle:samples=5", error=RunError) for text in self.tasks
+        )
+        if len(own) < len(self.tasks):
+            raise RunError("a task is asked for twice: one sweep for each setting.")
+        given = given_options(self.task_options)
+        for option in given:
+            _refuse_idle(option, tasks_with(option), own)
+
+        from longctx.eval.tasks.shared.registry import available_tasks, make_task, task_class
+        from longctx.eval.tasks.shared.retrieval import Retrieval
+
+        chosen = [
+            make_task(name, {k: v for k, v in given.items() if name in tasks_with(k)} | fields)
+            for name, fields in own.items()
+        ]
+        answered = [n for n in available_tasks() if issubclass(task_class(n), Retrieval)]
+        for option in ("verify", "adaptive"):
+            if getattr(self, option):
+                _refuse_idle(option, answered, own)
+        return chosen
+
+
+def _refuse_idle(option: str, tasks: Sequence[str], chosen: Container[str]) -> None:
+    """Refuse an option that none of the chosen tasks has."""
+    if not any(task in chosen for task in tasks):
+        raise RunError(
+            f"--{option.replace('_', '-')} is for the tasks {', '.join(tasks)}: add one to "
+            "--tasks, or leave it out."
+        )
 
 
 def write(result: SweepResult, out: Path, *, overwrite: bool) -> int:
@@ -234,3 +164,6 @@ def write(result: SweepResult, out: Path, *, overwrite: bool) -> int:
     print(f"{', '.join(path.name for path in paths)} and results.jsonl are in {out}")
     unlike = any(check.disagreements for check in result.verified)
     return 1 if unlike or any(row.failed for row in result.rows) else 0
+
+
+COMMAND = Sweep

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from longctx.train.recipes import Recipe
 
-__all__ = ["Train"]
+__all__ = ["COMMAND", "Train"]
 
 _RECIPE = (
     "method",
@@ -49,7 +49,7 @@ _TRAINING = (
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    r"""Extend a model, fine-tune it on long conversations, and save it so that it serves.
+    r"""Extend a model, fine-tune it on long texts, and save it to serve.
 
     A recipe gives every setting that you leave out: longchat (positions condensed by 8, all
     weights), yarn-pose (short windows on long positions), longlora (LoRA, norms, embeddings,
@@ -296,3 +296,6 @@ class Train:
         if device_options.dtype == "auto" and whole:
             device_options = replace(device_options, dtype="float32")
         return device_options.load(self.model)
+
+
+COMMAND = Train

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from longctx.eval.running.verify import generated
-from longctx.eval.tasks.adaptive import Adaptive
-from longctx.eval.tasks.retrieval import Retrieval
+from longctx.eval.tasks.shared.adaptive import Adaptive
+from longctx.eval.tasks.shared.retrieval import Retrieval
 from longctx.prompts.assembly import Prompt
 
 from .conftest import byte_model, byte_tokenizer

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import longctx
 from longctx.cli.training_metrics import figures_of
-from longctx.eval.tasks.texts import documents_of, spread
+from longctx.eval.tasks.shared.texts import documents_of, spread
 from longctx.prompts.haystacks import bos_of, held_out
 
 

@@ -13,7 +13,7 @@ from longctx.errors import LongctxError, RunError
 from longctx.eval import compare, lm_eval
 from longctx.eval.reporting.html import write_html
 from longctx.eval.results.store import Store
-from longctx.eval.tasks.protocol import Observation
+from longctx.eval.tasks.shared.protocol import Observation
 
 from ..runs import IDENTITY, write_run
 

@@ -13,7 +13,7 @@ import torch
 import longctx
 from longctx.errors import DataError
 from longctx.eval import Observation, Perplexity, Unit
-from longctx.eval.tasks.texts import spread
+from longctx.eval.tasks.shared.texts import spread
 
 from ..conftest import byte_model, byte_tokenizer
 

@@ -26,7 +26,7 @@ from longctx.prompts.assembly import Prompt
 from longctx.prompts.haystacks import Haystack
 from longctx.scoring.prefix_sharing import score_prompts
 
-from ..stats.intervals import wilson
+from ...stats.intervals import wilson
 from .protocol import Measured, Observation, Plan, Summary, Unit
 
 __all__ = ["PromptSpec", "Retrieval", "depth_grid", "turn_of"]
@@ -123,6 +123,11 @@ class Retrieval(ABC):
     def report_identity(self) -> dict[str, Any]:
         """The same: a cell's figure depends on nothing else."""
         return self.cache_key()
+
+    @property
+    def draws_prompts(self) -> bool:
+        """Whether as many prompts are drawn as are wanted, so that `Adaptive` can stop early."""
+        return True
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.errors import DataError
-from longctx.eval.tasks.repetition_metrics import (
+from longctx.eval.tasks.shared.repetition_metrics import (
     distinct_n,
     diversity,
     loop_onset,

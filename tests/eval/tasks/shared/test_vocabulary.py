@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from longctx.eval.tasks import vocabulary
+from longctx.eval.tasks.shared import vocabulary
 from longctx.prompts.passkey_prompts import split_of
 from longctx.train.data.synthetic import Synthetic, conversations
 

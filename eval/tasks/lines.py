@@ -19,12 +19,12 @@ from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt, answer_after, frame
 from longctx.prompts.haystacks import decode
 
-from .line_packing import cut, fit
-from .longeval import Case, LongEval, field
-from .retrieval import PromptSpec, depth_grid, turn_of
-from .vocabulary import names, number
+from .shared.line_packing import cut, fit
+from .shared.longeval import Case, LongEval, field
+from .shared.retrieval import PromptSpec, depth_grid, turn_of
+from .shared.vocabulary import names, number
 
-__all__ = ["Lines"]
+__all__ = ["TASK", "Lines"]
 
 _INTRO = (
     "Below is a record of lines I want you to remember. Each line begins with 'line <line index>' "
@@ -189,3 +189,6 @@ class Lines(LongEval):
 
     def _grid(self) -> list[float]:
         return [] if self.depths is None else depth_grid(self.depths, self.samples)
+
+
+TASK = Lines

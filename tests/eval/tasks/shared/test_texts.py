@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longctx.errors import DataError
-from longctx.eval.tasks.texts import digest, texts_of
+from longctx.eval.tasks.shared.texts import digest, texts_of
 from longctx.prompts.passkey_prompts import held_out
 
 

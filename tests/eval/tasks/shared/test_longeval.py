@@ -12,8 +12,8 @@ from longctx.errors import DataError
 from longctx.eval import Lines, Topics, sweep
 from longctx.eval.running.verify import generated
 
-from ..conftest import byte_model, byte_tokenizer
-from ..retrieval_tasks import text_of
+from ...conftest import byte_model, byte_tokenizer
+from ...retrieval_tasks import text_of
 
 
 def lines_case(count: int) -> dict[str, Any]:
@@ -94,8 +94,10 @@ def test_what_does_not_fit_is_refused(lines_file: Path) -> None:
     task = Lines(file=str(lines_file))
     with pytest.raises(DataError, match=r"lines.jsonl:2 has \d+ tokens, more than the longest"):
         task.plan(byte_tokenizer(), (300, 400), length_invariant=True)
-    with pytest.raises(DataError, match="leave out `adaptive`, or the file"):
-        task.part(300, [0], 300)
+    with pytest.raises(DataError, match="share_lengths is for prompts that are drawn"):
+        Lines(file=str(lines_file), share_lengths=True)
+    assert not task.draws_prompts
+    assert Lines().draws_prompts
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt, answer_after, frame
 from longctx.prompts.haystacks import decode
 
-from .line_packing import cut, exact
-from .longeval import Case, LongEval, field
-from .retrieval import PromptSpec
-from .vocabulary import topics
+from .shared.line_packing import cut, exact
+from .shared.longeval import Case, LongEval, field
+from .shared.retrieval import PromptSpec
+from .shared.vocabulary import topics
 
-__all__ = ["Topics"]
+__all__ = ["TASK", "Topics"]
 
 _INTRO = (
     "Below is a record of our previous conversation on different topics. You are the ASSISTANT, and"
@@ -217,3 +217,6 @@ def _fill(topic: tuple[str, str], blocks: Sequence[str]) -> list[str]:
     aspect, subject = topic
     values = {"aspect": aspect, "subject": subject, "topic": f"the {aspect} of {subject}"}
     return [block.format(**values) for block in blocks]
+
+
+TASK = Topics

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from longctx.errors import DataError
-from longctx.eval.tasks import line_packing
+from longctx.eval.tasks.shared import line_packing
 
-from ..conftest import byte_tokenizer
+from ...conftest import byte_tokenizer
 
 
 def test_examples() -> None:

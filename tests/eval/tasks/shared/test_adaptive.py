@@ -18,7 +18,7 @@ from longctx.errors import RunError
 from longctx.eval import Adaptive, Measured, Observation, Passkey, Unit, sweep
 from longctx.eval.reporting.files import write_sweep
 from longctx.eval.reporting.html import write_html
-from longctx.eval.tasks.adaptive import Verdict, boundary
+from longctx.eval.tasks.shared.adaptive import Verdict, boundary
 from longctx.prompts.passkey_prompts import SHORT
 
 LENGTHS = (400, 600, 800, 1000, 1200, 1400)

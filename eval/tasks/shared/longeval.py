@@ -50,6 +50,14 @@ class LongEval(Retrieval):
     """Published test cases, JSON lines; none means generated prompts. A length has the prompts of
     the file that fit into it and not into the next shorter one, `samples` of them at most."""
 
+    def __post_init__(self) -> None:
+        Retrieval.__post_init__(self)
+        if self.file and self.share_lengths:
+            raise DataError(
+                f"share_lengths is for prompts that are drawn, those of {self.file} are as they "
+                "are: leave it out, or sweep the file by itself."
+            )
+
     @abstractmethod
     def case(self, record: dict[str, Any], where: str) -> Case:
         """Read a line of a test file; `where` names it.
@@ -101,18 +109,10 @@ class LongEval(Retrieval):
                 units.append(Unit((length,), tokens, {"prompts": chosen}))
         return Plan(tuple(units), tuple(notes))
 
-    def part(self, length: int, indices: Sequence[int], longest: int) -> Unit:
-        """As for any retrieval task.
-
-        Raises:
-            DataError: prompts of a file, whose number is the file's.
-        """
-        if self.file:
-            raise DataError(
-                f"the prompts of {self.file} cannot be asked one by one until a length is decided: "
-                "leave out `adaptive`, or the file."
-            )
-        return Retrieval.part(self, length, indices, longest)
+    @property
+    def draws_prompts(self) -> bool:
+        """A file has as many as it has."""
+        return not self.file
 
     def cases(
         self, tokenizer: PreTrainedTokenizerBase, unit: Unit

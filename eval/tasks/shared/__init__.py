@@ -1,0 +1,1 @@
+"""What tasks share: the protocol, retrieval, haystacks, texts, words; no task stands in here."""

@@ -1,0 +1,44 @@
+"""The command that examines a checkpoint: `longctx doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+__all__ = ["COMMAND", "Doctor"]
+
+
+@dataclass(frozen=True, slots=True)
+class Doctor:
+    """Find settings in a checkpoint that fail silently on long inputs.
+
+    Exit code 1 if there are any. Reads its JSON files only: no weights, no code.
+
+    Examples:
+        longctx doctor smollm2-16k
+        longctx doctor demo
+    """
+
+    model: Positional[str]
+    """Checkpoint folder, or "demo"."""
+
+    def run(self) -> int:
+        """Print the findings."""
+        from rich.console import Console
+
+        from ..checkpoint import local_folder
+        from ..doctor import examine
+
+        console = Console(highlight=False, soft_wrap=True)
+        findings = examine(local_folder(self.model))
+        for finding in findings:
+            colour = "red" if finding.level == "problem" else "yellow"
+            console.print(f"[{colour}]{finding.level}[/] {finding.where}: {finding.what}")
+            console.print(f"        → {finding.mend}")
+        problems = sum(finding.level == "problem" for finding in findings)
+        console.print(f"{problems} problems, {len(findings) - problems} notes in {self.model}")
+        return 1 if problems else 0
+
+
+COMMAND = Doctor

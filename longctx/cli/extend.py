@@ -1,0 +1,56 @@
+"""The command that extends: `longctx extend`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from .device_options import DeviceOptions
+
+__all__ = ["COMMAND", "Extend"]
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Extend a model's window and save it, with proof of effect.
+
+    Examples:
+        longctx extend demo tiny-yarn --method yarn:4
+        longctx extend smollm2 smollm2-16k --method yarn:target=16384
+        longctx extend meta-llama/Llama-3.1-8B out --method yarn:32 --replace
+    """
+
+    model: Positional[str]
+    """Checkpoint folder, hub id, GGUF file, or "demo"."""
+    out: Positional[Path]
+    """Folder to write; it must not exist yet, unless --overwrite."""
+    method: str
+    """NAME:FACTOR or NAME:field=value,…: see `longctx methods`."""
+    replace: bool = False
+    """Replace the RoPE scaling that the checkpoint ships with."""
+    overwrite: bool = False
+    """Replace the folder, once the new checkpoint is complete."""
+    device_options: Annotated[DeviceOptions, arg(name="")] = field(default_factory=DeviceOptions)
+
+    def run(self) -> int:
+        """Load, extend, report, save."""
+        from ..checkpoint import save
+        from ..core import extend
+        from ..errors import MethodError
+        from ..folders import refuse_taken
+        from ..registry import parse_method
+
+        method = parse_method(self.method)
+        if method is None:
+            raise MethodError("'none' extends nothing; `longctx convert` copies a checkpoint.")
+        refuse_taken(self.out, self.overwrite)
+        model, tokenizer = self.device_options.load(self.model)
+        print(extend(model, method, replace=self.replace).report())
+        print(save(model, tokenizer, self.out, overwrite=self.overwrite).message)
+        return 0
+
+
+COMMAND = Extend
