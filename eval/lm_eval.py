@@ -48,7 +48,7 @@ __all__ = ["Score", "run_lm_eval"]
 _RESULTS = "lm_eval.jsonl"
 _TABLES = ("lm_eval.csv", "lm_eval.parquet", "lm_eval.json")
 _PROMPT_SEED, _SEED = 0, 1234  # the harness's own: Python's random, and all others
-_BOOTSTRAP = 1000  # resamples, for metrics that are no mean
+_BOOTSTRAP = 1000  # resamples, for metrics other than means
 _ROOM = 1024  # tokens of a chat template and an answer, which may come on top of a task's length
 
 _READ = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv", ".parquet", ".txt")
@@ -170,7 +170,7 @@ def _digests(include_path: str | os.PathLike[str] | None, out: Path | None) -> d
         return {}
     folder = Path(include_path)
     if not folder.is_dir():
-        raise RunError(f"include_path {folder} is no folder: expected one with tasks in YAML.")
+        raise RunError(f"include_path {folder} is not a folder: expected one with tasks in YAML.")
     own = {} if out is None else {(out / name).resolve() for name in (_RESULTS, *_TABLES)}
     files = sorted(p for p in folder.rglob("*") if p.suffix in _READ and p.resolve() not in own)
     return {str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest() for p in files}
@@ -318,7 +318,7 @@ def _refuse_lost(folder: Path, wanted: set[tuple[Any, ...]], names: tuple[str, .
         there = {tuple(row[name] for name in names) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{path} is no table of lm-eval ({error!r}): name another folder."
+            f"{path} is not a table of lm-eval ({error!r}): name another folder."
         ) from error
     if lost := sorted(there - wanted):
         raise RunError(

@@ -145,7 +145,7 @@ def local_folder(source: str) -> Path:
     path = locate(source)
     if isinstance(path, Path) and path.is_dir():
         return path
-    raise ModelError(f"{source!r} is no local checkpoint folder: `longctx convert` makes one.")
+    raise ModelError(f"{source!r} is not a local checkpoint folder: `longctx convert` makes one.")
 
 
 def locate(source: str | os.PathLike[str]) -> str | Path:
@@ -169,7 +169,7 @@ def locate(source: str | os.PathLike[str]) -> str | Path:
         return path
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{path} is no GGUF file: pass the checkpoint's folder.")
+            raise ModelError(f"{path} is not a GGUF file: pass the checkpoint's folder.")
         return path
     looks_local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
     if looks_local or path.suffix == ".gguf":
@@ -203,7 +203,7 @@ def save(
     patch = patch_of(model)
     beyond: list[str] = []
     while patch is not None:
-        if patch.method.native_rope(patch.rope) is None:
+        if not patch.method.plain_loadable:
             beyond.append(patch.method.name)
         patch = patch.below
     with new_folder(Path(out), overwrite=overwrite) as folder:
@@ -268,7 +268,7 @@ def _restore(model: PreTrainedModel) -> None:
         return
     if not isinstance(record, dict) or not {"version", "original", "methods"} <= set(record):
         raise ModelError(
-            f"the checkpoint's longctx record {str(record)[:60]} is none: extend the original "
+            f"{str(record)[:60]} is not a valid longctx record: extend the original "
             "anew, or delete the entry 'longctx' from config.json."
         )
     if record.get("version") != 1:

@@ -205,12 +205,23 @@ def _record(config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "config.json: longctx",
-            f"{str(record)[:40]!r} is no record of longctx: longctx.load refuses it",
+            f"{str(record)[:40]!r} is not a valid longctx record: longctx.load refuses it",
             "delete the entry, or extend the original checkpoint anew",
         )
         return
-    names = [method["name"] for method in record.get("methods", [])]
-    if "alibi" in names:
+    from .registry import available, method_class  # torch takes seconds: only where it is needed
+
+    names = [str(method["name"]) for method in record["methods"]]
+    unknown = [name for name in names if name not in available()]
+    if unknown:
+        yield Finding(
+            "problem",
+            "config.json: longctx",
+            f"extended by {' and '.join(unknown)}, which this installation does not know: "
+            "longctx.load refuses it",
+            "install what the checkpoint was made with, or extend the original checkpoint anew",
+        )
+    elif not all(method_class(name).plain_loadable for name in names):
         yield Finding(
             "note",
             "config.json: longctx",

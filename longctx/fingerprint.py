@@ -105,6 +105,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of vocabulary, rules and special tokens; the chat template is another thing."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     rules: dict[str, Any] = json.loads(backend.to_str()) if backend else tokenizer.get_vocab()
-    # The last call's padding and truncation stay in a fast tokenizer and are no part of it.
+    # The last call's padding and truncation stay in a fast tokenizer and are not part of it.
     rules = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
     return json_digest([rules, tokenizer.special_tokens_map])

@@ -73,8 +73,8 @@ def refuse_taken(out: Path, overwrite: bool) -> None:
         raise RunError(f"{out} exists and is not empty: choose another folder or pass overwrite.")
     if not (out / "config.json").is_file():
         raise RunError(
-            f"{out} is no checkpoint folder (no config.json in it), and overwriting would delete "
-            "all that is there: choose another folder."
+            f"{out} is not a checkpoint folder (no config.json in it), and overwriting would "
+            "delete all that is there: choose another folder."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -24,17 +25,35 @@ class _Missing:
 
 @runtime_checkable
 class Method(Protocol):
-    """What the house asks of a method: a frozen dataclass in a file of `patches/`, or your own."""
+    """What the house asks of a method: a frozen dataclass in a file of `patches/`, or your own.
+
+    Derive from it and only `name`, `slots`, `apply` and `verify` are left to write; a method that
+    fits one of the bases in `patches/` (`FrequencyMethod`, `AttentionMethod`) needs less.
+    """
+
+    __slots__ = ()
 
     name: ClassVar[str]
     """The name of its file."""
     slots: ClassVar[tuple[str, ...]]
     """What it takes over: "rotary", "attention". Two methods stack if they share no slot."""
+    plain_loadable: ClassVar[bool] = False
+    """Whether plain transformers loads a saved model to the same logits."""
+    trains_only: ClassVar[bool] = False
+    """Whether it acts in train mode alone, and the model in eval mode is as without it."""
+    unbounded: ClassVar[bool] = False
+    """Whether inputs of any length may be trained on, whatever window the config names."""
+
+    @classmethod
+    def example(cls, rope: Rope) -> Method:
+        """Settings that change inputs longer than the window, as tests and documentation use it."""
+        del rope
+        return cls()
 
     @property
     def length_invariant(self) -> bool:
         """Whether a token's logits are the same in a longer input: no method state per length."""
-        ...
+        return True
 
     def apply(self, model: PreTrainedModel, patch: Patch) -> None:
         """Change `model` through `patch.set`; `patch.rope` is the geometry it was trained with."""
@@ -44,13 +63,18 @@ class Method(Protocol):
         """Look at the patched model and say whether each thing promised is so."""
         ...
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
-        """Complete `rope_parameters` for plain transformers, None where it cannot say this."""
-        ...
-
     def neutral(self, rope: Rope) -> Method | None:
         """The setting that changes nothing, None where there is none."""
-        ...
+        del rope
+        return None
+
+    def reserve(self, model: PreTrainedModel, tokens: int) -> AbstractContextManager[None]:
+        """Begin requests inside the block for `tokens` tokens, prompt and answer together.
+
+        Only a method that is not `length_invariant` has anything to do.
+        """
+        del model, tokens
+        return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +153,7 @@ class Patch:
             method=self.method,
             original_window=self.rope.length,
             window=window,
-            plain_loadable=self.method.native_rope(self.rope) is not None,
+            plain_loadable=self.method.plain_loadable,
             checks=tuple(self.method.verify(self.model, self)),
         )
 

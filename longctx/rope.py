@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Frequencies", "Rope", "ScaledRotary", "as_longrope", "frequencies_of"]
+__all__ = ["STANDSTILL", "Frequencies", "Rope", "ScaledRotary", "as_longrope", "frequencies_of"]
+
+STANDSTILL = 2.0**-100
+"""A frequency that turns nothing, in radians per token: at token 2⁴⁰ cos is 1 and sin 9e-19, far
+below float32 resolution. The divisor θ/θ' ≤ 2¹⁰⁰ fits float32 and bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,10 @@ class Frequencies:
 def as_longrope(rope: Rope, frequencies: Frequencies, factor: float) -> dict[str, Any]:
     """Say any static frequency vector in `rope_parameters`: longrope with short = long = θ/θ'.
 
+    A plane with θ' = 0 is written as one of `STANDSTILL`, since no finite divisor gives 0.
     `short_mscale` and `long_mscale` repeat `attention_factor` for vLLM, which reads those.
     """
-    divisors = (rope.inv_freq() / frequencies.inv_freq).tolist()
+    divisors = (rope.inv_freq() / frequencies.inv_freq.clamp(min=STANDSTILL)).tolist()
     scaling = frequencies.attention_scaling
     return rope.parameters(
         "longrope",

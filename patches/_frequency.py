@@ -13,6 +13,7 @@ from longctx.errors import ModelError
 from longctx.model import build_rotary, decoder_of, refusal, rotary_of, text_config, with_rope_entry
 from longctx.patch import Check, Method, Patch
 from longctx.rope import (
+    STANDSTILL,
     Frequencies,
     Rope,
     ScaledRotary,
@@ -50,8 +51,11 @@ def install_rope(
 
 
 @dataclass(frozen=True, slots=True)
-class FrequencyMethod(ABC):
-    """A static change of the inverse frequencies: one vector for every position and length."""
+class FrequencyMethod(Method, ABC):
+    """A static change of the inverse frequencies: one vector for every position and length.
+
+    A frequency may be 0: its plane then does not turn, and says nothing of positions.
+    """
 
     factor: float | None = None
     """How many times longer the window becomes, s ≥ 1. Give this or `target`."""
@@ -60,14 +64,15 @@ class FrequencyMethod(ABC):
 
     name: ClassVar[str]
     slots: ClassVar[tuple[str, ...]] = ("rotary",)
+    plain_loadable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_extent(self.name, self.factor, self.target)
 
-    @property
-    def length_invariant(self) -> bool:
-        """True: frequencies do not depend on the length of the input."""
-        return True
+    @classmethod
+    def example(cls, rope: Rope) -> Method:
+        """Four-fold."""
+        return cls(factor=4.0)
 
     def scale(self, rope: Rope) -> float:
         """The factor s = target / L."""
@@ -77,8 +82,8 @@ class FrequencyMethod(ABC):
     def frequencies(self, rope: Rope) -> Frequencies:
         """The method's formula in float64."""
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
-        """The same in `rope_parameters`; a formula without a name there goes as longrope."""
+    def native_rope(self, rope: Rope) -> dict[str, Any]:
+        """The same in complete `rope_parameters`; a formula without a name there is longrope."""
         return as_longrope(rope, self.frequencies(rope), self.scale(rope))
 
     def neutral(self, rope: Rope) -> Method | None:
@@ -89,7 +94,7 @@ class FrequencyMethod(ABC):
         """Install the rotary that a plain reload of the saved config would build."""
         rope = patch.rope
         parameters = self.native_rope(rope)
-        if parameters is None or refusal(text_config(model), parameters):
+        if refusal(text_config(model), parameters):
             parameters = as_longrope(rope, self.frequencies(rope), self.scale(rope))
         length = extended_length(self.factor, self.target, rope)
         install_rope(model, patch, parameters, length)
@@ -107,16 +112,14 @@ class FrequencyMethod(ABC):
 def frequency_checks(rotary: torch.nn.Module, rope: Rope, wanted: Frequencies) -> list[Check]:
     """Are the installed frequencies the formula's, in float32, and other than the model's own?"""
     inv_freq, scaling = frequencies_of(rotary, rope.layer_type)
-    installed = inv_freq.double().cpu()
-    error = (installed / wanted.inv_freq - 1).abs().max().item()
-    change = (rope.inv_freq() / wanted.inv_freq).tolist()
+    installed = inv_freq.double().cpu().clamp(min=STANDSTILL)
+    error = (installed / wanted.inv_freq.clamp(min=STANDSTILL) - 1).abs().max().item()
     return [
         Check("rotary in place", isinstance(rotary, ScaledRotary), type(rotary).__name__),
         Check(
             "inverse frequencies",
             error < 1e-5,
-            f"wavelengths ×{min(change):.4g} to ×{max(change):.4g}, "
-            f"within {error:.1e} of the formula in float64",
+            f"{_change(rope, wanted)}, within {error:.1e} of the formula in float64",
         ),
         Check("precision", inv_freq.dtype == torch.float32, f"inv_freq is {inv_freq.dtype}"),
         Check(
@@ -125,6 +128,15 @@ def frequency_checks(rotary: torch.nn.Module, rope: Rope, wanted: Frequencies) -
             f"cos and sin × {scaling:.6g}",
         ),
     ]
+
+
+def _change(rope: Rope, wanted: Frequencies) -> str:
+    """How much longer the wavelengths become, in words."""
+    change = rope.inv_freq() / wanted.inv_freq
+    turning = change[change.isfinite()].tolist()
+    said = [f"wavelengths ×{min(turning):.4g} to ×{max(turning):.4g}"] if turning else []
+    still = len(change) - len(turning)
+    return ", ".join([*said, *([f"{still} planes do not turn"] if still else [])])
 
 
 def position_check(rotary: torch.nn.Module, rope: Rope, wanted: Frequencies, length: int) -> Check:

@@ -40,7 +40,7 @@ class Abf(FrequencyMethod):
         """theta^(−2i/d)."""
         return Frequencies(rope.inv_freq(self.theta))
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
+    def native_rope(self, rope: Rope) -> dict[str, Any]:
         """Plain RoPE with another `rope_theta`."""
         return rope.parameters("default") | {"rope_theta": float(self.theta)}
 

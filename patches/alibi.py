@@ -2,9 +2,9 @@
 
     logit(i, j) − m_h · (i − j),  m_h = 2^(−8h/H) for h = 1 … H, in logits per token
 
-For a number of heads H that is no power of two, the slopes of the largest power of two P below H,
-then every other slope of 2P. The rotary becomes the identity; no weight changes and nothing depends
-on the length, so any input may be read.
+For a number of heads H that is not a power of two, the slopes of the largest power of two P below
+H, then every other slope of 2P. The rotary becomes the identity; no weight changes and nothing
+depends on the length, so any input may be read.
 
 On a model trained with RoPE this is a different model, which needs training. Use it when you mean
 to train with it: what it then reads beyond its training length stays as good as inside it, though
@@ -17,18 +17,19 @@ reference code for the slopes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from longctx.attention.dispatch import LinearBias
-from longctx.attention.hook import ATTRIBUTE, NAME, IdentityRotary, register
-from longctx.errors import ModelError
-from longctx.model import attention_modules, decoder_of, rotary_of, text_config
-from longctx.patch import Check, Method, Patch
+from longctx.attention.hook import IdentityRotary
+from longctx.attention.layers import AttentionLayer
+from longctx.model import decoder_of, rotary_of, text_config
+from longctx.patch import Check, Patch
 from longctx.rope import Rope
 
+from ._attention import AttentionMethod
 from ._scale import check_extent, extended_length
 
 __all__ = ["METHOD", "Alibi", "slopes"]
@@ -49,7 +50,7 @@ def slopes(heads: int) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Alibi:
+class Alibi(AttentionMethod):
     """Linear biases on the distance in every full-attention layer."""
 
     factor: float | None = None
@@ -59,73 +60,32 @@ class Alibi:
 
     name: ClassVar[str] = "alibi"
     slots: ClassVar[tuple[str, ...]] = ("rotary", "attention")
+    unbounded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_extent(self.name, self.factor, self.target)
 
-    @property
-    def length_invariant(self) -> bool:
-        """True: the bias depends on the distance alone."""
-        return True
+    def rule(self, model: PreTrainedModel, layer: AttentionLayer) -> LinearBias:
+        """A slope for each query head."""
+        del layer
+        return LinearBias(slopes(int(text_config(model).num_attention_heads)))
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
-        """None: plain transformers cannot say it."""
-        return None
-
-    def neutral(self, rope: Rope) -> Method | None:
-        """None: it replaces the rotary whatever its settings."""
-        return None
+    def takes(self, layer: AttentionLayer, rope: Rope) -> bool:
+        """The layers under the extended rotary: all of them where layer types share one."""
+        return rope.layer_type in (None, layer.kind)
 
     def apply(self, model: PreTrainedModel, patch: Patch) -> None:
-        """Put the identity in the rotary's place and the bias on the full-attention layers.
-
-        Raises:
-            ModelError: attention that cannot be reached, or soft-capped.
-        """
-        config = text_config(model)
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            raise ModelError(
-                f"model type {config.model_type!r} caps its attention logits softly, which alibi's "
-                "attention does not compute; methods that change frequencies work (yarn, ntk, …)."
-            )
-        bias = LinearBias(slopes(int(config.num_attention_heads)))
-        for module in _full_layers(model, patch.rope.layer_type):
-            patch.set(module, ATTRIBUTE, bias)
-        native = rotary_of(model)
-        rotary = IdentityRotary(native, patch.rope.dim, patch.rope.layer_type)
+        """Put the biases on the layers and the identity in the rotary's place."""
+        super(Alibi, self).apply(model, patch)
+        rope = patch.rope
+        rotary = IdentityRotary(rotary_of(model), rope.dim, rope.layer_type)
         patch.set(decoder_of(model), "rotary_emb", rotary)
-        register()
-        patch.set(config, "_attn_implementation_internal", NAME)
-        window = extended_length(self.factor, self.target, patch.rope)
-        patch.set(config, "max_position_embeddings", window)
+        window = extended_length(self.factor, self.target, rope)
+        patch.set(text_config(model), "max_position_embeddings", window)
 
     def verify(self, model: PreTrainedModel, patch: Patch) -> list[Check]:
-        """Look for the bias in every layer, the identity rotary and the attention in use."""
-        config = text_config(model)
-        layers = _full_layers(model, patch.rope.layer_type)
-        wanted = slopes(int(config.num_attention_heads))
-        biases = [getattr(module, ATTRIBUTE, None) for module in layers]
-        used = getattr(config, "_attn_implementation", None)
-        there = sum(isinstance(b, LinearBias) and b.slopes == wanted for b in biases)
-        return [
-            Check(
-                "linear bias",
-                there == len(layers) > 0,
-                f"{there} of {len(layers)} full-attention layers, "
-                f"{len(wanted)} slopes {max(wanted):.4g} … {min(wanted):.4g}",
-            ),
-            Check("attention in use", used == NAME, f"attn_implementation is {used!r}"),
-            _rotary_check(model, patch.rope),
-        ]
-
-
-def _full_layers(model: PreTrainedModel, layer_type: str | None) -> list[torch.nn.Module]:
-    """Attention modules under the extended rotary: all of them where layer types share one."""
-    return [
-        module
-        for _, module, kind in attention_modules(model)
-        if layer_type is None or kind == layer_type
-    ]
+        """Look for the rule, and for the identity rotary."""
+        return [*super(Alibi, self).verify(model, patch), _rotary_check(model, patch.rope)]
 
 
 def _rotary_check(model: PreTrainedModel, rope: Rope) -> Check:

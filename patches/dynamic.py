@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -114,8 +114,11 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Dynamic:
-    """NTK scaling by the length of the request."""
+class Dynamic(Method):
+    """NTK scaling by the length of the request.
+
+    It has no neutral setting, but inside the original window it is the identity at any factor.
+    """
 
     factor: float | None = None
     """f of the formula: 1 gives exactly NTK for T/L; larger values scale harder."""
@@ -124,9 +127,15 @@ class Dynamic:
 
     name: ClassVar[str] = "dynamic"
     slots: ClassVar[tuple[str, ...]] = ("rotary",)
+    plain_loadable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_extent(self.name, self.factor, self.target)
+
+    @classmethod
+    def example(cls, rope: Rope) -> Method:
+        """Four-fold."""
+        return cls(factor=4.0)
 
     @property
     def length_invariant(self) -> bool:
@@ -139,25 +148,23 @@ class Dynamic:
         stretch = f * max(length, rope.length) / rope.length - (f - 1)
         return Frequencies(rope.inv_freq(rope.theta * stretch ** (rope.dim / (rope.dim - 2))))
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
+    def native_rope(self, rope: Rope) -> dict[str, Any]:
         """`rope_type: dynamic`, which reads L from `max_position_embeddings`: it must not grow."""
         f = scale(self.name, self.factor, self.target, rope)
         return rope.parameters("dynamic", factor=f)
 
-    def neutral(self, rope: Rope) -> Method | None:
-        """None; but inside the original window it is the identity at any factor."""
-        return None
-
     def apply(self, model: PreTrainedModel, patch: Patch) -> None:
         """Install the per-request rotary and a `generate` that settles the length first."""
-        parameters = self.native_rope(patch.rope)
-        assert parameters is not None
-        static = install_rope(model, patch, parameters, patch.rope.length)
+        static = install_rope(model, patch, self.native_rope(patch.rope), patch.rope.length)
         rotary = RequestRotary(static.native, patch.rope.layer_type, patch.rope.length)
         patch.set(decoder_of(model), "rotary_emb", rotary)
         rotary.settle(patch.rope.length)
         if hasattr(model, "generate"):
             patch.set(model, "generate", types.MethodType(_generate, model))
+
+    def reserve(self, model: PreTrainedModel, tokens: int) -> AbstractContextManager[None]:
+        """Settle the base for that many tokens; see the function of this name."""
+        return reserve(model, tokens)
 
     def verify(self, model: PreTrainedModel, patch: Patch) -> list[Check]:
         """Settle for twice the window, compare with the formula, and settle back."""

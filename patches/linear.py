@@ -32,7 +32,7 @@ class Linear(FrequencyMethod):
         """θᵢ / s."""
         return Frequencies(rope.inv_freq() / self.scale(rope))
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
+    def native_rope(self, rope: Rope) -> dict[str, Any]:
         """`rope_type: linear`."""
         return rope.parameters("linear", factor=self.scale(rope))
 

@@ -52,7 +52,7 @@ class Llama3(FrequencyMethod):
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return Frequencies((1 - kept) * own / self.scale(rope) + kept * own)
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
+    def native_rope(self, rope: Rope) -> dict[str, Any]:
         """`rope_type: llama3`."""
         return rope.parameters(
             "llama3",

@@ -54,6 +54,11 @@ class LongRope(FrequencyMethod):
         if self.attention_factor is not None:
             check_number(self.name, "attention_factor", self.attention_factor)
 
+    @classmethod
+    def example(cls, rope: Rope) -> Method:
+        """Four-fold, with divisors that rise evenly from 1 to 4."""
+        return cls(factor=4.0, divisors=torch.linspace(1, 4, rope.dim // 2).tolist())
+
     def frequencies(self, rope: Rope) -> Frequencies:
         """θ / λ with the attention scaling.
 
@@ -71,7 +76,7 @@ class LongRope(FrequencyMethod):
         divisors = torch.tensor(self.divisors, dtype=torch.float64)
         return Frequencies(rope.inv_freq() / divisors, float(scaling))
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
+    def native_rope(self, rope: Rope) -> dict[str, Any]:
         """`rope_type: longrope`, the given λ to the last bit."""
         parameters = as_longrope(rope, self.frequencies(rope), self.scale(rope))
         divisors = [float(divisor) for divisor in self.divisors]

@@ -34,7 +34,7 @@ class Ntk(FrequencyMethod):
         """b'^(−2i/d)."""
         return Frequencies(rope.inv_freq(self.theta(rope)))
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
+    def native_rope(self, rope: Rope) -> dict[str, Any]:
         """Plain RoPE with another `rope_theta`."""
         return rope.parameters("default") | {"rope_theta": self.theta(rope)}
 

@@ -57,7 +57,7 @@ class NtkByParts(FrequencyMethod):
         own, gamma = rope.inv_freq(), self._kept(rope)
         return Frequencies((1 - gamma) * own / self.scale(rope) + gamma * own)
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
+    def native_rope(self, rope: Rope) -> dict[str, Any]:
         """`rope_type: yarn` with `attention_factor` 1; `apply_yarn_scaling` says it to vLLM."""
         return self._yarn(rope, 1.0) | {"apply_yarn_scaling": False}
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from einops import rearrange, repeat
@@ -37,18 +37,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from longctx.attention.dispatch import attend
-from longctx.attention.hook import ATTRIBUTE, NAME, register
+from longctx.attention.layers import AttentionLayer
 from longctx.errors import MethodError, ModelError
-from longctx.model import attention_modules, text_config
-from longctx.patch import Check, Method, Patch
-from longctx.rope import Rope
+
+from ._attention import AttentionMethod
 
 __all__ = ["METHOD", "GroupedAttention", "Shifted"]
-
-_UNSUPPORTED = {
-    "attn_logit_softcapping": "soft-capped attention logits",
-    "attention_dropout": "attention dropout",
-}
 
 
 class GroupedAttention(nn.Module):
@@ -81,7 +75,7 @@ class GroupedAttention(nn.Module):
         """Attend; q [B, H, S, D], k and v [B, K, N, D]. What padding gets means nothing.
 
         Raises:
-            ModelError: in train mode, a mask that is no padding and no numbered documents.
+            ModelError: in train mode, a mask of neither padding nor numbered documents.
         """
         keys = k.shape[2] if mask is None else mask.shape[-1]
         if not self.training or q.shape[2] != keys:
@@ -166,14 +160,15 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Shifted:
+class Shifted(AttentionMethod):
     """Shifted sparse attention in every full-attention layer, for as long as the model trains."""
 
     groups: int = 4
     """Groups of a document, 2 or more; half the heads have half a group more."""
 
     name: ClassVar[str] = "shifted"
-    slots: ClassVar[tuple[str, ...]] = ("attention",)
+    plain_loadable: ClassVar[bool] = True
+    trains_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if type(self.groups) is not int or self.groups < 2:
@@ -182,75 +177,10 @@ class Shifted:
                 "4 (groups=4)."
             )
 
-    @property
-    def length_invariant(self) -> bool:
-        """True: outside training, a token attends to all before it."""
-        return True
-
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
-        """Nothing to add: outside training, plain transformers computes the same."""
-        return {}
-
-    def neutral(self, rope: Rope) -> Method | None:
-        """None: one group would still be cut in two in half the heads."""
-        return None
-
-    def apply(self, model: PreTrainedModel, patch: Patch) -> None:
-        """Put grouped attention on the full-attention layers; the others keep their windows.
-
-        Raises:
-            ModelError: attention that cannot be reached, soft-capped or with dropout, or a sliding
-                window in every layer.
-        """
-        config = text_config(model)
-        reasons = [why for name, why in _UNSUPPORTED.items() if getattr(config, name, None)]
-        if reasons:
-            raise ModelError(
-                f"model type {config.model_type!r} has {' and '.join(reasons)}, which shifted does "
-                "not compute: train it with plain attention, or set the dropout to 0 in its config."
-            )
-        layers = _full_layers(model)
-        if not layers:
-            raise ModelError(
-                f"every layer of model type {config.model_type!r} has a sliding window "
-                f"({getattr(config, 'sliding_window', None)} tokens): expected layers of full "
-                "attention, whose cost shifted cuts. Train it without."
-            )
-        for module in layers:
-            patch.set(module, ATTRIBUTE, GroupedAttention(self.groups).train(module.training))
-        register()
-        patch.set(config, "_attn_implementation_internal", NAME)
-
-    def verify(self, model: PreTrainedModel, patch: Patch) -> list[Check]:
-        """Look for the rule in every layer, in its module's mode, and the attention in use."""
-        layers = _full_layers(model)
-        rules = [getattr(module, ATTRIBUTE, None) for module in layers]
-        there = [r for r in rules if isinstance(r, GroupedAttention) and r.groups == self.groups]
-        modes = {module.training for module in layers}
-        used = getattr(text_config(model), "_attn_implementation", None)
-        return [
-            Check(
-                "grouped attention",
-                len(there) == len(layers) > 0,
-                f"{len(there)} of {len(layers)} full-attention layers, {self.groups} groups",
-            ),
-            Check("attention in use", used == NAME, f"attn_implementation is {used!r}"),
-            Check(
-                "training only",
-                [r.training for r in there] == [module.training for module in layers],
-                "grouped now" if modes == {True} else "plain attention until model.train()",
-            ),
-        ]
-
-
-def _full_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Attention modules without a window; where there are no layer types, one holds for all."""
-    whole = getattr(text_config(model), "sliding_window", None) is None
-    return [
-        module
-        for _, module, kind in attention_modules(model)
-        if kind == "full_attention" or (kind is None and whole)
-    ]
+    def rule(self, model: PreTrainedModel, layer: AttentionLayer) -> GroupedAttention:
+        """Grouped attention, the same in every layer."""
+        del model, layer
+        return GroupedAttention(self.groups)
 
 
 METHOD = Shifted

@@ -47,7 +47,7 @@ class Yarn(NtkByParts):
         by_parts = super(Yarn, self).frequencies(rope)
         return Frequencies(by_parts.inv_freq, self.attention_scaling(rope))
 
-    def native_rope(self, rope: Rope) -> dict[str, Any] | None:
+    def native_rope(self, rope: Rope) -> dict[str, Any]:
         """`rope_type: yarn`; the default temperature is left to the reader, which vLLM requires."""
         parameters = self._yarn(rope, self.attention_scaling(rope))
         if self.attention_factor is None:

@@ -16,9 +16,8 @@ import longctx
 from longctx.checkpoint import load
 from longctx.model import rope_of, rotary_of, text_config
 from longctx.patch import Method, patch_of
-from longctx.patches.dynamic import reserve
-from longctx.registry import make_method, method_class
-from longctx.rope import frequencies_of
+from longctx.registry import method_class
+from longctx.rope import Rope, ScaledRotary, frequencies_of
 from longctx.train.parallel.before_transformers_5_23 import checkpoint_activations
 
 from .families import WINDOW, build, tokens
@@ -26,15 +25,11 @@ from .families import WINDOW, build, tokens
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3")
 MORE = ("qwen2", "phi3", "olmo2")
 LONG = WINDOW + 40
-DIVISORS = (1.0, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 
 def settings(name: str) -> Method:
-    """The method as the matrix uses it: four-fold where it changes positions."""
-    if name == "shifted":
-        return make_method(name, {})
-    extra: dict[str, Any] = {"divisors": DIVISORS} if name == "longrope" else {}
-    return make_method(name, {"factor": 4, **extra})
+    """The method as the matrix uses it: its own example for these families' geometry."""
+    return method_class(name).example(Rope(dim=16, theta=10_000.0, length=WINDOW))
 
 
 everywhere = pytest.mark.parametrize("family", FAMILIES)
@@ -49,9 +44,14 @@ def logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
 
 def at_work(model: PreTrainedModel, ids: Tensor, name: str) -> Tensor:
     """The same in the mode in which the method acts; none of these models has dropout."""
-    found = logits(model.train(name == "shifted"), ids)
+    found = logits(model.train(settings(name).trains_only), ids)
     model.eval()
     return found
+
+
+def frequencies(model: PreTrainedModel) -> Tensor:
+    """The inverse frequencies that the model's rotary turns by, as stored."""
+    return frequencies_of(rotary_of(model), rope_of(model).layer_type)[0].clone()
 
 
 def assert_same(actual: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
@@ -80,17 +80,17 @@ def test_the_neutral_setting_is_the_identity(family: str, name: str) -> None:
     model = build(family)
     neutral = settings(name).neutral(rope_of(model))
     if neutral is None:
-        assert name in {"alibi", "dynamic", "resonance", "shifted"}
         return
     ids = tokens(LONG)
-    before = logits(model, ids)
+    before, bits = logits(model, ids), frequencies(model)
     with longctx.extend(model, neutral):
         after = logits(model, ids)
-    # These rewrite θ as (1 − γ)θ + γθ or θ/λ, which rounds; the others leave its bits alone.
-    if name in {"ntk_by_parts", "yarn", "llama3", "longrope"}:
-        assert_same(after, before, 1e-4)
-    else:
+        # Some rewrite θ as (1 − γ)θ + γθ or θ/λ, which rounds; the others leave its bits alone.
+        same = torch.equal(frequencies(model), bits)
+    if same:
         assert torch.equal(after, before)
+    else:
+        assert_same(after, before, 1e-4)
 
 
 @every_method
@@ -161,8 +161,8 @@ def test_save_and_load_agree(family: str, name: str, tmp_path: Path) -> None:
     method = settings(name)
     patch = longctx.extend(model, method)
     wanted = logits(model, ids)
-    plain = method.native_rope(patch.rope) is not None
-    assert plain == (name != "alibi")
+    plain = method.plain_loadable
+    assert plain == patch.report().plain_loadable
     model.save_pretrained(tmp_path / "plain")
     with contextlib.nullcontext() if plain else pytest.warns(UserWarning, match="longctx.load"):
         saved = longctx.save(model, tokenizer, tmp_path / "ours")
@@ -186,15 +186,11 @@ def test_save_and_load_agree(family: str, name: str, tmp_path: Path) -> None:
 def test_casting_keeps_float32_frequencies(family: str, name: str) -> None:
     model = build(family).to(torch.bfloat16)
     patch = longctx.extend(model, settings(name))
-    layer_type = patch.rope.layer_type
-    if name in {"alibi", "shifted"}:  # no frequencies of their own
-        assert patch.report().ok
-        return
-    exact = frequencies_of(rotary_of(model), layer_type)[0].clone()
-    assert exact.dtype == torch.float32
-    model.to(torch.float16).to(torch.bfloat16)
-    installed, _ = frequencies_of(rotary_of(model), layer_type)
-    assert torch.equal(installed, exact)
+    if isinstance(rotary_of(model), ScaledRotary):  # else it has no frequencies of its own
+        exact = frequencies(model)
+        assert exact.dtype == torch.float32
+        model.to(torch.float16).to(torch.bfloat16)
+        assert torch.equal(frequencies(model), exact)
     assert patch.report().ok, str(patch.report())
 
 
@@ -221,12 +217,14 @@ def test_more_families_are_reached(family: str, name: str, tmp_path: Path) -> No
     model = build(family)
     ids = tokens(LONG)
     before = logits(model, ids)
-    if (family, name) == ("phi3", "dynamic"):
-        with pytest.raises(longctx.ModelError, match="rope_type 'dynamic'"):
-            longctx.extend(model, settings(name))
+    try:
+        patch = longctx.extend(model, settings(name))
+    except longctx.ModelError as error:  # a config class that takes other types of RoPE only
+        if "refuses rope_type" not in str(error):
+            raise
         assert torch.equal(logits(model, ids), before)
         return
-    with longctx.extend(model, settings(name)) as patch:
+    with patch:
         wanted = logits(model, ids)
         assert (at_work(model, ids, name) - before).abs().max() > 1e-3
         assert patch.report().ok
@@ -263,10 +261,10 @@ def test_every_method_documents_its_fields_and_source(name: str) -> None:
 
 
 def request(model: PreTrainedModel, length: int) -> contextlib.AbstractContextManager[None]:
-    """Begin requests for `length` tokens under dynamic; nothing to do under the others."""
+    """Begin requests for `length` tokens, as the method on the model wants it."""
     patch = longctx.patch_of(model)
     assert patch is not None
-    return reserve(model, length) if patch.method.name == "dynamic" else contextlib.nullcontext()
+    return patch.method.reserve(model, length)
 
 
 def demo_tokenizer() -> Any:

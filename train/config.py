@@ -77,7 +77,7 @@ class Training:
                 raise RunError(f"{name}={getattr(self, name)}: expected {low} or more.")
         for name in ("max_steps", "evaluate_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise RunError(f"{name}={getattr(self, name)}: expected 1 or more, or none.")
+                raise RunError(f"{name}={getattr(self, name)}: expected 1 or more, or None.")
         for name in ("learning_rate", "epochs"):
             if not 0 < getattr(self, name) < math.inf:
                 raise RunError(f"{name}={getattr(self, name)}: expected a number above 0.")

@@ -28,11 +28,6 @@ __all__ = ["FullLength", "LengthSchedule", "PoSE", "Positions", "RandomPositions
 class Positions(Protocol):
     """What the collator and the trainer ask of a policy."""
 
-    @property
-    def custom(self) -> bool:
-        """Whether positions may be other than consecutive ones from 0."""
-        ...
-
     def tokens(self, step: int) -> int | None:
         """Most tokens of a document at a step (from 0), None where the policy sets no limit."""
         ...
@@ -49,11 +44,6 @@ class Positions(Protocol):
 @dataclass(frozen=True, slots=True)
 class FullLength:
     """Positions 0, 1, 2, …: training at the whole length."""
-
-    @property
-    def custom(self) -> bool:
-        """False."""
-        return False
 
     def tokens(self, step: int) -> int | None:
         """None: any length."""
@@ -95,11 +85,6 @@ class LengthSchedule:
         if not 1 <= self.chunks <= self.start:
             raise RunError(f"{self}: expected 1 ≤ chunks ≤ start.")
 
-    @property
-    def custom(self) -> bool:
-        """Whether positions jump."""
-        return self.chunks > 1
-
     def tokens(self, step: int) -> int | None:
         """Most tokens of a document at this step."""
         if step >= self.steps:
@@ -136,11 +121,6 @@ class PoSE:
         if not 2 <= self.chunks <= self.window <= self.target:
             raise RunError(f"{self}: expected 2 ≤ chunks ≤ window ≤ target, in tokens.")
 
-    @property
-    def custom(self) -> bool:
-        """True: positions jump."""
-        return True
-
     def tokens(self, step: int) -> int | None:
         """The window."""
         return self.window
@@ -168,11 +148,6 @@ class RandomPositions:
     def __post_init__(self) -> None:
         if not 2 <= self.window <= self.target:
             raise RunError(f"{self}: expected 2 ≤ window ≤ target, in tokens.")
-
-    @property
-    def custom(self) -> bool:
-        """True: positions jump."""
-        return True
 
     def tokens(self, step: int) -> int | None:
         """The window."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from longctx.errors import RunError
@@ -20,7 +20,6 @@ from longctx.fingerprint import json_digest
 from ..stats.paired_tests import holm
 from .comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
 from .differences import (
-    FIGURE,
     Difference,
     Interval,
     Pair,
@@ -36,8 +35,6 @@ from .entries import Entry, Source, entries_of
 __all__ = ["compare"]
 
 _LEVEL = 0.05  # adjusted p-values below it are called significant
-_IN_A_CELL = {"answers": answers_in_a_cell, "share": shares, "perplexity": nll}
-_POOLED = {"answers": pooled_answers, "share": shares, "perplexity": nll}
 _Key: TypeAlias = tuple[str, int, str]
 _Tested = TypeVar("_Tested", ComparedCell, PooledDifference)
 
@@ -171,7 +168,15 @@ def _task(name: str, entries: Sequence[Entry], interval: Interval) -> ComparedTa
         for o in cell.observations.values()
     )
     task = has[0].tasks[name]
-    return ComparedTask(name, task.scale, task.higher_is_better, answered, task.estimand, interval)
+    return ComparedTask(
+        name=name,
+        scale=task.scale,
+        higher_is_better=task.higher_is_better,
+        answered=answered,
+        estimand=task.estimand,
+        interval=interval,
+        figure=next((entry.tasks[name].figure for entry in has if entry.tasks[name].figure), None),
+    )
 
 
 def _pairs(base: Entry, entry: Entry, task: ComparedTask, length: int) -> list[Pair] | str:
@@ -189,9 +194,23 @@ def _pairs(base: Entry, entry: Entry, task: ComparedTask, length: int) -> list[P
                 "`longctx sweep` command, or sweep into a new folder"
             )
     found = pair(base.cells[place].observations, entry.cells[place].observations)
-    if task.kind == "share" and not all(FIGURE in o.detail for both in found for o in both):
+    if task.kind == "share" and not all(task.figure in o.detail for both in found for o in both):
         return f"{task.name} has no figure for each prompt: its values stand side by side"
     return found or f"no prompt or window in common with {base.name}: other texts or lengths"
+
+
+def _difference(
+    task: ComparedTask,
+    pairs: Sequence[Pair],
+    answers: Callable[[Sequence[Pair], Interval], Difference],
+) -> Difference:
+    """Of the task's kind of figure; `answers` compares right answers."""
+    if task.kind == "answers":
+        return answers(pairs, task.interval)
+    if task.kind == "perplexity":
+        return nll(pairs, task.interval)
+    assert task.figure is not None, "cells without are not paired"
+    return shares(pairs, task.figure, task.interval)
 
 
 def _cell(
@@ -207,7 +226,7 @@ def _cell(
         measured = row is not None and bool(row.n or row.failed)
         unpaired = None if measured else f"not measured in {entry.name}"
     else:
-        found = _IN_A_CELL[task.kind](pairs, task.interval)
+        found = _difference(task, pairs, answers_in_a_cell)
     return ComparedCell(
         task=task.name,
         length=length,
@@ -245,7 +264,7 @@ def _pool(
             if not used:
                 continue
             together = [one for these in used.values() for one in these]
-            difference = _POOLED[task.kind](together, task.interval)
+            difference = _difference(task, together, pooled_answers)
             left_out = tuple(n for n in lengths if n not in used)
             pooled.append(_pooled(task.name, entry.name, tuple(used), left_out, difference))
     return pooled

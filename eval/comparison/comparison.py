@@ -1,6 +1,6 @@
 """What a comparison of sweeps gives back: its cells and its pooled differences.
 
-A figure that there is not is NaN, and the reason stands beside it.
+Missing values are NaN, and the reason stands beside them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class ComparedTask:
     """What a cell's value estimates."""
     interval: Interval
     """Of its differences."""
+    figure: str | None = None
+    """Where an observation's details hold its own share (`Task.figure`)."""
 
     @property
     def share(self) -> bool:
@@ -88,7 +90,7 @@ class ComparedTask:
 
 @dataclass(frozen=True, slots=True)
 class ComparedCell:
-    """One task, length and entry. What there is not is NaN, and the reasons are given."""
+    """One task, length and entry. Missing values are NaN, and the reasons are given."""
 
     task: str
     length: int

@@ -27,7 +27,6 @@ from ..stats.paired_tests import mcnemar, paired_bootstrap, sign_flip
 from ..tasks.protocol import Observation
 
 __all__ = [
-    "FIGURE",
     "Difference",
     "Interval",
     "Pair",
@@ -39,9 +38,6 @@ __all__ = [
     "pooled_answers",
     "shares",
 ]
-
-FIGURE = "seq_rep_4"
-"""Where an observation without answer or targets has its share: in its details, by this name."""
 
 Pair: TypeAlias = tuple[Observation, Observation]
 Interval = Literal["t", "bootstrap"]
@@ -88,7 +84,7 @@ def pair(first: Mapping[str, Observation], second: Mapping[str, Observation]) ->
 
 
 def check_interval(interval: str) -> None:
-    """Refuse a kind of interval that there is not (RunError)."""
+    """Refuse an unknown kind of interval (RunError)."""
     if interval not in get_args(Interval):
         raise RunError(f"interval={interval!r}: expected {' or '.join(get_args(Interval))}.")
 
@@ -143,9 +139,9 @@ def nll(pairs: Sequence[Pair], interval: Interval = "t") -> Difference:
     return _over_documents(pairs, before, after, [a.targets for a, _ in pairs], interval)
 
 
-def shares(pairs: Sequence[Pair], interval: Interval = "t") -> Difference:
-    """Mean of the share that each prompt has of its own, every prompt counting alike."""
-    before, after = ([o.detail[FIGURE] for o in side] for side in zip(*pairs, strict=True))
+def shares(pairs: Sequence[Pair], figure: str, interval: Interval = "t") -> Difference:
+    """Mean of the share in each prompt's details (`Task.figure`), every prompt counting alike."""
+    before, after = ([o.detail[figure] for o in side] for side in zip(*pairs, strict=True))
     return _over_documents(pairs, before, after, [1] * len(pairs), interval)
 
 

@@ -47,6 +47,8 @@ class TaskSettings:
     estimand: str
     scale: Literal["share", "perplexity"]
     higher_is_better: bool
+    figure: str | None
+    """Where an observation's details hold its own share (`Task.figure`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ def entries_of(runs: Mapping[str, Source]) -> list[Entry]:
     A single run's entries go by their methods alone.
 
     Raises:
-        RunError: a folder that is no finished sweep, an unknown method, or two entries of one name.
+        RunError: a folder that is not a finished sweep, an unknown method, or two entries of one
+            name.
     """
     found: list[Entry] = []
     for name, source in runs.items():
@@ -173,6 +176,7 @@ def _of_result(result: SweepResult) -> _Swept:
                 task.estimand,
                 task.scale,
                 task.higher_is_better,
+                task.figure,
             )
             for task in result.tasks
         },
@@ -204,6 +208,7 @@ def _of_folder(folder: Path) -> _Swept:
                 task["estimand"],
                 task["scale"],
                 task["higher_is_better"],
+                task["figure"],
             )
             for task in report["tasks"]
         },

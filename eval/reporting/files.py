@@ -28,7 +28,7 @@ def refuse_lost_cells(folder: Path, identity: dict[str, str], cells: Iterable[st
     A report over more cells of the same model and tokenizer may take its place.
 
     Raises:
-        RunError: another model's report, or one with further cells, or a file that is none.
+        RunError: another model's report, one with further cells, or a file that is not a report.
     """
     path = folder / _SWEEP
     refuse_other_than_folder(folder)
@@ -40,7 +40,7 @@ def refuse_lost_cells(folder: Path, identity: dict[str, str], cells: Iterable[st
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found, kept = dict(report["identity"]), set(map(str, report["cells"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is no report of a sweep ({error!r}): {way_out}.") from error
+        raise RunError(f"{path} is not a report of a sweep ({error!r}): {way_out}.") from error
     for key, value in identity.items():
         if found.get(key) != value:
             raise RunError(f"{folder} holds the report of another {key}: {way_out}.")
@@ -115,6 +115,7 @@ def _sweep_report(result: SweepResult, cells: list[str]) -> dict[str, Any]:
                 "estimand": estimand_text(task, result.adaptive),
                 "scale": task.scale,
                 "higher_is_better": task.higher_is_better,
+                "figure": task.figure,
                 "spec": task.cache_key(),
                 "scope": task.report_identity(),
             }

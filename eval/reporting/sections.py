@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def effective(sweep: SweepFolder, task: str, method: str) -> dict[str, Any]:
     means = {row.length: row.value for row in rows}
     found = [o for o in sweep.observations(task, method) if o.length in means]
     fit = None
-    if sweep.report.get("adaptive"):  # cells that were stopped early are no sample of all prompts
+    if sweep.report.get("adaptive"):  # cells stopped early are not a sample of all prompts
         means = {}
     elif found:
         fit = effective_length(
@@ -143,7 +144,7 @@ def positions(sweep: SweepFolder) -> dict[str, Any] | None:
 
 
 def repetition(sweep: SweepFolder) -> dict[str, Any] | None:
-    """Means by method and length of every number in the details of the task "repetition".
+    """Means by method and length of every number in the details of tasks with a `figure` there.
 
     Returns:
         `metrics` (names) and `rows`: {method, length, n, values: {name: [mean, observations]}}. A
@@ -151,9 +152,10 @@ def repetition(sweep: SweepFolder) -> dict[str, Any] | None:
     """
     rows: list[dict[str, Any]] = []
     metrics: dict[str, None] = {}
-    for method in sweep.methods:
+    tasks: list[str] = [task["name"] for task in sweep.report["tasks"] if task["figure"]]
+    for task, method in product(tasks, sweep.methods):
         groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for observation in sweep.observations("repetition", method):
+        for observation in sweep.observations(task, method):
             groups[observation.length].append(observation.detail)
         for length, details in sorted(groups.items()):
             values: dict[str, list[float]] = defaultdict(list)

@@ -69,9 +69,9 @@ def read_folder(path: Path) -> Folder:
         if lacking:
             raise KeyError(*lacking)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{report_path} is no report of a sweep ({error!r}): {again}") from error
+        raise RunError(f"{report_path} is not a report of a sweep ({error!r}): {again}") from error
     for task in tasks:
-        if "scale" not in task or "higher_is_better" not in task:
+        if not {"scale", "higher_is_better", "figure"} <= set(task):
             raise RunError(
                 f"{report_path} is of an earlier release and does not say what the figures of "
                 f"{task['name']} are: {again}"
@@ -176,7 +176,7 @@ class SweepFolder:
         """Scores of single tokens, None where there are none or some are missing.
 
         Raises:
-            RunError: a file that is no parquet table of them.
+            RunError: a file that is not a parquet table of them.
         """
         import pandas as pd
 

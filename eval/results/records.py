@@ -92,7 +92,8 @@ def read_parts(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:
     Of several in one file the last counts. A process that failed does not hide what another found.
 
     Raises:
-        RunError: a file of another model or tokenizer, or one that is no results file or damaged.
+        RunError: a file of another model or tokenizer, or one that is not a results file or
+            damaged.
         OSError: one cannot be read.
     """
     found: dict[str, Record] = {}
@@ -108,7 +109,7 @@ def _read_records(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:
     """The records of one file by key, in the order of the file; of several the last counts.
 
     Raises:
-        RunError: it belongs to another model or tokenizer, is no results file, or is damaged.
+        RunError: it belongs to another model or tokenizer, is not a results file, or is damaged.
         OSError: it cannot be read.
     """
     whole = path.read_bytes().rpartition(b"\n")[0]
@@ -122,8 +123,8 @@ def _read_records(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:
                 value, record = ascii(line[:60])[1:], None
             else:
                 raise RunError(
-                    f"{path}, line {number}, is no result of a sweep ({error}): delete that line, "
-                    "or name another results file."
+                    f"{path}, line {number}, is not a result of a sweep ({error}): delete that "
+                    "line, or name another results file."
                 ) from error
         if record is None:
             check_header(path, value, identity)
@@ -142,7 +143,7 @@ def check_header(path: Path, found: Any, identity: Mapping[str, str]) -> None:
     values: dict[str, Any] = found if isinstance(found, dict) else {}
     if any(values.get(key) != wanted[key] for key in ("longctx", "version")):
         raise RunError(
-            f"{path} is no results file of this release (first line {str(found)[:80]}): name "
+            f"{path} is not a results file of this release (first line {str(found)[:80]}): name "
             "another one."
         )
     for key, value in identity.items():
@@ -192,6 +193,6 @@ def load_record(value: dict[str, Any]) -> Record:
 def _check(value: dict[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> None:
     for name, found in value.items():
         expected = kinds.get(name, ())
-        if type(found) not in expected:  # True is no number
+        if type(found) not in expected:  # True is not a number
             names = " or ".join(kind.__name__ for kind in expected) or "no such field"
             raise ValueError(f"{name} is {found!r:.40}, expected {names}")

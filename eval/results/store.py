@@ -44,7 +44,7 @@ class Store:
             ranks: processes that share the sweep.
 
         Raises:
-            RunError: the file belongs to another model or tokenizer, is no results file, is
+            RunError: the file belongs to another model or tokenizer, is not a results file, is
                 damaged elsewhere than at its end, is being written, or cannot be read or written.
         """
         self.path = path

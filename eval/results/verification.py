@@ -30,7 +30,7 @@ class Verification:
         where = f"{self.task} under {self.method}"
         lost = f"; no memory to generate after {', '.join(self.lost)}" if self.lost else ""
         if not self.checked:
-            return f"{where}: no answer could be checked{lost or ', none has a score'}"
+            return f"{where}: no answer could be checked{lost or ': no answer has a score'}"
         told = f"{where}: {self.checked} answers were generated too"
         if not self.disagreements:
             return f"{told}, all as scored{lost}"

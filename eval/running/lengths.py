@@ -28,7 +28,7 @@ def parse_lengths(lengths: int | str | Iterable[int | str]) -> tuple[int, ...]:
     `FROM:TO` doubles from FROM and always includes TO; `k` is 1,024 tokens.
 
     Raises:
-        RunError: something that is no length, a range that does not ascend, or a length under 8.
+        RunError: something that is not a length, a range that does not ascend, or a length under 8.
     """
     if isinstance(lengths, int):
         lengths = [lengths]
@@ -62,7 +62,7 @@ def _parse_number(text: str, item: int | str) -> int:
     match = _NUMBER.fullmatch(text.strip())
     if match is None:
         raise RunError(
-            f"{item!r} is no length: expected tokens such as 4096 or 4k, a list '4k,8k,12k' or "
+            f"{item!r} is not a length: expected tokens such as 4096 or 4k, a list '4k,8k,12k' or "
             "doublings '256:4096'."
         )
     length = int(match[1]) * (1024 if match[2] else 1)

@@ -72,7 +72,7 @@ class Ranks:
 
 
 class Progress:
-    """A progress bar with the remaining time, on stderr; nothing where that is no terminal."""
+    """A progress bar with the remaining time, on stderr; nothing where that is not a terminal."""
 
     def __init__(self, total: float, *, shown: bool) -> None:
         console = Console(stderr=True)

@@ -199,7 +199,7 @@ def _tasks(tasks: Sequence[Task | str] | Task | str) -> list[Task]:
             task = TASKS[task]()
         if isinstance(task, type) or not hasattr(task, "plan"):
             raise RunError(
-                f"{task!r} is no task: pass an instance, or a name of {', '.join(TASKS)}."
+                f"{task!r} is not a task: pass an instance, or a name of {', '.join(TASKS)}."
             )
         if task.name in [other.name for other in chosen]:
             raise RunError(f"task {task.name!r} is asked for twice: one sweep for each setting.")

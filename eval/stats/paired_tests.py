@@ -238,7 +238,7 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
     """
     for p in p_values:
         if not 0 <= p <= 1:
-            raise DataError(f"{p} is no p-value: expected 0 to 1; leave out tests without one.")
+            raise DataError(f"{p} is not a p-value: expected 0 to 1; leave out tests without one.")
     adjusted, floor, m = [0.0] * len(p_values), 0.0, len(p_values)
     for rank, i in enumerate(sorted(range(m), key=lambda i: p_values[i])):
         adjusted[i] = floor = max(floor, min(1.0, (m - rank) * float(p_values[i])))
@@ -250,7 +250,7 @@ def check_numbers(values: ArrayLike, what: str, *, binary: bool = False) -> Floa
     try:
         found = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"{what} is no vector of numbers: {error}.") from error
+        raise DataError(f"{what} is not a vector of numbers: {error}.") from error
     if found.ndim != 1 or not found.size:
         raise DataError(f"{what} has shape {found.shape}: expected a vector; leave out empty cells")
     if bad := int((~np.isfinite(found)).sum()):

@@ -105,7 +105,7 @@ class LongEval(Retrieval):
         """As for any retrieval task.
 
         Raises:
-            DataError: prompts of a file, of which there are as many as there are.
+            DataError: prompts of a file, whose number is the file's.
         """
         if self.file:
             raise DataError(
@@ -170,16 +170,16 @@ def field(record: dict[str, Any], name: str, kind: type, where: str) -> Any:
 
 @lru_cache(maxsize=8)
 def _read(file: str) -> tuple[tuple[int, dict[str, Any]], ...]:
-    """The records of a JSON-lines file, each with the number of its line; blank lines are none.
+    """The records of a JSON-lines file, each with the number of its line; blank lines are skipped.
 
     Raises:
-        DataError: not there, empty, or a line that is no JSON object.
+        DataError: not there, empty, or a line that is not a JSON object.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file} is no UTF-8 text (byte {error.start}): pass JSON lines."
+            f"{file} is not UTF-8 text (byte {error.start}): pass JSON lines."
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}; pass JSON lines.") from error
@@ -197,7 +197,7 @@ def _read(file: str) -> tuple[tuple[int, dict[str, Any]], ...]:
             raise DataError(
                 f"{file}:{number} breaks off: fetch the file again, or delete that line."
                 if cut_off
-                else f"{file}:{number} is no JSON ({error.msg}, column {error.colno}): pass JSON "
+                else f"{file}:{number} is not JSON ({error.msg}, column {error.colno}): pass JSON "
                 "lines, one test case each."
             ) from error
         if not isinstance(record, dict):

@@ -32,7 +32,7 @@ class Needle(HaystackTask):
     """A sentence in real text; the value of a cell is the share of answers given word for word.
 
     The beginning of the answer is given: what the needle says before the answer, or "The answer
-    is" where the answer is no part of the needle.
+    is" where the answer is not part of the needle.
     """
 
     haystack: Literal["grass", "text", "both"] = "text"
@@ -81,10 +81,10 @@ class Needle(HaystackTask):
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
     ) -> Plan:
-        """As for any retrieval task; answers that are no part of their needle are told."""
+        """As for any retrieval task; answers that are not part of their needle are told."""
         plan = HaystackTask.plan(self, tokenizer, lengths, length_invariant=length_invariant)
         told = [
-            f"needle: the answer {answer!r} is no part of its needle {needle!r}, so that no words "
+            f"needle: the answer {answer!r} is not part of its needle {needle!r}, so that no words "
             "of the needle lead to it: the model must give it after 'The answer is'"
             for needle, answer in dict.fromkeys(zip(self.needle, self.answer, strict=True))
             if answer not in needle

@@ -55,6 +55,7 @@ class Perplexity:
     name: ClassVar[str] = "perplexity"
     scale: ClassVar[Literal["share", "perplexity"]] = "perplexity"
     higher_is_better: ClassVar[bool] = False
+    figure: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         for name in ("last", "windows"):

@@ -101,6 +101,9 @@ class Task(Protocol):
     """A share (0 to 1) is shown in percent, a perplexity (above 1) on a logarithmic axis."""
     higher_is_better: ClassVar[bool]
     """Which way of two values is the better one."""
+    figure: ClassVar[str | None]
+    """The entry of an observation's details that holds the prompt's own share, whose mean is the
+    cell's value; None where answers are right or wrong, or NLL says it all."""
 
     @property
     def estimand(self) -> str:

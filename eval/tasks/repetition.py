@@ -75,6 +75,7 @@ class Repetition:
     name: ClassVar[str] = "repetition"
     scale: ClassVar[Literal["share", "perplexity"]] = "share"
     higher_is_better: ClassVar[bool] = False
+    figure: ClassVar[str | None] = "seq_rep_4"
 
     def __post_init__(self) -> None:
         if self.new_tokens < 4 or self.windows < 1:
@@ -195,7 +196,7 @@ class Repetition:
             **{f"distinct_{n}": distinct_n(said, n) for n in (1, 2, 3, 4)},
             "diversity": diversity(said),
             "uniq": uniq(said),
-            # Within the continuation: what is taken from the prompt is no repetition of its own.
+            # Within the continuation: what is taken from the prompt is not a repetition of its own.
             f"rep_{_RECENT}": rep_l(said, [document[end - 1], *said[:-1]] if said else [], _RECENT),
             "text_seq_rep_4": seq_rep_n(document[end : end + self.new_tokens], 4),
             "text": tokenizer.decode(said)[:_TEXT],

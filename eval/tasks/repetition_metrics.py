@@ -4,13 +4,13 @@ All take sequences of token ids. An n-gram is counted at every place it stands, 
 both well-known implementations of seq-rep-n drop that one.
 
 Sources: Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training"
-(arXiv:1908.04319), section 6 (rep/l, wrep/l, uniq, seq-rep-n); Li et al. 2016 (arXiv:1510.03055),
+(arXiv:1908.04319), section 6 (rep/l, uniq, seq-rep-n); Li et al. 2016 (arXiv:1510.03055),
 section 5 (distinct-n); Su et al. 2022, SimCTG (arXiv:2202.06417), section 5 (diversity).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from longctx.errors import DataError
 
@@ -21,14 +21,12 @@ __all__ = [
     "rep_l",
     "seq_rep_n",
     "uniq",
-    "uniq_seq",
-    "wrep_l",
 ]
 
 
 def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
     if n < 1:
-        raise DataError(f"n={n} is no length of an n-gram: expected 1 or more.")
+        raise DataError(f"n={n} is not a length of an n-gram: expected 1 or more.")
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
@@ -57,11 +55,6 @@ def uniq(tokens: Sequence[int]) -> int:
     return len(set(tokens))
 
 
-def uniq_seq(continuations: Iterable[Sequence[int]]) -> int:
-    """Number of different tokens in all continuations together."""
-    return len(set().union(*map(set, continuations)))
-
-
 def rep_l(predicted: Sequence[int], context: Sequence[int], l: int) -> float:  # noqa: E741
     """Share of next-token predictions that occur among the `l` tokens before them.
 
@@ -73,45 +66,14 @@ def rep_l(predicted: Sequence[int], context: Sequence[int], l: int) -> float:  #
     Raises:
         DataError: the lengths differ, or l is below 1.
     """
-    return _share(_recent(predicted, context, l))
-
-
-def wrep_l(
-    predicted: Sequence[int],
-    target: Sequence[int],
-    context: Sequence[int],
-    l: int,  # noqa: E741
-) -> float:
-    """rep/l of the predictions that are wrong: recent tokens that were not the next one.
-
-    Args:
-        predicted: the argmax at each place.
-        target: the token that really came there.
-        context: the tokens read, as many as predictions.
-        l: how many tokens back count as recent.
-
-    Raises:
-        DataError: the lengths differ, or l is below 1.
-    """
-    if len(target) != len(predicted):
-        raise DataError(f"{len(predicted)} predictions but {len(target)} targets: one each.")
-    recent = _recent(predicted, context, l)
-    wrong = (p != t for p, t in zip(predicted, target, strict=True))
-    return _share([r and w for r, w in zip(recent, wrong, strict=True)])
-
-
-def _recent(predicted: Sequence[int], context: Sequence[int], l: int) -> list[bool]:  # noqa: E741
     if len(predicted) != len(context):
         raise DataError(
             f"{len(predicted)} predictions, {len(context)} context tokens: expected equal."
         )
     if l < 1:
         raise DataError(f"l={l} looks at nothing: expected 1 or more.")
-    return [p in context[max(0, t + 1 - l) : t + 1] for t, p in enumerate(predicted)]
-
-
-def _share(hits: list[bool]) -> float:
-    return sum(hits) / len(hits) if hits else 0.0
+    recent = [p in context[max(0, t + 1 - l) : t + 1] for t, p in enumerate(predicted)]
+    return sum(recent) / len(recent) if recent else 0.0
 
 
 def loop_onset(tokens: Sequence[int], repeats: int = 3) -> int | None:
@@ -124,7 +86,7 @@ def loop_onset(tokens: Sequence[int], repeats: int = 3) -> int | None:
     2
 
     Raises:
-        DataError: repeats is below 2 (one copy is no loop).
+        DataError: repeats is below 2 (one copy is not a loop).
     """
     if repeats < 2:
         raise DataError(f"repeats={repeats}: a loop takes at least 2 copies.")

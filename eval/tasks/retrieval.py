@@ -90,6 +90,7 @@ class Retrieval(ABC):
     name: ClassVar[str]
     scale: ClassVar[Literal["share", "perplexity"]] = "share"
     higher_is_better: ClassVar[bool] = True
+    figure: ClassVar[str | None] = None
 
     @abstractmethod
     def prompt_spec(self, index: int, length: int, longest: int | None) -> PromptSpec:

@@ -15,7 +15,7 @@ __all__ = ["digest", "documents_of", "spread", "texts_of"]
 
 
 def texts_of(paths: str | tuple[str, ...]) -> Texts:
-    """One document per file, folders taken with all their files; the embedded texts for none.
+    """One document per file, of folders all files; the embedded texts if no path is given.
 
     Raises:
         DataError: a path that is not there, or a file that is empty or no UTF-8 text.
@@ -49,7 +49,7 @@ def _read(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is no UTF-8 text (byte {error.start}): pass plain text files only."
+            f"{path} is not UTF-8 text (byte {error.start}): pass plain text files only."
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}.") from error

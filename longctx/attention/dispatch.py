@@ -54,6 +54,10 @@ class LinearBias:
         """Attend with this bias; see `attend`."""
         return attend(q, k, v, slopes=self.slopes, mask=mask, positions=positions, scaling=scaling)
 
+    def __str__(self) -> str:
+        steep, flat = max(self.slopes), min(self.slopes)
+        return f"linear bias, {len(self.slopes)} slopes {steep:.4g} … {flat:.4g}"
+
 
 def attend(
     q: Tensor,
@@ -130,7 +134,8 @@ def _check_shapes(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, bias: KeyBias, scaling: float) -> Tensor:
-    if q.device.type == "cpu" and cpu_flash.usable():
+    # A compiler sees neither the operator's backward pass nor how it was tried.
+    if q.device.type == "cpu" and not torch.compiler.is_compiling() and cpu_flash.usable():
         return cpu_flash.biased_attention(q, k, v, bias, scaling)
     if q.is_cuda and not any(bias.slopes) and (bias.mask is None or bool(bias.mask.all())):
         return cuda.unbiased_attention(q, k, v, scaling)

@@ -27,7 +27,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import ModelError
 
-__all__ = ["ATTRIBUTE", "NAME", "AttentionRule", "IdentityRotary", "register"]
+__all__ = ["ATTRIBUTE", "NAME", "AttentionRule", "IdentityRotary", "register", "visible"]
 
 NAME = "longctx"
 """The value of `attn_implementation`."""
@@ -176,7 +176,7 @@ def _key_positions(
         )
     steps = position_ids.diff(dim=1)
     if mask is not None and mask.shape[-2] == 1:
-        # Steps between documents, and those of padding, are no distances.
+        # Steps between documents, and those of padding, are not distances.
         kind = mask[:, 0, 0]
         skipped = kind[:, 1:] != kind[:, :-1]
         if kind.dtype == torch.bool:
@@ -200,6 +200,31 @@ def _full_mask(mask: Tensor, queries: int) -> Tensor:
     causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device)
     causal = causal.tril(keys - queries)
     return causal & (mask if mask.dtype == torch.bool else mask == mask.transpose(-1, -2))
+
+
+def visible(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Which keys each query may see, written out: what any of the four kinds of mask stands for.
+
+    Args:
+        q: [B, H, S, D].
+        k: [B, K, N, D].
+        mask: as an `AttentionRule` is given it.
+
+    Returns:
+        bool [B, 1, S, n] over the first n ≤ N keys, causality included.
+
+    Raises:
+        ModelError: a mask of numbers to add to the logits.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None:
+        mask = torch.ones(len(q), 1, 1, keys, dtype=torch.bool, device=q.device)
+    if mask.is_floating_point():
+        raise ModelError(
+            f"a mask of {mask.dtype} [{', '.join(map(str, mask.shape))}], added to the logits: "
+            "expected attention_mask as [batch, tokens], or a mask of bool."
+        )
+    return _full_mask(mask, queries) if mask.shape[-2] == 1 else mask
 
 
 def attention_mask(

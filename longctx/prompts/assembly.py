@@ -29,7 +29,7 @@ class Prompt:
     answer_start: int
     """Index of the answer's first token; the model is given `input_ids[:answer_start]`."""
     answer: str
-    """Text of the answer's tokens: the key, after a space where that is no token of its own."""
+    """Text of the answer's tokens: the key, after a space where that is not a token of its own."""
     key: str
     """What is to be found."""
     needle_starts: tuple[int, ...]

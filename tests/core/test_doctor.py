@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +110,7 @@ def test_longrope_notes(tmp_path: Path) -> None:
         ({"max_position_embeddings": 8192.0}, None, "problem", "max_position_embeddings"),
         ({"sliding_window": 4096}, None, "note", "sliding_window"),
         ({"longctx": {"original": {}, "methods": [{"name": "alibi"}]}}, None, "note", "longctx"),
+        ({"longctx": {"original": {}, "methods": [{"name": "p"}]}}, None, "problem", "longctx"),
     ],
 )
 def test_positions_tokenizer_and_record(
@@ -114,6 +118,16 @@ def test_positions_tokenizer_and_record(
 ) -> None:
     found = one(examine(checkpoint(tmp_path / "x", tokenizer, **config)))
     assert (found.level, where in found.where) == (level, True)
+
+
+def test_a_checkpoint_without_record_is_read_without_torch(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "x", rope_parameters=YARN)
+    code = (
+        "import sys, pathlib, longctx.doctor as d; "
+        f"print(d.examine(pathlib.Path({str(folder)!r})), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] False\n"
 
 
 def test_weights(tmp_path: Path) -> None:
@@ -136,9 +150,13 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
         examine(tmp_path)
 
 
-@pytest.mark.parametrize("name", [n for n in longctx.available() if n != "alibi"])
+@pytest.mark.parametrize("name", longctx.available())
 def test_what_longctx_saves_is_sound(tmp_path: Path, name: str) -> None:
     model = build("llama")
-    longctx.extend(model, settings(name))
-    longctx.save(model, demo_tokenizer(), tmp_path / "out")
+    method = settings(name)
+    longctx.extend(model, method)
+    with (
+        nullcontext() if method.plain_loadable else pytest.warns(UserWarning, match="longctx.load")
+    ):
+        longctx.save(model, demo_tokenizer(), tmp_path / "out")
     assert [f for f in examine(tmp_path / "out") if f.level == "problem"] == []

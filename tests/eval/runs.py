@@ -31,6 +31,7 @@ class _Repetition:
     name: ClassVar[str] = "repetition"
     scale: ClassVar[str] = "share"
     higher_is_better: ClassVar[bool] = False
+    figure: ClassVar[str | None] = "seq_rep_4"
     estimand: ClassVar[str] = "mean seq-rep-4"
 
     def report_identity(self) -> dict[str, Any]:

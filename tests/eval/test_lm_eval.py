@@ -196,7 +196,7 @@ def test_bad_input_is_named(folder: Path) -> None:
         run_lm_eval(model, tokenizer, ["words"], [600], limit=0)
     with pytest.raises(RunError, match="has no chat template: pass chat=False"):
         run_lm_eval(model, tokenizer, ["words"], [600], chat=True, **ask)
-    with pytest.raises(RunError, match="is no folder"):
+    with pytest.raises(RunError, match="is not a folder"):
         run_lm_eval(model, tokenizer, ["words"], [600], include_path=folder / "words.yaml")
 
 

@@ -18,6 +18,7 @@ from longctx.attention.hook import ATTRIBUTE
 from longctx.errors import MethodError, ModelError
 from longctx.model import attention_modules
 from longctx.patches.alibi import Alibi, slopes
+from longctx.train.parallel.compatibility import trainable_window
 
 from ..families import WINDOW, build, tokens
 
@@ -157,6 +158,14 @@ def test_training_with_attention_dropout_is_refused() -> None:
         assert logits(model.eval(), tokens(8)).isfinite().all()
         with pytest.raises(ModelError, match="attention_dropout = 0"):
             model.train()(tokens(8))
+
+
+def test_a_plain_config_cannot_say_it_and_any_length_may_be_trained_on() -> None:
+    assert not Alibi.plain_loadable
+    assert trainable_window(build("llama")) == WINDOW
+    model = build("llama")
+    longctx.extend(model, Alibi())
+    assert trainable_window(model) is None
 
 
 def test_a_window_below_the_original_is_refused() -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import longctx
-from longctx.errors import MethodError
+from longctx.errors import MethodError, ModelError
 from longctx.patches.dynamic import Dynamic, reserve
 
 from ..families import WINDOW, build, tokens
@@ -68,3 +68,8 @@ def test_generate_settles_the_length_however_it_is_asked() -> None:
     config.max_new_tokens = config.min_new_tokens = None
     longer = model.generate(ids, max_length=WINDOW + 5, min_length=WINDOW + 5)
     assert torch.equal(longer, wanted)
+
+
+def test_a_config_class_that_takes_other_types_of_rope_only_refuses_it() -> None:
+    with pytest.raises(ModelError, match="refuses rope_type 'dynamic'"):
+        longctx.extend(build("phi3"), Dynamic(factor=4))

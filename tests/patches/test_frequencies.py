@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import longctx
 from longctx.errors import MethodError
 from longctx.patches.abf import Abf
 from longctx.patches.dynamic import Dynamic
@@ -21,8 +22,11 @@ from longctx.patches.ntk import Ntk
 from longctx.patches.ntk_by_parts import NtkByParts
 from longctx.patches.resonance import Resonance
 from longctx.patches.yarn import Yarn
-from longctx.registry import make_method
+from longctx.registry import make_method, method_class
 from longctx.rope import Rope
+
+from ..families import build
+from ..test_matrix import settings
 
 CASES = json.loads((Path(__file__).parents[1] / "golden/inv_freq.json").read_text())["cases"]
 ROPE = Rope(dim=128, theta=10_000.0, length=4096)
@@ -119,6 +123,18 @@ def test_dynamic_is_that_of_transformers_and_ntk_at_factor_one(length: int) -> N
     assert relative(Dynamic(2).frequencies(ROPE, length).inv_freq, theirs) < 1e-5
     ntk = Ntk(max(length / 4096, 1)).frequencies(ROPE).inv_freq
     assert relative(Dynamic(1).frequencies(ROPE, length).inv_freq, ntk) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["linear", "ntk", "abf"])
+def test_neutral_settings_that_round_nothing(name: str) -> None:
+    neutral = method_class(name).example(ROPE).neutral(ROPE)
+    assert torch.equal(neutral.frequencies(ROPE).inv_freq, ROPE.inv_freq())
+
+
+@pytest.mark.parametrize("name", [n for n in longctx.available() if n != "dynamic"])
+def test_every_static_method_reaches_a_config_class_that_takes_longrope_only(name: str) -> None:
+    with longctx.extend(build("phi3"), settings(name)) as patch:
+        assert patch.report().ok
 
 
 @pytest.mark.parametrize("name", ["linear", "ntk", "ntk_by_parts", "yarn", "llama3", "dynamic"])

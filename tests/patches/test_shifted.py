@@ -180,7 +180,7 @@ def test_training_is_grouped_evaluation_is_the_model_to_the_last_bit(family: str
         assert "until model.train()" in str(patch.report())
         model.train()
         assert (logits(model, ids) - before).abs().max() > 1e-2
-        assert "grouped now" in str(patch.report())
+        assert "acting now" in str(patch.report())
         model.eval()
         assert torch.equal(logits(model, ids), before)
         assert model.generate(ids, max_new_tokens=4).shape == (1, LONG + 4)

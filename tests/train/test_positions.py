@@ -18,7 +18,6 @@ def test_full_length_is_consecutive() -> None:
     policy = FullLength()
     assert policy.place(7, rng()).tolist() == list(range(7))
     assert policy.tokens(0) is None
-    assert not policy.custom
 
 
 def test_the_schedule_doubles_up_to_the_full_length() -> None:
@@ -47,7 +46,6 @@ def test_the_schedule_reaches_a_length_that_is_no_power_of_two_times_the_start()
 
 def test_the_schedule_in_chunks_reaches_the_full_length_from_the_start() -> None:
     policy = LengthSchedule(start=64, full=512, steps=100, chunks=2)
-    assert policy.custom
     last = [int(policy.place(64, rng(seed))[-1]) for seed in range(200)]
     assert min(last) < 128
     assert max(last) > 480
@@ -55,7 +53,6 @@ def test_the_schedule_in_chunks_reaches_the_full_length_from_the_start() -> None
         pose = PoSE(window=64, target=512).place(64, rng(seed))
         assert torch.equal(policy.place(64, rng(seed)), pose)
     assert policy.place(512, rng()).tolist() == list(range(512)), "nothing to skip"
-    assert not LengthSchedule(start=64, full=512, steps=100).custom
 
 
 def test_pose_skips_once_and_keeps_the_order() -> None:

@@ -108,8 +108,8 @@ class ChatTemplate:
             )
         except TemplateSyntaxError as error:
             raise DataError(
-                f"{self.name} is no chat template: {error} (line {error.lineno}). Mend it, or pass "
-                "another (--template vicuna, or a Jinja file)."
+                f"{self.name} is not a chat template: {error} (line {error.lineno}). Mend it, or "
+                "pass another (--template vicuna, or a Jinja file)."
             ) from error
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages[:6])

@@ -112,7 +112,7 @@ def parse(record: Mapping[str, Any], schema: Schema, where: str) -> tuple[Turn, 
         where: file and record number, for messages.
 
     Raises:
-        DataError: another schema, an unknown role, or a turn that is no text.
+        DataError: another schema, an unknown role, or a turn that is not a text.
     """
     if schema.field not in record:
         found = schema_of(record, where)

@@ -4,8 +4,6 @@
     print(prepared.report)            # what was kept, dropped and supervised: before training
     prepared.dataset                  # datasets.Dataset: input_ids, labels, length, record
 
-    streamed = stream("org/name", tokenizer)       # larger than the memory: encoded as it is read
-
 Sources are files (.json, .jsonl, .parquet, .txt, also compressed), folders of shards, hub ids, and
 "sample", the conversations that ship with the package. One source has one schema: mix sources with
 `datasets.concatenate_datasets` or `interleave_datasets`.
@@ -16,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -31,23 +28,20 @@ from .readers import SAMPLE, Records
 from .tokenize import Encoder, Overflow, TokenizeSettings
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
 
 __all__ = [
     "SAMPLE",
     "DataReport",
     "Overflow",
     "Prepared",
-    "Streamed",
     "TokenizeSettings",
     "prepare",
-    "stream",
 ]
 
 Row: TypeAlias = dict[str, Any]
 
 _CHUNK = 1 << 26  # characters of the conversations that become one Arrow table
-_LOOKED_AT = 200  # conversations of a stream that its report is made from
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +53,6 @@ class Prepared:
     the number from 1 of the conversation in its source."""
     report: DataReport
     """What was kept and what was not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Streamed:
-    """Rows for the trainer, made as they are asked for."""
-
-    dataset: IterableDataset
-    """As in `Prepared`."""
-    report: DataReport
-    """Of the source's first conversations; a note says how many."""
 
 
 def prepare(
@@ -122,58 +106,6 @@ def prepare(
     full = np.flatnonzero(np.asarray(arrays["length"][:]))
     rows = encoded if len(full) == len(encoded) else encoded.select(full)
     return Prepared(rows.remove_columns("counts"), report)
-
-
-def stream(
-    source: str | os.PathLike[str],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: TokenizeSettings | None = None,
-    *,
-    salvage: bool = False,
-    split: str = "train",
-) -> Streamed:
-    """Read, render, tokenise and label a source as it is iterated over; for what `prepare` does.
-
-    The whole is never known beforehand: a fault in a later record is raised when it is reached. A
-    JSON file that breaks off is refused at once.
-
-    Raises:
-        DataError: as in `prepare`, for the first conversations.
-    """
-    from datasets import IterableDataset
-
-    settings = settings or TokenizeSettings()
-    records = Records(source, salvage=salvage, split=split, streaming=True)
-    records.refuse_broken()
-    first = list(islice(_rows(records), _LOOKED_AT))
-    encoder = _encoder(tokenizer, settings, document=first[0]["roles"] == ["document"])
-    looked_at = list(_encoded(iter(first), encoder, records.name))
-    totals = np.sum([row["counts"] for row in looked_at], axis=0)
-    notes = [*records.notes, f"a stream: this is about its first {len(first):,} conversations"]
-    report = _report(records, settings, totals, notes)
-    _refuse_nothing(report)
-    dataset = IterableDataset.from_generator(
-        _stream, gen_kwargs={"records": records, "encoder": encoder}
-    )
-    return Streamed(dataset, report)
-
-
-def _stream(records: Records, encoder: Encoder) -> Iterator[Row]:
-    for row in _encoded(_rows(records), encoder, records.name):
-        if row["length"]:
-            ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
-            number, length = row["record"], row["length"]
-            yield {"record": number, "input_ids": ids, "labels": labels, "length": length}
-
-
-def _encoded(rows: Iterator[Row], encoder: Encoder, name: str) -> Iterator[Row]:
-    for row in rows:
-        try:
-            columns = encoder({key: [value] for key, value in row.items()})
-        except DataError as error:
-            raise DataError(f"{name}, {error}") from error
-        for values in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, values, strict=True))
 
 
 def _rows(records: Records) -> Iterator[Row]:

@@ -56,8 +56,6 @@ class Records:
     """Go on with the whole records of a file that breaks off."""
     split: str = "train"
     """Which split of a hub id or folder."""
-    streaming: bool = False
-    """Fetch a hub id as it is read, instead of first and whole."""
     notes: list[str] = field(default_factory=list, compare=False)
     """Filled while iterating."""
 
@@ -82,23 +80,6 @@ class Records:
             yield cast(Record, record)
         if not count:
             raise DataError(f"{self.name} holds no records: pass a file with conversations.")
-
-    def refuse_broken(self) -> None:
-        """Look at the end of a JSON file, and read all of it if it does not end as it should.
-
-        Raises:
-            DataError: it breaks off, and is not to be salvaged.
-        """
-        path = Path(self.source).expanduser()
-        if self.salvage or path.suffix.lower() not in _JSON or not path.is_file():
-            return
-        with path.open("rb") as stream:
-            array = stream.read(_CHUNK).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"[")
-            stream.seek(max(0, path.stat().st_size - _CHUNK))
-            ends = stream.read().rstrip()[-1:]
-        if ends != (b"]" if array else b"}"):
-            for _ in self:
-                pass
 
     def _records(self) -> Iterator[Any]:
         if self.source == SAMPLE:
@@ -151,7 +132,7 @@ class Records:
                 rest = len(window.text) - error.pos
                 if rest > _NEAR_THE_END and not error.msg.startswith("Unterminated string"):
                     raise DataError(
-                        f"{window.name} is no JSON at byte {window.byte(error.pos):,}, in record "
+                        f"{window.name} is not JSON at byte {window.byte(error.pos):,}, in record "
                         f"{count + 1:,}: {error.msg}. Mend or remove that record."
                     ) from error
                 if window.more():
@@ -181,7 +162,7 @@ class Records:
         note = (
             f"salvaged {count:,} whole records; the file breaks off in what begins at byte {byte}"
         )
-        if note not in self.notes:  # a stream is read more than once
+        if note not in self.notes:  # records may be read more than once
             self.notes.append(note)
 
     def _parquet(self, path: Path) -> Iterator[Any]:
@@ -193,8 +174,8 @@ class Records:
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
-                f"{path.name} is no whole parquet file: {error}. Parquet keeps its index at the "
-                "end, so nothing can be salvaged from a part: fetch it again."
+                f"{path.name} is not a complete parquet file: {error}. Parquet keeps its index at "
+                "the end, so nothing can be salvaged from a part: fetch it again."
             ) from error
 
     def _document(self, path: Path) -> Iterator[Any]:
@@ -218,7 +199,7 @@ class Records:
                 yield from loaded[self.split] if whole else loaded
                 return
             name = str(path) if path.exists() else str(self.source)
-            yield from datasets.load_dataset(name, split=self.split, streaming=self.streaming)
+            yield from datasets.load_dataset(name, split=self.split)
         except (ValueError, OSError, DatasetsError) as error:
             raise DataError(
                 f"cannot load the data set {str(self.source)!r}, split {self.split!r}: {error}"
@@ -235,8 +216,8 @@ def _open(path: Path) -> BinaryIO:
 
 def _no_utf8(name: str, byte: int) -> DataError:
     return DataError(
-        f"{name} is no UTF-8 text at byte {byte:,}: convert it (iconv -f … -t utf-8), or mend that "
-        "byte."
+        f"{name} is not UTF-8 text at byte {byte:,}: convert it (iconv -f … -t utf-8), or mend "
+        "that byte."
     )
 
 

@@ -5,8 +5,8 @@
     dataset.map(encoder, batched=True, num_proc=8, remove_columns=dataset.column_names)
 
 A label is the token's own id where the model speaks, the end token included, and −100 elsewhere;
-transformers shifts labels itself. White space after the end token is no label: nobody generates it.
-Every sample is rendered on its own, so that it is exactly what the template makes of its turns.
+transformers shifts labels itself. White space after the end token is not a label: nobody generates
+it. Every sample is rendered on its own, so that it is exactly what the template makes of its turns.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def save_served(
     if not off <= 1e-4 * (1 if model.dtype == torch.float32 else 100):
         raise RunError(
             f"{saved.path}: reloaded, its logits are off by {off:.3g} (relative to their largest; "
-            "inf: its window is another; nan: its weights are no numbers). Do not serve it."
+            "inf: its window is another; nan: its weights are NaN or infinite). Do not serve it."
         )
     message = saved.message.replace(str(saved.path), str(folder.model))
     saved = Saved(folder.model, saved.plain, message)

@@ -119,7 +119,7 @@ def finetune(
         progress: show how it goes on stderr.
 
     Raises:
-        RunError: settings or a folder that do not fit, a loss that is no number, a full disk.
+        RunError: settings or a folder that do not fit, a NaN or infinite loss, a full disk.
         ModelError: a model whose head or attention the trainer does not know.
         DataError: rows that do not fit.
     """

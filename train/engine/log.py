@@ -65,7 +65,7 @@ class Log(TrainerCallback):
             return
         entry = state.log_history[-1]
         entry["tokens"] = state.num_input_tokens_seen
-        entry.pop("epoch", None)  # of the rows drawn for this run, which are no pass over the data
+        entry.pop("epoch", None)  # of the rows drawn for this run: not a pass over the data
         self._write(json.dumps(entry) + "\n", "a")
         found = [name for name in ("loss", "sequence_loss") if name in entry]
         if not found:

@@ -141,7 +141,8 @@ def add_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> PeftModel:
 def merged(model: PeftModel) -> PreTrainedModel:
     """Add the adapters to the weights: the plain model inside, patch kept, tied weights tied.
 
-    The adapters are used up: `model` is no PEFT model any more. All weights can be trained again.
+    The adapters are used up: `model` is not a PEFT model any more. All weights can be trained
+    again.
     """
     causal: Any = model.get_base_model()
     head = causal.get_output_embeddings()

@@ -45,7 +45,7 @@ class LossForward:
 
     @classmethod
     def on(cls, model: Any, losses: Losses, shares: tuple[float, ...] = (1.0,)) -> LossForward:
-        """Put it on.
+        """Install the loss forward.
 
         Args:
             model: patched or not, or a PEFT model around one.

@@ -5,9 +5,9 @@
 
 By default each document is attended to on its own, by torch's fused causal kernel: many documents
 then cost less than one long one, where a 4D mask costs more. It goes through the house's attention
-(`longctx.attention.hook`), so a method that lives there (alibi) keeps its bias, and calls without
-packed documents, evaluation between steps for one, run as before. On CUDA flash-attn's varlen
-kernel and torch's flex_attention serve too.
+(`longctx.attention.hook`), so a method that lives there keeps its rule, and calls without packed
+documents, evaluation between steps for one, run as before. On CUDA flash-attn's varlen kernel and
+torch's flex_attention serve too.
 
 Legend: B batch, H query heads, K kv heads, S tokens, D head dim.
 """
@@ -27,9 +27,15 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from longctx.attention.hook import ATTRIBUTE, NAME, register
+from longctx.attention.hook import ATTRIBUTE, NAME
+from longctx.attention.layers import (
+    attention_in_use,
+    attention_layers,
+    put_rules,
+    refuse_features,
+)
 from longctx.errors import ModelError, RunError
-from longctx.model import attention_modules, text_config
+from longctx.model import text_config
 
 from ..data.collate import PADDING, check_batch
 
@@ -40,10 +46,6 @@ AttentionKernel = Literal["documents", "flash_attention_2", "flex_attention"]
 _ROWS = 512
 """Queries of a sliding window that are computed at a time."""
 _KINDS = (None, "full_attention", "sliding_attention")
-_UNSUPPORTED = {
-    "attn_logit_softcapping": "soft-capped attention logits",
-    "attention_chunk_size": "chunked attention",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,16 +215,12 @@ def packed_attention(
     if kernel not in ("auto", *get_args(AttentionKernel)):
         raise RunError(f"kernel={kernel!r}: pass auto, {', '.join(get_args(AttentionKernel))}.")
     config: Any = text_config(model)
-    modules = attention_modules(model)
-    kinds = {kind for _, _, kind in modules} - set(_KINDS)
-    reasons = [f"{', '.join(sorted(map(str, kinds)))} layers"] if kinds else []
-    reasons += [why for name, why in _UNSUPPORTED.items() if getattr(config, name, None)]
-    if reasons:
-        raise ModelError(
-            f"model type {config.model_type!r} has {' and '.join(reasons)}, in which packed "
-            "documents cannot be kept apart here: train it without packing."
-        )
-    taken = config._attn_implementation == NAME
+    layers = attention_layers(model)
+    kinds = {layer.kind for layer in layers} - set(_KINDS)
+    also = [f"{', '.join(sorted(map(str, kinds)))} layers"] if kinds else []
+    refused = {"who": "packed attention", "instead": "train it without packing"}
+    refuse_features(model, "attn_logit_softcapping", "attention_chunk_size", also=also, **refused)
+    taken = attention_in_use(model) == NAME
     if kernel == "auto":
         half = model.dtype in (torch.float16, torch.bfloat16)
         fits = model.device.type == "cuda" and half and not taken and is_flash_attn_2_available()
@@ -238,22 +236,14 @@ def packed_attention(
         model.set_attn_implementation(kernel)
         packed.undo.append((config, "_attn_implementation_internal", before, kernel))
         return packed
-    if getattr(config, "attention_dropout", 0):
-        raise ModelError(
-            f"attention_dropout={config.attention_dropout}, and longctx's attention has none: set "
-            "model.config.attention_dropout = 0 before the model is built."
-        )
-    register()
-    for _, module, kind in modules:
-        if not hasattr(module, ATTRIBUTE):
-            packed._set(module, ATTRIBUTE, DocumentAttention(_window(config, kind)))  # pyright: ignore[reportPrivateUsage]
-    packed._set(config, "_attn_implementation_internal", NAME)  # pyright: ignore[reportPrivateUsage]
+    refuse_features(model, "attention_dropout", **refused)
+    rules = [
+        (layer, DocumentAttention(layer.window))
+        for layer in layers
+        if not hasattr(layer.module, ATTRIBUTE)
+    ]
+    put_rules(model, rules, packed._set)  # pyright: ignore[reportPrivateUsage]
     return packed
-
-
-def _window(config: Any, kind: str | None) -> int | None:
-    """Window of a layer; where there are no layer types, one window holds for all."""
-    return None if kind == "full_attention" else getattr(config, "sliding_window", None)
 
 
 def _varlen(ids: Tensor) -> dict[str, Any]:
@@ -276,8 +266,6 @@ def _block_masks(ids: Tensor, model: PreTrainedModel) -> Any:
     """A flex_attention mask, or one for each layer type where the model has several."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    config: Any = text_config(model)
-
     def block_mask(window: int | None) -> Any:
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             same = (ids[batch, query] == ids[batch, key]) & (query >= key)
@@ -286,8 +274,6 @@ def _block_masks(ids: Tensor, model: PreTrainedModel) -> Any:
         size = ids.shape[1]
         return create_block_mask(visible, len(ids), None, size, size, device=ids.device)
 
-    kinds: list[str] = sorted(set(getattr(config, "layer_types", None) or []))
-    if not kinds:
-        return block_mask(_window(config, None))
-    masks = {kind: block_mask(_window(config, kind)) for kind in kinds}
-    return masks if len(kinds) > 1 else masks[kinds[0]]
+    windows = {layer.kind: layer.window for layer in attention_layers(model)}
+    masks = {kind: block_mask(window) for kind, window in windows.items()}
+    return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -71,7 +71,7 @@ class RunFolder:
         folder = cls(path)
         refuse_other_than_folder(path)
         if path.is_dir() and any(path.iterdir()) and not folder.run.is_file():
-            raise RunError(f"{path} holds something that is no run: choose another folder.")
+            raise RunError(f"{path} holds something that is not a run: choose another folder.")
         if folder.model.exists():
             raise RunError(
                 f"{path} is finished: its model is {folder.model}. Choose another folder."

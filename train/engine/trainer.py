@@ -2,9 +2,9 @@
 
 It leaves loop, optimizer, checkpoints and distribution as they are, and changes five things: the
 loss is made inside the model's forward from the batch contract (`collate.py`, `loss_forward.py`);
-updates are divided by the supervised tokens of each kind over all processes; a loss or gradient
-that is no number stops the run before it reaches the weights; checkpoints are marked when they are
-whole; and evaluation is whatever function is passed.
+updates are divided by the supervised tokens of each kind over all processes; a NaN or infinite
+loss or gradient stops the run before it reaches the weights; checkpoints are marked when they
+are whole; and evaluation is whatever function is passed.
 """
 
 from __future__ import annotations

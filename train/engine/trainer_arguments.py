@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import OptimizerNames
 
 from longctx.errors import RunError, nearest
+from longctx.registry import make_method
 
 from ..config import Gate, Training
 from ..loss.objective import Losses
@@ -73,7 +74,7 @@ def checked(
         context_parallel=training.cp,
         sequence_parallel=training.sp,
         packed=packed,
-        shifted=shifted,
+        put_on_later=make_method("shifted", {}) if shifted else None,
         whole_document_losses=losses.whole_document,
         fully_sharded=is_sharded(training),
     )

@@ -49,7 +49,7 @@ class Head:
     scale: float = 1.0
     """Factor on the logits (Cohere, Granite)."""
     softcap: float | None = None
-    """Bound on their size (Gemma-2); None for none."""
+    """Bound on their size (Gemma-2); None turns it off."""
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Logits of hidden states [N, D], float32 or float64 [N, V]."""

@@ -98,9 +98,9 @@ class Losses:
     """Cross-entropy, and what is added to it."""
 
     unlikelihood: Unlikelihood | None = None
-    """Token-level unlikelihood; None for none."""
+    """Token-level unlikelihood; None turns it off."""
     contrastive: Contrastive | None = None
-    """SimCTG's contrastive loss; None for none."""
+    """SimCTG's contrastive loss; None turns it off."""
     sequence: SequenceUnlikelihood | None = None
     """In a share of the updates, in place of all others: unlikelihood of the model's own
     repetitions. The trainer's business (`engine/loss_forward.py`), not that of a call."""

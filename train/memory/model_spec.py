@@ -201,7 +201,7 @@ def _linears(layer: Any, model_type: str) -> tuple[Linear, ...]:
         for name, module in part.named_modules()
         if isinstance(module, nn.Linear)
     )
-    # What is no norm and no such layer (experts, convolutions) would go uncounted.
+    # What is neither a norm nor a linear layer (experts, convolutions) would go uncounted.
     strange = _count(layer) - sum(_count(m) for _, m in norm_layers(layer))
     strange -= sum(_count(m) for m in layer.modules() if isinstance(m, nn.Linear))
     down = [x for x in found if x.name == "down_proj"]

@@ -98,7 +98,7 @@ class PlanSettings:
             raise RunError("norms and embeddings go with adapters: pass lora_r too.")
         if self.gpus % (self.dp_shard * self.cp * self.sp):
             raise RunError(
-                f"gpus={self.gpus} is no multiple of dp_shard·cp·sp = {self.dp_shard}·{self.cp}·"
+                f"gpus={self.gpus} is not a multiple of dp_shard·cp·sp = {self.dp_shard}·{self.cp}·"
                 f"{self.sp} = {self.dp_shard * self.cp * self.sp}: choose sizes whose product "
                 "divides it."
             )

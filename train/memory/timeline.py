@@ -112,7 +112,7 @@ def precision_policy_of(spec: ModelSpec, settings: PlanSettings) -> PrecisionPol
     """What the settings mean for activations.
 
     Raises:
-        RunError: adapters on layers that there are not.
+        RunError: adapters on layers that the model does not have.
     """
     targets = adapted_by(spec, settings)
     lora, sharded = settings.lora_r > 0, settings.dp_shard * settings.cp > 1
@@ -134,7 +134,7 @@ def timeline_of(spec: ModelSpec, settings: PlanSettings) -> tuple[Moment, ...]:
     """The moments of an update in the order in which they come.
 
     Raises:
-        RunError: adapters on layers that there are not.
+        RunError: adapters on layers that the model does not have.
     """
     s, a, policy = settings, spec, precision_policy_of(spec, settings)
     trained, rule = _trained(a, s), optimizer_of(s.optimizer)

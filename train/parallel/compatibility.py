@@ -56,13 +56,13 @@ class Setup:
         context_parallel: int = 1,
         sequence_parallel: int = 1,
         packed: bool = False,
-        shifted: bool = False,
+        put_on_later: Method | None = None,
         whole_document_losses: Iterable[str] = (),
         fully_sharded: bool = False,
     ) -> Setup:
-        """Take heads, attention and methods from a model, but S²-Attn, which is put on later."""
+        """Take heads, attention and methods from a model, and one that only training puts on it."""
         config: Any = text_config(model)
-        methods = _methods(model)
+        methods = [*([] if put_on_later is None else [put_on_later]), *_methods(model)]
         heads = int(config.num_attention_heads)
         attending = (m.name for m in methods if "attention" in m.slots)
         return cls(
@@ -70,7 +70,7 @@ class Setup:
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
             attention=str(config._attn_implementation),
             sliding=has_sliding_layers(config),
-            attention_method="shifted" if shifted else next(attending, None),
+            attention_method=next(attending, None),
             length_variant_method=next((m.name for m in methods if not m.length_invariant), None),
             context_parallel=context_parallel,
             sequence_parallel=sequence_parallel,
@@ -98,9 +98,8 @@ def _methods(model: PreTrainedModel) -> list[Method]:
 
 
 def trainable_window(model: PreTrainedModel) -> int | None:
-    """Tokens that may be trained on: the window; None where a bias stands in for the rotary."""
-    biased = any({"rotary", "attention"} <= {*method.slots} for method in _methods(model))
-    return None if biased else window(model)
+    """Tokens that may be trained on: the window; None where a method reads any length."""
+    return None if any(method.unbounded for method in _methods(model)) else window(model)
 
 
 def check_compatibility(setup: Setup) -> None:

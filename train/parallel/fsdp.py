@@ -21,7 +21,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from longctx.errors import RunError
 
 from ..config import Training
-from .before_accelerate_1_15 import offload_arguments
 from .before_transformers_5_23 import checkpointing_arguments
 from .ulysses import ulysses_arguments
 
@@ -89,7 +88,7 @@ def plugin_arguments(training: Training, *, half: bool) -> dict[str, Any]:
     # accelerate's own policy adds gradients up in bfloat16, and rounds the loss to it.
     floats = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
     return {
-        **offload_arguments(offload=training.gradient_checkpointing == "offload"),
+        "activation_checkpointing_offload": training.gradient_checkpointing == "offload",
         "mixed_precision_policy": floats if half else None,
     }
 

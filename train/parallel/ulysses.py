@@ -6,7 +6,7 @@
 
 accelerate builds DeepSpeed's engine and puts Ulysses' attention on; the all-to-alls are theirs.
 ZeRO stage 1: the processes share the optimizer's states, each has all weights and gradients, and a
-gradient that is no number is not learnt from (stage 0 has neither, and knows no gradient norm).
+NaN or infinite gradient is not learnt from (stage 0 has neither, and knows no gradient norm).
 Batches are cut in `sequence_shards.py`: accelerate's adapter deals rows to other updates where more
 than one group of processes shares sequences, and cannot skip those seen before an interruption.
 
@@ -38,7 +38,7 @@ __all__ = ["Aside", "borrowed", "precision", "ulysses_arguments"]
 Aside: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 OLDEST = "0.19.8"
-"""DeepSpeed that learns nothing from float32 gradients that are no number; 0.19.6 still does."""
+"""DeepSpeed that learns nothing from float32 NaN or infinite gradients; 0.19.6 still does."""
 
 
 def ulysses_arguments(training: Training, processes: int, attention: str) -> dict[str, Any]:

@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import longctx
 from longctx.attention import cpu_flash
 from longctx.attention.cpu_flash import KeyBias, biased_attention
 from longctx.attention.reference import attention_with_linear_bias
+
+from ...families import build, tokens
 
 STEEP = (0.9, 0.5, 0.1, 0.0)
 
@@ -171,3 +174,13 @@ def test_the_probe_is_not_misled_by_inference_mode() -> None:
     cpu_flash.usable.cache_clear()
     with torch.inference_mode():
         assert cpu_flash.usable()
+
+
+def test_a_compiled_model_gives_the_same_logits() -> None:
+    model = build("llama")
+    longctx.extend(model, "alibi")
+    ids = tokens(100)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        found = torch.compile(model, backend="eager")(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -121,7 +121,7 @@ def cut_off(path: Path) -> str:
     ("make", "says"),
     [
         (empty, "holds no records"),
-        (latin, "is no UTF-8 text at byte"),
+        (latin, "is not UTF-8 text at byte"),
         (mixed, "record 2"),
         (silent, "no sample is left to train on"),
         (huge, "no sample is left to train on"),

@@ -482,10 +482,10 @@ def _other_model(folder: Path) -> None:
         (shutil.rmtree, "no folder .*copy: expected one that `longctx sweep --out` wrote"),
         (_no_report, "holds no sweep.json, which a sweep writes at its end"),
         (_no_results, "holds a report but no results.jsonl"),
-        (_bad_report, "sweep.json is no report of a sweep"),
+        (_bad_report, "sweep.json is not a report of a sweep"),
         (_old_report, "does not say what the figures of perplexity are: run the same"),
-        (_bad_line, "results.jsonl, line 2, is no result of a sweep"),
-        (_bad_header, "results.jsonl is no results file"),
+        (_bad_line, "results.jsonl, line 2, is not a result of a sweep"),
+        (_bad_header, "results.jsonl is not a results file"),
         (_other_model, r"results.jsonl holds the results of another model \(x, this"),
     ],
 )

@@ -231,7 +231,7 @@ def test_damaged_folders_are_told(tmp_path: Path) -> None:
     whole, lines = report.read_text(), results.read_text().splitlines(keepends=True)
 
     report.write_text(whole[: len(whole) // 2])
-    with pytest.raises(RunError, match=r"sweep\.json is no report of a sweep .*sweep` again"):
+    with pytest.raises(RunError, match=r"sweep\.json is not a report of a sweep .*sweep` again"):
         write_html([folder], out)
     report.write_text(whole)
 
@@ -240,7 +240,7 @@ def test_damaged_folders_are_told(tmp_path: Path) -> None:
         write_html([folder], out)
 
     results.write_text("".join([lines[0], lines[1][:40] + "\n", *lines[2:]]))
-    with pytest.raises(RunError, match="line 2, is no result of a sweep"):
+    with pytest.raises(RunError, match="line 2, is not a result of a sweep"):
         write_html([folder], out)
 
     results.write_text(lines[0].replace("0123456789abcdef", "another") + "".join(lines[1:]))

@@ -105,7 +105,7 @@ def test_results_of_another_model_are_refused(tmp_path: Path, key: str) -> None:
 def test_other_files_are_refused_and_kept(tmp_path: Path, first: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(first)
-    with pytest.raises(RunError, match="is no results file of this release"):
+    with pytest.raises(RunError, match="is not a results file of this release"):
         Store(path, IDENTITY)
     assert path.read_text() == first
 
@@ -121,7 +121,9 @@ def test_a_field_of_another_type_is_named_by_its_line(tmp_path: Path, name: str)
         spoilt[-1]["observations"][0][field] = value
     for line in spoilt:
         path.write_text("\n".join([header, json.dumps(line), ""]))
-        with pytest.raises(RunError, match=r"line 2, is no result of a sweep \(\w+ is .*expected"):
+        with pytest.raises(
+            RunError, match=r"line 2, is not a result of a sweep \(\w+ is .*expected"
+        ):
             Store(path, IDENTITY)
 
 
@@ -131,7 +133,7 @@ def test_damage_in_the_middle_is_named_by_its_line(tmp_path: Path, line: str) ->
     Store(path, IDENTITY).put(record())
     header, good = path.read_text().splitlines()
     path.write_text("\n".join([header, line, good, ""]))
-    with pytest.raises(RunError, match=r"line 2, is no result of a sweep .*delete that line"):
+    with pytest.raises(RunError, match=r"line 2, is not a result of a sweep .*delete that line"):
         Store(path, IDENTITY)
 
 

@@ -142,7 +142,7 @@ def test_another_model_report_is_refused(
     with pytest.raises(RunError, match="report of another model"):  # and before any work
         swept(texts, seed=1, results=tmp_path / "results.jsonl")
     (tmp_path / "sweep.json").write_text("{")
-    with pytest.raises(RunError, match="is no report of a sweep"):
+    with pytest.raises(RunError, match="is not a report of a sweep"):
         write_sweep(result, tmp_path)
 
 

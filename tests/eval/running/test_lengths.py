@@ -1,4 +1,4 @@
-"""Lengths as people write them, and what is none."""
+"""Lengths as people write them, and what is not a length."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_lengths_are_read(text: str | list[int | str], lengths: tuple[int, ...])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("4m", "'4m' is no length: expected tokens such as 4096 or 4k"),
-        ("4k,,8k", "'' is no length"),
-        ("", "'' is no length"),
-        ("-512", "'-512' is no length"),
-        ("1.5k", "'1.5k' is no length"),
-        ("256:", "'256:' is no length"),
+        ("4m", "'4m' is not a length: expected tokens such as 4096 or 4k"),
+        ("4k,,8k", "'' is not a length"),
+        ("", "'' is not a length"),
+        ("-512", "'-512' is not a length"),
+        ("1.5k", "'1.5k' is not a length"),
+        ("256:", "'256:' is not a length"),
         ("4k:1k", "length range '4k:1k' goes down"),
         ("7", "7 tokens is too short: expected at least 8"),
         ([0], "0 tokens is too short"),

@@ -35,6 +35,7 @@ class Count:
     name: ClassVar[str] = "count"
     scale: ClassVar[Literal["share", "perplexity"]] = "share"
     higher_is_better: ClassVar[bool] = True
+    figure: ClassVar[str | None] = None
 
     @property
     def estimand(self) -> str:
@@ -223,7 +224,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
         run([])
     with pytest.raises(RunError, match="'perplexity' is asked for twice"):
         run(["perplexity", Perplexity(last=5)])
-    with pytest.raises(RunError, match="'1x' is no length"):
+    with pytest.raises(RunError, match="'1x' is not a length"):
         run([task], "1x")
     with pytest.raises(RunError, match="batch_tokens=0"):
         run([task], batch_tokens=0)
@@ -233,7 +234,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
         run([task], batch_tokens="a")
     with pytest.raises(RunError, match="adaptive=True: expected an Adaptive"):
         run([task], adaptive=True)
-    with pytest.raises(RunError, match=r"class .*Count'> is no task: pass an instance"):
+    with pytest.raises(RunError, match=r"class .*Count'> is not a task: pass an instance"):
         run([Count])
     with pytest.raises(DataError, match=r"(?s)task passkey: .*too short.*\ntask perplexity: "):
         run(["passkey", "perplexity"], "16,64")

@@ -84,10 +84,10 @@ def test_a_disagreement_is_told(texts: tuple[str, ...]) -> None:
         "after a miss the two go on from different texts"
     )
     check = checked({}, correct=None, nll=float("nan"))
-    assert (check.checked, check.disagreements) == (11, ()), "NaN is no answer to be checked"
+    assert (check.checked, check.disagreements) == (11, ()), "NaN is not an answer to be checked"
     alone = dataclasses.replace(record, observations=())
     note = verify(model, tokenizer, "none", task, units, [alone], 100).note
-    assert note == "passkey under none: no answer could be checked, none has a score"
+    assert note == "passkey under none: no answer could be checked: no answer has a score"
 
 
 def test_no_memory_to_generate_costs_no_report(

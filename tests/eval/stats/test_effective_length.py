@@ -22,7 +22,7 @@ from longctx.eval.stats.effective_length import (
 )
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-quick = settings(deadline=None, max_examples=30)  # a busy machine is no failure
+quick = settings(deadline=None, max_examples=30)  # a busy machine is not a failure
 
 
 def prompts(hits: tuple[int, ...], n: int = 20) -> tuple[list[int], list[int]]:

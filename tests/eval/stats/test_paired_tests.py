@@ -21,7 +21,7 @@ from longctx.eval.stats.paired_tests import (
     sign_flip,
 )
 
-quick = settings(deadline=None, max_examples=50)  # a busy machine is no failure
+quick = settings(deadline=None, max_examples=50)  # a busy machine is not a failure
 Triples = list[tuple[int, int, str]]
 triples = st.lists(
     st.tuples(st.integers(0, 1), st.integers(0, 1), st.sampled_from("abcdef")),
@@ -315,7 +315,7 @@ def test_other_input_that_is_refused() -> None:
         cluster_bootstrap([1.0, 2.0], ["a", "b"], confidence=95)
     with pytest.raises(DataError, match="random draws"):
         cluster_bootstrap([1.0, 2.0], ["a", "b"], resamples=0)
-    with pytest.raises(DataError, match="nan is no p-value"):
+    with pytest.raises(DataError, match="nan is not a p-value"):
         holm([0.1, math.nan])
-    with pytest.raises(DataError, match=r"1\.2 is no p-value"):
+    with pytest.raises(DataError, match=r"1\.2 is not a p-value"):
         holm([1.2])

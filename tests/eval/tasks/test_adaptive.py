@@ -83,7 +83,7 @@ def test_a_cell_that_stays_open_is_decided_by_its_share() -> None:
     rule = Adaptive(step=4)
     assert rule.ask(10, 0, answers([True] * 8 + [False] * 2)) == "pass"
     assert rule.ask(10, 0, answers([True] * 7 + [False] * 3)) == "fail"
-    assert rule.ask(10, 0, lambda _: []) == "not measured", "which is no failure to read"
+    assert rule.ask(10, 0, lambda _: []) == "not measured", "which is not a failure to read"
     nan = Observation(9, "0", "c", math.nan, 1, None)
     assert rule.ask(10, 0, lambda _: [nan]) == "not measured"
 

@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused(lines_file: Path) -> None:
         (json.dumps({**lines_case(4), "expected_number": 45}), "expects 45, but its prompt says"),
         (json.dumps({**lines_case(4), "expected_number": True}), "has True as 'expected_number'"),
         ('{"prompt": "a"', "x.jsonl:1 breaks off: fetch the file again"),
-        ('{"prompt": }\n', "x.jsonl:1 is no JSON .*column"),
+        ('{"prompt": }\n', "x.jsonl:1 is not JSON .*column"),
         ("[]\n", r"x.jsonl:1 is \[\]: expected a JSON object"),
         (json.dumps(TOPICS), r"x.jsonl:1 has no 'random_idx' \(fields: prompt, topics\)"),
         (json.dumps({**lines_case(4), "random_idx": []}), r"x.jsonl:1 has \[\] as 'random_idx'"),
@@ -127,7 +127,7 @@ def test_files_that_are_no_text_or_hold_another_topic(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read"):
         Topics(file=str(path)).plan(byte_tokenizer(), (400,), length_invariant=True)
     path.write_bytes(b"\xff")
-    with pytest.raises(DataError, match="is no UTF-8"):
+    with pytest.raises(DataError, match="is not UTF-8"):
         Topics(file=str(path)).plan(byte_tokenizer(), (400,), length_invariant=True)
     (tmp_path / "y").write_text(json.dumps({**TOPICS, "topics": ["Other"]}))
     (tmp_path / "z").write_text(json.dumps({**TOPICS, "topics": [3]}))

@@ -52,7 +52,7 @@ def test_needles_take_turns_and_each_comes_to_each_depth(texts: tuple[str, ...])
         prefix = "The code of the safe is" if prompt.key == "7-2-9" else "The answer is"
         assert text_of(prompt).endswith(f"? {prefix} {prompt.key}")
     (note,) = task.plan(byte_tokenizer(), (700,), length_invariant=True).notes
-    assert note.startswith("needle: the answer 'unknown' is no part of its needle 'Nobody knows")
+    assert note.startswith("needle: the answer 'unknown' is not part of its needle 'Nobody knows")
 
 
 @pytest.mark.parametrize(

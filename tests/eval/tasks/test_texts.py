@@ -28,7 +28,7 @@ def test_a_document_per_file_folders_whole(tmp_path: Path) -> None:
     [
         (b"", "is empty: pass files with text"),
         (b" \n", "is empty"),
-        (b"\x89PNG\xff", r"is no UTF-8 text \(byte 0\)"),
+        (b"\x89PNG\xff", r"is not UTF-8 text \(byte 0\)"),
         (b"a\0b", "holds NUL bytes"),
     ],
 )

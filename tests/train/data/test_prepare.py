@@ -17,7 +17,7 @@ from longctx.errors import DataError
 from longctx.gguf import convert_gguf
 from longctx.train.data.chat_template import chat_template
 from longctx.train.data.conversations import Turn
-from longctx.train.data.prepare import TokenizeSettings, prepare, stream
+from longctx.train.data.prepare import TokenizeSettings, prepare
 from longctx.train.data.readers import Records
 from longctx.train.data.synthetic import Synthetic, conversations
 from longctx.train.data.tokenize import Encoder
@@ -76,16 +76,12 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("data") / "talks.jsonl", *drawn)
 
 
-def test_processes_streams_and_plain_map_agree(talks: Path) -> None:
+def test_processes_and_plain_map_agree(talks: Path) -> None:
     tokenizer, settings = chats.tokenizer(), TokenizeSettings(max_length=700)
     one = prepare(talks, tokenizer, settings)
     two = prepare(talks, tokenizer, settings, workers=2)
     assert two.report == one.report
     assert rows(two.dataset) == rows(one.dataset)
-    streamed = stream(talks, tokenizer, settings)
-    assert rows(streamed.dataset) == rows(one.dataset)
-    assert streamed.report.notes == ("a stream: this is about its first 24 conversations",)
-    assert streamed.report.kept == one.report.kept
 
     raw = datasets.Dataset.from_list(
         [
@@ -123,7 +119,6 @@ def test_plain_text(tmp_path: Path) -> None:
     report = prepared.report
     assert report.supervised == report.kept - report.samples
     assert max(prepared.dataset["length"][:]) == 64
-    assert stream(path, base, TokenizeSettings(max_length=64)).report.kept == report.kept
 
 
 LONG = "word " * 80_000
@@ -170,9 +165,8 @@ def test_bad_input(
     tmp_path: Path, records: list[Record], settings: TokenizeSettings, message: str
 ) -> None:
     path = write(tmp_path / "a.jsonl", *records)
-    for read in (prepare, stream):
-        with pytest.raises(DataError, match=f"(?s){message}"):
-            read(path, chats.tokenizer(), settings)
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        prepare(path, chats.tokenizer(), settings)
 
 
 def test_a_long_answer_is_cut_when_asked(tmp_path: Path) -> None:

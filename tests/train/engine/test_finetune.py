@@ -242,7 +242,7 @@ def test_a_folder_is_never_taken_twice(whole: tuple[Path, Finetuned], tmp_path: 
     )
     assert done.losses == pytest.approx(whole[1].losses, abs=1e-6)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RunError, match="holds something that is no run"):
+    with pytest.raises(RunError, match="holds something that is not a run"):
         train(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -269,7 +269,7 @@ def test_the_command_prints_a_table_and_exits_by_what_it_found(
         ({"memory": float("nan")}, "memory=nan"),
         ({"max_length": 0}, "max_length=0"),
         ({"optimizer": "adamw_8bits"}, "did you mean 'adamw_8bit'"),
-        ({"gpus": 4, "cp": 3}, "gpus=4 is no multiple"),
+        ({"gpus": 4, "cp": 3}, "gpus=4 is not a multiple"),
         ({"gpus": 4, "cp": 2}, "pass dp_shard=2"),
         ({"gpus": 6, "sp": 6}, "32 query heads"),
         ({"gpus": 8, "dp_shard": 2, "cp": 2, "sp": 2}, "both cut the sequence"),

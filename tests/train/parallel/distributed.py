@@ -278,7 +278,7 @@ def left() -> list[str]:
 
 
 def hurt(output: Path) -> None:
-    """A gradient that is no number, in the first update."""
+    """A NaN or infinite gradient, in the first update."""
     model, tokenizer = loaded()
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     cast: Any = model

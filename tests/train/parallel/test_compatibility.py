@@ -9,6 +9,7 @@ import pytest
 
 import longctx
 from longctx.errors import RunError
+from longctx.registry import make_method
 from longctx.train.parallel.compatibility import Setup, check_compatibility
 
 from ...families import build
@@ -117,7 +118,7 @@ def test_a_model_says_what_is_on_it() -> None:
     assert plain.attention_method is plain.length_variant_method is None
     assert not plain.sliding
     assert Setup.of(build("gemma3")).sliding
-    assert Setup.of(model, shifted=True).attention_method == "shifted"
+    assert Setup.of(model, put_on_later=make_method("shifted", {})).attention_method == "shifted"
     with longctx.extend(model, "alibi"):
         assert Setup.of(model).attention_method == "alibi"
     with longctx.extend(model, "dynamic", factor=4):
