@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-floor test-latest lint bench types gpu
+.PHONY: demo test test-floor test-latest lint docs bench types gpu
 demo: $(VENV)/ready
 	$(BIN)/longctx demo
 
@@ -26,6 +26,11 @@ lint: $(VENV)/ready types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site, into build/site: without network, and with an error for every warning.
+docs: $(VENV)/ready-docs types
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
 
@@ -34,7 +39,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-# pyright reads files, not the installed mapping: the four folders linked together as they install.
+$(VENV)/ready-docs: $(VENV)/ready
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,docs]'
+	touch $@
+
+# pyright and mkdocstrings read files, not the installed mapping: the four folders linked together
+# as they install.
 types:
 	rm -rf build/types && mkdir -p build/types
 	cp -rs "$(CURDIR)/longctx" build/types/longctx

@@ -1,16 +1,77 @@
-"""Fine-tuning of patched models on long inputs."""
+"""Fine-tuning of patched models on long inputs.
+
+>>> from longctx.train import Epochs, Training, finetune, pack, prepare
+>>> rows = pack(prepare("chats.json", tokenizer).dataset, 16_384)             # doctest: +SKIP
+>>> done = finetune(model, tokenizer, Epochs(rows, rows=500), Training(max_steps=500),
+...                 output_dir="runs/x")                                      # doctest: +SKIP
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .config import Gate, Training
+    from .data.collate import pack
+    from .data.prepare import Prepared, prepare
+    from .data.sampling import Epochs, TrainDataset
+    from .data.tokenize import TokenizeSettings
     from .engine.finetune import Finetuned, finetune
+    from .engine.lora import Lora, load_adapter
+    from .loss.objective import Contrastive, Losses, Unlikelihood
+    from .loss.sequence_unlikelihood import SequenceUnlikelihood
+    from .positions import FullLength, LengthSchedule, PoSE, Positions, RandomPositions
+    from .recipes import RECIPES, Recipe
+    from .run import Run, TrainingPlan
 
-__all__ = ["Finetuned", "finetune"]
+__all__ = [
+    "RECIPES",
+    "Contrastive",
+    "Epochs",
+    "Finetuned",
+    "FullLength",
+    "Gate",
+    "LengthSchedule",
+    "Lora",
+    "Losses",
+    "PoSE",
+    "Positions",
+    "Prepared",
+    "RandomPositions",
+    "Recipe",
+    "Run",
+    "SequenceUnlikelihood",
+    "TokenizeSettings",
+    "TrainDataset",
+    "Training",
+    "TrainingPlan",
+    "Unlikelihood",
+    "finetune",
+    "load_adapter",
+    "pack",
+    "prepare",
+]
+
+_HOMES = (
+    "config",
+    "positions",
+    "data.tokenize",
+    "data.sampling",
+    "data.collate",
+    "data.prepare",
+    "loss.sequence_unlikelihood",
+    "loss.objective",
+    "engine.lora",
+    "engine.finetune",
+    "recipes",
+    "run",
+)
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: torch and transformers take seconds."""
     if name in __all__:
-        return getattr(importlib.import_module(".engine.finetune", __name__), name)
+        for home in _HOMES:
+            module = importlib.import_module(f".{home}", __name__)
+            if name in module.__all__:
+                return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
