@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _parsed(name, names[name], options).run()
     except LongctxError as error:
-        print(f"longctx {name}: {error}\nSee longctx {name} --help.", file=sys.stderr)
+        print(f"longctx {name}: {error}", file=sys.stderr)
         return USAGE
     except SystemExit as stop:  # help that was asked for, or options that cannot be read
         return stop.code if isinstance(stop.code, int) else FINE
@@ -90,14 +90,14 @@ def _parsed(name: str, module: str, options: Sequence[str]) -> Command:
     """
     import tyro
 
-    _refuse_repeated(options)
+    _refuse_repeated(name, options)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     command: type[Command] = importlib.import_module(f"{__package__}.{module}").COMMAND
     whole = inspect.cleandoc(command.__doc__ or "")  # tyro would drop its examples
     return tyro.cli(command, prog=f"longctx {name}", args=options, description=whole)
 
 
-def _refuse_repeated(options: Sequence[str]) -> None:
+def _refuse_repeated(command: str, options: Sequence[str]) -> None:
     """Refuse an option that is given twice, of which tyro would take the last."""
     given: set[str] = set()
     for option in options:
@@ -107,6 +107,6 @@ def _refuse_repeated(options: Sequence[str]) -> None:
         if name in given:
             raise RunError(
                 f"--{name} is given twice: give it once; one that takes several values takes them "
-                "one after the other."
+                f"one after the other. See longctx {command} --help."
             )
         given.add(name)

@@ -104,11 +104,6 @@ class RunFolder:
 
     def _refuse_other(self, wanted: dict[str, Any]) -> None:
         there = self.read()
-        if there.get("format") != _FORMAT:
-            raise RunError(
-                f"{self.path} holds a run of another version of longctx, whose settings have other "
-                "names: finish it with that version, or choose another folder."
-            )
         names = [n for n in sorted({*there, *wanted}) if there.get(n) != wanted.get(n)]
         # Where weights and data came from may change: their contents are compared.
         names = [n for n in names if not (n == "model" or (n == "data" and "content" in wanted))]
@@ -130,6 +125,11 @@ class RunFolder:
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"{self.run}: cannot be read ({error}). {_ELSEWHERE}") from error
         found: dict[str, Any] = parse(text, dict, self.run, next_step=_ELSEWHERE)
+        if found.get("format") != _FORMAT:
+            raise RunError(
+                f"{self.path} holds a run of another version of longctx, whose settings have other "
+                "names: finish it with that version, or choose another folder."
+            )
         conform(found, _Run, self.run, next_step=_ELSEWHERE)
         return found
 

@@ -73,7 +73,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["sweep", "demo", "--seed", "1", "--seed", "2"], "--seed is given twice"),
         (["sweep", "demo", "--batch-tokens", "1", "--batch_tokens=2"], "--batch-tokens is given"),
         (["plan", "demo", "--max-length", "9", "--pack", "--no-pack"], "--pack is given twice"),
-        (["doctor", "./nowhere"], "See longctx doctor --help."),
     ],
 )
 def test_usage_errors_name_the_help_that_tells(
