@@ -55,6 +55,8 @@ class Entry:
     fields: tuple[Field, ...]
     own: tuple[str, ...]
     """The names of those that no base has too."""
+    needs_extent: bool = True
+    """Whether its formula needs a factor (`FrequencyMethod.needs_extent`)."""
 
     def example(self) -> str:
         """Write it as the command line does, with a field of its own.
@@ -65,7 +67,7 @@ class Entry:
         ['abf:factor=4,theta=500000.0', 'alibi:factor=4']
         """
         by_name = {field.name: field for field in self.fields}
-        given = ["factor=4"] if "factor" in by_name else []
+        given = ["factor=4"] if "factor" in by_name and self.needs_extent else []
         own = [by_name[name] for name in self.own if name not in ("factor", "target")]
         shown = [_shown(field) for field in own] + (
             [] if given else [_shown(field) for field in self.fields]
@@ -116,6 +118,7 @@ def _entry(module: str, constant: str) -> Entry | None:
                     class_text=ast.get_docstring(made) or "",
                     fields=tuple({**inherited, **own}.values()),
                     own=tuple(name for name in own if name not in inherited),
+                    needs_extent="needs_extent: ClassVar[bool] = False" not in ast.unparse(made),
                 )
     return None
 

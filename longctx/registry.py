@@ -31,7 +31,25 @@ def method_class(name: str) -> type[Any]:
         raise MethodError(
             f"unknown method {name!r}{nearest(name, known)} (available: {', '.join(known)})"
         )
-    return importlib.import_module(f"longctx.patches.{name}").METHOD
+    return named_class(f"longctx.patches.{name}", "METHOD", MethodError)
+
+
+def named_class(module: str, constant: str, error: type[LongctxError]) -> type[Any]:
+    """The class that a file assigns to METHOD or TASK, whose `name` is the file's.
+
+    Raises:
+        LongctxError: of the type `error`; it assigns none, or one of another name.
+    """
+    file = module.rpartition(".")[2]
+    found: Any = getattr(importlib.import_module(module), constant, None)
+    if found is None:
+        raise error(f"{file}.py has no {constant}: end it with `{constant} = YourClass`.")
+    if found.name != file:
+        raise error(
+            f"{found.__name__}.name is {found.name!r} in {file}.py: expected {file!r}, since saved "
+            "files find the class by it."
+        )
+    return found
 
 
 def make_method(name: str, fields: dict[str, Any]) -> Method:
@@ -43,7 +61,13 @@ def make_method(name: str, fields: dict[str, Any]) -> Method:
             raise MethodError(
                 f"{name} has no field {key!r}{nearest(key, known)} (fields: {', '.join(known)})"
             )
-    return cls(**fields)
+    try:
+        return cls(**fields)
+    except LongctxError:
+        raise
+    except (TypeError, ValueError) as error:
+        said = ", ".join(f"{key}={value!r}" for key, value in fields.items())
+        raise MethodError(f"{name}: {said} cannot be used ({error}).") from error
 
 
 def parse_method(text: str) -> Method | None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from longctx.errors import ModelError
+from longctx.errors import MethodError, ModelError
 from longctx.model import build_rotary, decoder_of, refusal, rotary_of, text_config, with_rope_entry
 from longctx.patch import Check, Method, Patch
 from longctx.rope import (
@@ -65,17 +65,21 @@ class FrequencyMethod(Method, ABC):
     name: ClassVar[str]
     slots: ClassVar[tuple[str, ...]] = ("rotary",)
     plain_loadable: ClassVar[bool] = True
+    needs_extent: ClassVar[bool] = True
+    """Whether the formula needs `factor` or `target`; else they only name the new window."""
 
     def __post_init__(self) -> None:
         check_extent(self.name, self.factor, self.target)
 
     @classmethod
     def example(cls, rope: Rope) -> Method:
-        """Four-fold."""
-        return cls(factor=4.0)
+        """Four-fold, or the defaults where the formula has no factor."""
+        return cls(factor=4.0) if cls.needs_extent else cls()
 
     def scale(self, rope: Rope) -> float:
-        """The factor s = target / L."""
+        """The factor s = target / L; 1 where none is given and the formula needs none."""
+        if self.factor is None and self.target is None and not self.needs_extent:
+            return 1.0
         return scale(self.name, self.factor, self.target, rope)
 
     @abstractmethod
@@ -93,11 +97,21 @@ class FrequencyMethod(Method, ABC):
     def apply(self, model: PreTrainedModel, patch: Patch) -> None:
         """Install the rotary that a plain reload of the saved config would build."""
         rope = patch.rope
+        self._check_count(rope)
         parameters = self.native_rope(rope)
         if refusal(text_config(model), parameters):
             parameters = as_longrope(rope, self.frequencies(rope), self.scale(rope))
         length = extended_length(self.factor, self.target, rope)
         install_rope(model, patch, parameters, length)
+
+    def _check_count(self, rope: Rope) -> None:
+        """Refuse a formula that gives another number of frequencies than there are planes."""
+        found, wanted = self.frequencies(rope).inv_freq.shape, rope.inv_freq().shape
+        if found != wanted:
+            raise MethodError(
+                f"{self.name} gives frequencies of shape {[*found]}, the model's rotary has "
+                f"{[*wanted]}: expected one for each plane."
+            )
 
     def verify(self, model: PreTrainedModel, patch: Patch) -> list[Check]:
         """Compare what is installed with the formula, in value, precision and use."""

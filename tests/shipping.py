@@ -21,6 +21,7 @@ Property = tuple[Callable[..., None], str | None]
 @contextmanager
 def shipped(folder: Path, name: str, text: str) -> Generator[None]:
     """Write a file `name`.py and let the registry find it beside the methods of the house."""
+    assert name not in longctx.available(), "the file of the house would be found instead"
     (folder / f"{name}.py").write_text(text)
     path: Any = longctx.patches.__path__
     longctx.patches.__path__ = [*path, str(folder)]

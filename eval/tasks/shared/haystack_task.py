@@ -104,7 +104,7 @@ class HaystackTask(Retrieval):
         """Put needles into the haystack of a spec.
 
         Args:
-            tokenizer: as in `longctx.assembly.assemble`, as are the others.
+            tokenizer: as in `longctx.prompts.assembly.assemble`, as are the others.
             length: tokens of the prompt.
             spec: haystack and seeds.
             needles: sentences.

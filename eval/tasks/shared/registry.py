@@ -10,7 +10,7 @@ import typing
 from typing import Any, Literal, Union, get_args, get_origin
 
 from longctx.errors import RunError, nearest
-from longctx.registry import parse_fields
+from longctx.registry import named_class, parse_fields
 
 from .protocol import Task
 
@@ -33,7 +33,7 @@ def task_class(name: str) -> type[Any]:
     known = available_tasks()
     if name not in known:
         raise RunError(f"unknown task {name!r}{nearest(name, known)} (tasks: {', '.join(known)})")
-    return importlib.import_module(f"longctx.eval.tasks.{name}").TASK
+    return named_class(f"longctx.eval.tasks.{name}", "TASK", RunError)
 
 
 def make_task(name: str, fields: dict[str, Any]) -> Task:

@@ -5,7 +5,7 @@ A task says how a prompt of a given number is drawn; `haystack_task.py` has thos
 
 Greedy decoding gives the answer if and only if, with the answer in place, the argmax is right at
 each of its tokens. Its log-probability is kept as a graded signal. What prompts have in common is
-run once (`longctx.sharing`).
+run once (`longctx.scoring.prefix_sharing`).
 """
 
 from __future__ import annotations

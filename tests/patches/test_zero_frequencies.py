@@ -23,19 +23,20 @@ from ..families import build, tokens
 from ..shipping import Property, check, label, properties, shipped
 
 FILE = f'''"""p-RoPE. Source: Barbero et al. 2024 (arXiv:2410.06205)."""
-from {__name__} import PRope as METHOD
+from {__name__} import StandingPlanes as METHOD
 '''
 LONG = 104
 
 
 @dataclass(frozen=True, slots=True)
-class PRope(FrequencyMethod):
+class StandingPlanes(FrequencyMethod):
     """The slowest (1 − p) of the planes do not turn."""
 
     p: float = 0.75
     """Share of the planes that turn."""
 
-    name: ClassVar[str] = "p_rope"
+    name: ClassVar[str] = "standing_planes"
+    needs_extent: ClassVar[bool] = False
 
     def frequencies(self, rope: Rope) -> Frequencies:
         """θ, then zeros."""
@@ -43,13 +44,13 @@ class PRope(FrequencyMethod):
         turning = torch.arange(len(own)) < int(self.p * len(own))
         return Frequencies(own * turning)
 
-    def neutral(self, rope: Rope) -> PRope:
+    def neutral(self, rope: Rope) -> StandingPlanes:
         """Every plane turns."""
-        return PRope(factor=1.0, p=1.0)
+        return StandingPlanes(factor=1.0, p=1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Proportional(PRope):
+class Proportional(StandingPlanes):
     """The same in the words that newer transformers has for it, with frequencies of exactly 0."""
 
     def native_rope(self, rope: Rope) -> dict[str, Any]:
@@ -66,8 +67,8 @@ def logits(model: PreTrainedModel, first: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("case", properties(), ids=label)
 def test_it_passes_the_matrix(case: Property, tmp_path: Path) -> None:
-    with shipped(tmp_path, "p_rope", FILE):
-        check(case, "p_rope", tmp_path)
+    with shipped(tmp_path, "standing_planes", FILE):
+        check(case, "standing_planes", tmp_path)
 
 
 @pytest.mark.parametrize("p", [0.5, 0.0])
@@ -75,7 +76,7 @@ def test_the_checkpoint_holds_finite_numbers_and_plain_transformers_reads_them(
     p: float, tmp_path: Path
 ) -> None:
     model = build("llama")
-    patch = longctx.extend(model, PRope(factor=4, p=p))
+    patch = longctx.extend(model, StandingPlanes(factor=4, p=p))
     assert f"{round(8 * (1 - p))} planes do not turn" in str(patch.report())
     model.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
@@ -90,7 +91,7 @@ def test_the_checkpoint_holds_finite_numbers_and_plain_transformers_reads_them(
 @pytest.mark.parametrize("first", [0, 10**6])
 def test_a_plane_that_stands_still_is_one_of_frequency_zero(first: int) -> None:
     model = build("llama")
-    with longctx.extend(model, PRope(factor=4, p=0.5)):
+    with longctx.extend(model, StandingPlanes(factor=4, p=0.5)):
         found = logits(model, first)
         inv_freq, _ = frequencies_of(rotary_of(model), None)
         assert 0 < inv_freq[4:].max() < 2 * STANDSTILL
@@ -102,7 +103,7 @@ def test_a_plane_that_stands_still_is_one_of_frequency_zero(first: int) -> None:
 @pytest.mark.parametrize("first", [0, 10**6])
 def test_it_is_the_proportional_rope_of_transformers(first: int, tmp_path: Path) -> None:
     model = build("llama")
-    with longctx.extend(model, PRope(factor=4, p=0.5)):
+    with longctx.extend(model, StandingPlanes(factor=4, p=0.5)):
         found = logits(model, first)
     with longctx.extend(model, Proportional(factor=4, p=0.5)) as patch:
         assert patch.report().ok

@@ -1,0 +1,62 @@
+"""Finding methods by name: what a file lacks, and values that a class cannot take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import longctx
+from longctx.errors import MethodError
+from longctx.registry import make_method, method_class, parse_method
+
+from ..families import build
+from ..shipping import shipped
+
+FILE = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from longctx.rope import Frequencies, Rope
+from longctx.patches._frequency import FrequencyMethod
+
+
+@dataclass(frozen=True, slots=True)
+class Cut(FrequencyMethod):
+    share: float = 0.5
+
+    name: ClassVar[str] = "cut"
+    needs_extent: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super(Cut, self).__post_init__()
+        if self.share > 1:
+            raise ValueError("a share is at most 1")
+
+    def frequencies(self, rope: Rope) -> Frequencies:
+        return Frequencies(rope.inv_freq()[:-1])
+"""
+
+
+def test_a_file_without_a_method_is_named(tmp_path: Path) -> None:
+    with shipped(tmp_path, "cut", FILE), pytest.raises(MethodError, match=r"cut\.py has no METHOD"):
+        method_class("cut")
+
+
+def test_a_name_other_than_the_file_s_is_refused(tmp_path: Path) -> None:
+    text = f"{FILE}\n\nMETHOD = Cut\n"
+    with (
+        shipped(tmp_path, "carve", text),
+        pytest.raises(MethodError, match=r"Cut\.name is 'cut' in carve\.py: expected 'carve'"),
+    ):
+        method_class("carve")
+
+
+def test_what_a_class_cannot_take_is_one_error(tmp_path: Path) -> None:
+    with shipped(tmp_path, "cut", f"{FILE}\n\nMETHOD = Cut\n"):
+        for text in ("cut:share=half", "cut:share=2"):
+            with pytest.raises(MethodError, match=r"cut: share=.* cannot be used"):
+                parse_method(text)
+        assert make_method("cut", {}) == method_class("cut")()
+        with pytest.raises(MethodError, match=r"shape \[7\], the model's rotary has \[8\]"):
+            longctx.extend(build("llama"), "cut")
