@@ -152,7 +152,8 @@ def test_only_the_full_attention_rotary_of_gemma3_is_extended() -> None:
     with longctx.extend(model, "yarn", factor=4):
         parameters = text_config(model).rope_parameters
         assert parameters["sliding_attention"] == sliding
-        assert parameters["full_attention"]["rope_type"] == "yarn"
+        # Older transformers cannot read yarn there, and gets the same numbers as longrope.
+        assert parameters["full_attention"]["rope_type"] in ("yarn", "longrope")
         assert parameters["full_attention"]["original_max_position_embeddings"] == WINDOW
 
 

@@ -27,12 +27,11 @@ def test_one_pass_is_that_of_transformers(tmp_path: Path) -> None:
     longctx.extend(model, Dynamic(factor=2))
     model.save_pretrained(tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for length in (30, 100, 150, 90, 40):
+    # From short to long and back inside the window: after a longer input, newer releases of theirs
+    # keep its base for a shorter one that is still beyond the window.
+    for length in (30, 100, 150, 40):
         ids = tokens(length)
-        if length == 90:  # theirs keeps the base of the longest input it has seen: 150
-            assert not torch.equal(model(ids).logits, theirs(ids).logits)
-        else:
-            assert torch.equal(model(ids).logits, theirs(ids).logits)
+        assert torch.equal(model(ids).logits, theirs(ids).logits)
 
 
 def test_a_request_that_outgrows_its_length_is_refused() -> None:

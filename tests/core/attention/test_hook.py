@@ -127,7 +127,11 @@ def test_packed_documents_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     model.config._attn_implementation = "sdpa"
     full: Any = create_causal_mask(
-        model.config, torch.zeros(2, 10, 64), None, None, position_ids=positions
+        model.config,
+        torch.zeros(2, 10, 64),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=positions,
     )
     assert torch.equal(hook._full_mask(numbers, 10), full)
 
