@@ -506,7 +506,7 @@ def test_the_files_hold_the_same_figures(comparison: Comparison, tmp_path: Path)
     paths = write_comparison(comparison, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in paths}
     report = json.loads((tmp_path / "out/compare.json").read_text(), parse_constant=pytest.fail)
-    csv = pd.read_csv(tmp_path / "out/compare.csv")
+    csv = pd.read_csv(tmp_path / "out/compare.csv", float_precision="round_trip")
     parquet = pd.read_parquet(tmp_path / "out/compare.parquet")
     assert len(csv) == len(parquet) == len(report["rows"]) == len(comparison.rows) == 8
     for row, line, stored in zip(comparison.rows, csv.p_holm, report["rows"], strict=True):
