@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention.hook import ATTRIBUTE
@@ -90,15 +90,19 @@ def effect_digest(model: PreTrainedModel) -> str:
     """Digest of rotary and attention as a method has put them: another formula gives another."""
     try:
         rotary = rotary_of(model)
-        rules = [
-            (getattr(module, ATTRIBUTE, None), getattr(module, "scaling", None))
-            for _, module, _ in attention_modules(model)
-        ]
+        modules = [module for _, module, _ in attention_modules(model)]
+        rules = [(_rule(module), getattr(module, "scaling", None)) for module in modules]
     except ModelError:  # nothing that a method could reach
         return ""
     buffers = [(name, buffer.double().tolist()) for name, buffer in rotary.named_buffers()]
-    scaling = getattr(rotary, "attention_scaling", None)
+    scaling = vars(rotary).get("attention_scaling")  # its own: a wrapper passes on what it wraps
     return json_digest([type(rotary).__name__, buffers, scaling, rules])
+
+
+def _rule(module: nn.Module) -> str | None:
+    """The rule on an attention module, with all its settings: its `str` is for people."""
+    rule = getattr(module, ATTRIBUTE, None)
+    return None if rule is None else repr(rule)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -123,9 +123,13 @@ def parse_fields(
 
 
 def _split(text: str) -> list[str]:
-    """Split at commas that stand outside brackets."""
-    items, depth, start = [], 0, 0
+    """Split at commas that stand outside brackets and quotes."""
+    items, depth, start, quote = [], 0, 0, ""
     for position, character in enumerate(text):
+        before = text[position - 1 : position]
+        if quote or (character in "'\"" and before in ("=", "(", "[", ",", " ")):
+            quote = "" if character == quote else quote or character
+            continue
         depth += (character in "([") - (character in ")]")
         if character == "," and depth == 0:
             items.append(text[start:position])

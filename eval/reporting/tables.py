@@ -87,7 +87,7 @@ def spread(row: Row, *, share: bool) -> str:
 def _number(value: float) -> str:
     if math.isinf(value) or value >= 1e6:
         return f"{value:.1e}"
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def intervals(rows: Sequence[Row]) -> list[str]:
@@ -299,7 +299,7 @@ def _pooled(one: PooledDifference, share: bool) -> Text:
 def _compared_value(value: float, *, share: bool) -> str:
     if math.isnan(value):
         return "–"
-    return f"{value:.0%}" if share else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:.0%}" if share else _number(value)
 
 
 def _difference_spread(low: float, high: float, *, share: bool) -> str:

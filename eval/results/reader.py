@@ -38,7 +38,10 @@ __all__ = [
 ]
 
 _REPORT, _RESULTS = "sweep.json", "results.jsonl"
-_AGAIN = "Run the same `longctx sweep` again with --overwrite; it goes on from its results."
+_AGAIN = (
+    "It is damaged, or another release wrote it. Run the same `longctx sweep` again with "
+    "--overwrite; it goes on from its results."
+)
 _TOKENS = ["method", "document", "length", "context", "nll"]
 
 

@@ -11,10 +11,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from longctx.errors import RunError
+from longctx.folders import refuse_other_than_file
 from longctx.schema import parse
 
 from ..tasks.shared.protocol import Observation
@@ -61,9 +63,16 @@ def header_of(identity: Mapping[str, str]) -> dict[str, Any]:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The results file and those that further processes of the same sweep have written."""
-    others = path.parent.glob(f"{path.stem}.*of*{path.suffix}")
-    return [part for part in (path, *sorted(others)) if part.exists()]
+    """The results file and those that further processes of the same sweep have written.
+
+    Raises:
+        RunError: one is not a file: reading a FIFO would wait for its writer.
+    """
+    others = path.parent.glob(f"{escape(path.stem)}.*of*{escape(path.suffix)}")
+    found = [part for part in (path, *sorted(others)) if part.exists()]
+    for part in found:
+        refuse_other_than_file(part)
+    return found
 
 
 def read_parts(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:

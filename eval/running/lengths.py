@@ -11,6 +11,7 @@ __all__ = ["parse_lengths"]
 
 _NUMBER = re.compile(r"(\d+)\s*([kK]?)")
 _SHORTEST = 8  # nothing can be measured below
+_LONGEST = 2**30
 
 
 def parse_lengths(lengths: int | str | Iterable[int | str]) -> tuple[int, ...]:
@@ -65,7 +66,9 @@ def _parse_number(text: str, item: int | str) -> int:
             f"{item!r} is not a length: expected tokens such as 4096 or 4k, a list '4k,8k,12k' or "
             "doublings '256:4096'."
         )
-    length = int(match[1]) * (1024 if match[2] else 1)
+    length = int(match[1][:20]) * (1024 if match[2] else 1)
+    if length > _LONGEST:
+        raise RunError(f"a length of {match[0]} tokens is beyond reason: expected ≤ {_LONGEST:,}.")
     if length < _SHORTEST:
         raise RunError(f"a length of {length} tokens is too short: expected at least {_SHORTEST}.")
     return length

@@ -39,6 +39,8 @@ class Demo:
     """Passkey prompts per method and length."""
     out: Path = Path("longctx-demo")
     """Folder for the results."""
+    overwrite: bool = False
+    """Replace a report there of other settings."""
 
     def run(self) -> int:
         """Sweep the embedded model, extended and fine-tuned, and say what the figures say."""
@@ -49,9 +51,10 @@ class Demo:
         before, code = self._swept("demo", ["none", *methods, "alibi"], self.out)
         print(_untrained(before))
         tuned = self._trained() if self.train else "demo-tuned"
-        after, worse = self._swept(tuned, ["none"], self.out / "tuned")
+        folder = self.out / ("trained" if self.train else "tuned")
+        after, code_after = self._swept(tuned, ["none"], folder)
         print(_trained(before, after))
-        return max(code, worse)
+        return max(code, code_after)
 
     def _swept(self, model: str, methods: list[str], out: Path) -> tuple[SweepResult, int]:
         from longctx.eval import print_sweep
@@ -63,12 +66,12 @@ class Demo:
             # One that is trained now has the template that it was trained with.
             tasks=(f"passkey:samples={self.samples},chat=False", "perplexity"),
             out=out,
-            overwrite=True,
+            overwrite=self.overwrite,
             device_options=DeviceOptions(device="cpu"),
         )
         result = command.sweep(*command.device_options.load(model))
         print_sweep(result)
-        return result, write(result, out, overwrite=True)
+        return result, write(result, out, overwrite=self.overwrite)
 
     def _trained(self) -> str:
         """The folder of a model trained now, or gone on with where it was interrupted."""

@@ -11,7 +11,8 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import redirect_stdout
+from typing import Any, Protocol, TextIO
 
 from .. import __version__
 from ..catalogue import entries, first_sentence
@@ -46,8 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"longctx: no command {name!r}{nearest(name, names)} ({known})", file=sys.stderr)
         print("See longctx --help.", file=sys.stderr)
         return USAGE
+    output: Any = _Output(sys.stdout)
     try:
-        return _parsed(name, names[name], options).run()
+        with redirect_stdout(output):
+            code = _parsed(name, names[name], options).run()
+        output.flush()
+        return code
     except LongctxError as error:
         print(f"longctx {name}: {error}", file=sys.stderr)
         return USAGE
@@ -56,9 +61,36 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("longctx: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe went away: not our failure
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FINE
+
+
+class _Output:
+    """Standard output whose reader may go away (`| head -1`): the work goes on, unseen."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop what nobody reads."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what nobody reads."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._drop()
+
+    def _drop(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._stream.fileno())
+        os.close(null)
 
 
 def _overview() -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ..errors import RunError
 from .device_options import DeviceOptions
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND", "Train"]
 
+Flag: TypeAlias = Annotated[bool, FlagCreatePairsOff]
+"""On or left to the recipe: there is no --no-shifted, which would seem to turn a recipe's off."""
 _RECIPE = (
     "method",
     "max_length",
@@ -89,11 +91,11 @@ class Train:
     """Full length; lengths that grow; or windows on long positions (pose, random)."""
     window: int | None = None
     """Tokens of a document under pose and random, and at the start of a schedule."""
-    no_pack: bool = False
+    no_pack: Flag = False
     """One document to a row, instead of several that attention keeps apart."""
     retrieval: float | None = None
     """Share of training that hides a key in text and asks for it, with keys of its own."""
-    shifted: bool = False
+    shifted: Flag = False
     """S²-Attn during training."""
     lora_r: int | None = None
     """Train LoRA adapters of this rank; 0 for all weights."""
@@ -101,9 +103,9 @@ class Train:
     """Scale of the adapters."""
     lora_target_modules: tuple[str, ...] | None = None
     """Names of the linear layers with adapters; default: those of the attention."""
-    norms: bool = False
+    norms: Flag = False
     """With adapters, train the norms whole."""
-    embeddings: bool = False
+    embeddings: Flag = False
     """With adapters, train the embeddings whole."""
     unlikelihood: float | None = None
     """Weight of the token-level unlikelihood loss."""

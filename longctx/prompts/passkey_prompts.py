@@ -130,7 +130,7 @@ def passkey(
         split: the key space; training must never draw from "eval".
         haystack_seed: chooses where a `Texts` begins; defaults to `seed`.
         longest: lets prompts of one `haystack_seed` begin at the same place; see
-            `longctx.assembly.assemble`.
+            `longctx.prompts.assembly.assemble`.
         chat: use the chat template; None means if the tokenizer has one.
         digits: digits of the key, 3 to 18.
         pairs: needles in all. With more than one, each has a name ("the red key") and the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 from collections.abc import Callable
@@ -138,3 +139,31 @@ def sweep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["sweep", "demo", "--lengths", "256,512", "--tasks", "perplexity", "--windows", "2"]
     assert main([*command, "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "results.1of2.jsonl"])
+@pytest.mark.parametrize("command", ["report", "compare", "sweep"])
+def test_a_fifo_among_results_is_not_waited_for(
+    command: str, name: str, sweep_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(sweep_folder, folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    lines = {
+        "report": ["report", str(folder), "--out", str(tmp_path / "r.html")],
+        "compare": ["compare", f"a={folder}", f"b={folder}"],
+        "sweep": ["sweep", "demo", "--lengths", "256,512", "--tasks", "perplexity", "--windows",
+                  "2", "--out", str(folder)],
+    }  # fmt: skip
+    assert main(lines[command]) == 2
+    assert f"{name} is a FIFO" in capsys.readouterr().err
+
+
+def test_a_fifo_as_test_file_is_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "x")
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["sweep", "demo", "--tasks", "lines", "--file", str(tmp_path / "x"), *out]) == 2
+    assert "is not a regular file" in capsys.readouterr().err

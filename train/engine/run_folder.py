@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
+from safetensors import SafetensorError, safe_open
 
 from longctx.errors import RunError
 from longctx.folders import refuse_other_than_folder
@@ -32,6 +33,15 @@ WHOLE = "whole"
 
 
 _ELSEWHERE = "Choose another folder."
+
+
+class _TrainerState(Struct):
+    """What a checkpoint's trainer_state.json holds at least."""
+
+    global_step: int
+    max_steps: int
+    train_batch_size: int | None
+    log_history: list[dict[str, Any]]
 
 
 class _Run(Struct):
@@ -164,7 +174,11 @@ class RunFolder:
         return self.path / "adapter"
 
     def last_checkpoint(self, *, first: bool) -> Path | None:
-        """The latest whole checkpoint; what was not written to its end is removed."""
+        """The latest whole checkpoint; what was not written to its end is removed.
+
+        Raises:
+            RunError: it is damaged.
+        """
         if first:
             for path in self.checkpoints.glob("checkpoint-*"):
                 if not (path / WHOLE).exists():
@@ -172,7 +186,27 @@ class RunFolder:
             for name in (self.adapter.name, self.unchecked.name):
                 for path in self.path.glob(f".{name}-*"):  # a kill while it was written
                     shutil.rmtree(path)
-        return last_whole(self.checkpoints)
+        last = last_whole(self.checkpoints)
+        if last is not None:
+            _refuse_damaged(last)
+        return last
+
+
+def _refuse_damaged(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose files changed after they were written.
+
+    Raises:
+        RunError: it names the file, and what to do.
+    """
+    next_step = f"Delete {checkpoint}: the run then goes on from the checkpoint before it."
+    state = checkpoint / "trainer_state.json"
+    parse(state.read_bytes(), _TrainerState, state, next_step=next_step)
+    for weights in checkpoint.glob("*.safetensors"):
+        try:
+            with safe_open(weights, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{weights} is damaged ({error}). {next_step}") from error
 
 
 def last_whole(folder: Path) -> Path | None:

@@ -175,8 +175,11 @@ def _read(file: str) -> tuple[tuple[int, dict[str, Any]], ...]:
     Raises:
         DataError: not there, empty, or a line that is not a JSON object.
     """
+    path = Path(file)
+    if path.exists() and not path.is_file():  # reading a FIFO would wait for its writer
+        raise DataError(f"{file} is not a regular file: pass JSON lines.")
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8 text (byte {error.start}): pass JSON lines."

@@ -77,7 +77,7 @@ def parse_task(text: str) -> Task:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, as far as literals go; other types are the task's to check."""
+    """Whether a value is of a type."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
@@ -87,4 +87,4 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
     if hint is float:
         return type(value) in (int, float)
-    return type(value) is hint if hint in (int, str, bool, type(None)) else True
+    return type(value) is hint if hint in (int, str, bool) else isinstance(value, hint)

@@ -31,7 +31,8 @@ def texts_of(paths: str | tuple[str, ...]) -> Texts:
         elif path.is_file():
             files.append(path)
         else:
-            raise DataError(f"{path} does not exist: expected a text file or a folder of them.")
+            why = "is not a regular file" if path.exists() else "does not exist"
+            raise DataError(f"{path} {why}: expected a text file or a folder of them.")
     if not files:
         raise DataError(f"{', '.join(paths)}: no files in there; expected text files.")
     state = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)

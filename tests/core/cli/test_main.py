@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -229,3 +230,44 @@ def test_options_of_tasks_go_to_those_that_have_them(monkeypatch: pytest.MonkeyP
     assert chosen == [Perplexity(text=("a", "b"))]
     assert main(["sweep", "demo"]) == 0
     assert chosen == [Passkey(), Perplexity()]
+
+
+def test_a_reader_that_goes_away_loses_no_work(tmp_path: Path) -> None:
+    """`longctx … | true`: the pipe is closed before anything is printed."""
+    commands = {
+        "extended/config.json": ["extend", "demo", "extended", "--method", "yarn:4"],
+        "swept/sweep.json": ["sweep", "demo", "--lengths", "256", "--tasks", "perplexity",
+                             "--windows", "1", "--out", "swept"],
+    }  # fmt: skip
+    for made, command in commands.items():
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [sys.executable, "-m", "longctx", *command],
+            cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        os.close(writer)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / made).exists()
+        assert "Traceback" not in done.stderr
+        assert "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("passkey:wording=x", "wording='x': expected Wording"),
+        ("needle:question='What, where?',answer='x',needle='x is here'", "does not exist"),
+    ],
+)
+def test_fields_of_a_task_are_of_their_types(
+    value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", "./nowhere", "--tasks", value]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", ["999999999999", "9" * 5000])
+def test_lengths_beyond_reason_are_refused(length: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "./nowhere", "--lengths", length]) == 2
+    assert "is beyond reason" in capsys.readouterr().err

@@ -13,10 +13,11 @@ import longctx
 from longctx.errors import ModelError
 from longctx.eval import Perplexity, sweep
 from longctx.eval.results.variants import variants_of
-from longctx.fingerprint import json_digest, model_digest, tokenizer_digest
+from longctx.fingerprint import effect_digest, json_digest, model_digest, tokenizer_digest
 from longctx.patches import resonance
 from longctx.rope import Frequencies
 
+from ...families import build
 from ..conftest import byte_model, byte_tokenizer
 
 
@@ -93,6 +94,32 @@ def test_a_method_is_known_by_what_it_puts_on_the_model(monkeypatch: pytest.Monk
     assert effects("resonance:4") != found[:1], (
         "results of the old formula are not those of the new one"
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "rotary", "prefix", "rule"),
+    [
+        ("yarn:4", "ScaledRotary", "native.", None),
+        (
+            "alibi",
+            "IdentityRotary",
+            "native.",
+            "LinearBias(slopes=(0.25, 0.0625, 0.015625, 0.00390625))",
+        ),
+    ],
+)
+def test_the_effect_is_recorded_as_results_files_have_it(
+    method: str, rotary: str, prefix: str, rule: str | None
+) -> None:
+    """Another digest of the same effect would compute known results again."""
+    model: Any = build("llama")
+    longctx.extend(model, method)
+    native = model.model.rotary_emb.native
+    buffers = [
+        (prefix + name, getattr(native, name).double().tolist())
+        for name in ("inv_freq", "original_inv_freq")
+    ]
+    assert effect_digest(model) == json_digest([rotary, buffers, None, [(rule, 0.25)] * 2])
 
 
 def test_a_tokenizer_is_known_by_its_rules() -> None:
