@@ -13,7 +13,6 @@ be cropped. Elsewhere, and where the tree would not be cheaper, whole prompts ru
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..attention.dispatch import LinearBias
 from ..attention.hook import ATTRIBUTE, NAME, register
+from ..before_transformers_5_24 import cache_argument
 from ..errors import ModelError
 from ..model import attention_modules, text_config
 from .batching import is_out_of_memory, score_batches, shrinking
@@ -92,7 +92,7 @@ def score_prompts(
 
 def obstacle(model: PreTrainedModel) -> str | None:
     """Why this model's cache cannot be cropped back, None if it can."""
-    if "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+    if cache_argument(model.base_model.forward) is None:
         return "recurrent state"
     if getattr(model, "_is_stateful", False):
         return "recurrent state"

@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from ..before_transformers_5_24 import cache_argument
 from ..errors import DataError, ModelError
 from ..model import learned_positions, text_config
 
@@ -185,7 +186,7 @@ def _run_body(body: nn.Module, ids: Tensor, mask: Tensor | None, cache: Cache | 
     """Run the model below the head; the output's first entry is its last states [B, S, D]."""
     extra: dict[str, Any] = {}
     if cache is not None:
-        extra["past_key_values"] = cache
+        extra[cache_argument(body.forward) or "past_key_values"] = cache
     if mask is not None:
         extra["attention_mask"] = mask
         if "position_ids" in inspect.signature(body.forward).parameters:
