@@ -176,6 +176,7 @@ def test_the_probe_is_not_misled_by_inference_mode() -> None:
         assert cpu_flash.usable()
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_a_compiled_model_gives_the_same_logits() -> None:
     model = build("llama")
     longctx.extend(model, "alibi")

@@ -192,7 +192,7 @@ def test_a_sweep_asks_less_and_says_so(model: Any, tokenizer: Any, tmp_path: Pat
     assert all(one["text"] is one["yarn"] is None for one in data["runs"][0]["effective"])
     again = run()
     assert len(task.asked_for) == asked, "what is known is not asked again"
-    assert again.rows == result.rows
+    assert repr(again.rows) == repr(result.rows)  # NaN is equal to itself in text alone
 
 
 @pytest.mark.parametrize(
