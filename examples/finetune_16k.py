@@ -13,6 +13,7 @@ whether it fits. `longctx train` does the same from the shell, with recipes and 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import longctx
@@ -86,4 +87,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except longctx.LongctxError as error:
+        sys.exit(f"{error}")

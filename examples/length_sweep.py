@@ -11,6 +11,7 @@ same command goes on where it was. `longctx report runs/sweep` makes an HTML pag
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import longctx
@@ -62,4 +63,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except longctx.LongctxError as error:
+        sys.exit(f"{error}")

@@ -11,6 +11,7 @@ checkpoint folder, a hub id or a GGUF file.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--method", default="yarn:4", help="as `longctx methods` lists them")
     parser.add_argument("--tokens", type=int, default=600, help="length of the input compared")
     parser.add_argument("--out", type=Path, default=Path("runs/patched"), help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint there")
     args = parser.parse_args()
 
     # Any decoder of transformers will do in place of this: the patch goes onto the instance.
@@ -46,7 +48,7 @@ def main() -> None:
     with longctx.extend(model, args.method) as patch:
         print(patch.report())
         extended = logits_of(model, ids)
-        saved = longctx.save(model, tokenizer, args.out, overwrite=True)
+        saved = longctx.save(model, tokenizer, args.out, overwrite=args.overwrite)
         print(saved.message)
 
     after = logits_of(model, ids)
@@ -61,4 +63,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except longctx.LongctxError as error:
+        sys.exit(f"{error}")

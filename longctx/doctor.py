@@ -46,9 +46,20 @@ def examine(folder: Path) -> list[Finding]:
     if config is None:
         raise ModelError(f"{folder} holds no config.json: expected a checkpoint folder.")
     text = config.get("text_config", config)
-    found = [*_rope(text), *_positions(text), *_record(config), *_weights(folder)]
+    found = [*_kind(config), *_rope(text), *_positions(text), *_record(config), *_weights(folder)]
     found += _tokenizer(folder, text)
     return found
+
+
+def _kind(config: dict[str, Any]) -> Iterator[Finding]:
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        yield Finding(
+            "problem",
+            "config.json: model_type",
+            f"it is {kind!r}: nothing can tell which model this is, and no library loads it",
+            'fetch config.json again, or write the type it had, such as "llama"',
+        )
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -140,6 +140,20 @@ class Patch:
             patch = patch.below
         return patch is self
 
+    @property
+    def factor(self) -> float | None:
+        """New window over the original one, as the method names it; None where it names neither."""
+        factor, target = (getattr(self.method, name, None) for name in ("factor", "target"))
+        if target is not None:
+            return float(target) / self.rope.length
+        return None if factor is None else float(factor)
+
+    @property
+    def window(self) -> int:
+        """Tokens the model claims to read: some methods (dynamic) leave the config's number."""
+        declared = int(text_config(self.model).max_position_embeddings)
+        return max(declared, int((self.factor or 1) * self.rope.length + 1e-9))
+
     def report(self) -> Report:
         """Verify the method on the model as it is now.
 
@@ -148,11 +162,10 @@ class Patch:
         """
         if not self.active:
             raise MethodError(f"{self.method.name} was removed from the model: nothing to report.")
-        window = int(text_config(self.model).max_position_embeddings)
         return Report(
             method=self.method,
             original_window=self.rope.length,
-            window=window,
+            window=self.window,
             plain_loadable=self.method.plain_loadable,
             checks=tuple(self.method.verify(self.model, self)),
         )

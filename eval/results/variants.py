@@ -14,7 +14,7 @@ from longctx.core import extend
 from longctx.errors import LongctxError, ModelError, RunError
 from longctx.fingerprint import effect_digest
 from longctx.model import rope_of, scaled_rope, text_config, window
-from longctx.patch import Method, Patch, patch_of
+from longctx.patch import Method, patch_of
 from longctx.registry import parse_method
 
 __all__ = ["Variant", "label", "original_window", "variants_of"]
@@ -109,14 +109,12 @@ def variants_of(
             found.append(_as_it_came(model))
         else:
             with extend(model, method, replace=replace) as patch:
-                factor = _factor(patch)
-                claimed = max(window(model) or 0, round((factor or 1) * patch.rope.length))
                 found.append(
                     Variant(
                         label(method),
                         method,
-                        factor,
-                        claimed,
+                        patch.factor,
+                        patch.window,
                         _invariant(model),
                         effect_digest(model),
                     )
@@ -135,19 +133,8 @@ def _as_it_came(model: PreTrainedModel) -> Variant:
     while below is not None:
         names.insert(0, label(below.method))
         below = below.below
-    factor = _factor(patch) if patch else None
-    claimed = window(model)
-    if patch is not None and claimed is not None:
-        claimed = max(claimed, round((factor or 1) * patch.rope.length))
+    factor, claimed = (patch.factor, patch.window) if patch else (None, window(model))
     return Variant(" + ".join(names) or "none", None, factor, claimed, _invariant(model))
-
-
-def _factor(patch: Patch) -> float | None:
-    settings: Any = patch.method
-    factor, target = getattr(settings, "factor", None), getattr(settings, "target", None)
-    if target is not None:
-        return float(target) / patch.rope.length
-    return None if factor is None else float(factor)
 
 
 def _invariant(model: PreTrainedModel) -> bool:

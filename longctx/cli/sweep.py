@@ -86,6 +86,8 @@ class Sweep:
         from ..registry import parse_method
 
         refuse_other_than_folder(self.out)
+        if not self.methods:
+            raise RunError("--methods names none: leave it out, or write --methods none.")
         for method in self.methods:
             parse_method(method)
         self.chosen()

@@ -30,7 +30,9 @@ def checkpoint(folder: Path, tokenizer: dict[str, Any] | None = None, **config: 
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").touch()
     (folder / "config.json").write_text(
-        json.dumps({"max_position_embeddings": 8192, "rope_theta": 1e4, **config})
+        json.dumps(
+            {"model_type": "llama", "max_position_embeddings": 8192, "rope_theta": 1e4, **config}
+        )
     )
     settings = {"eos_token": "</s>", "model_max_length": 10**30} if tokenizer is None else tokenizer
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -160,3 +162,10 @@ def test_what_longctx_saves_is_sound(tmp_path: Path, name: str) -> None:
     ):
         longctx.save(model, demo_tokenizer(), tmp_path / "out")
     assert [f for f in examine(tmp_path / "out") if f.level == "problem"] == []
+
+
+@pytest.mark.parametrize("config", [{"a": 1}, {"model_type": 5}])
+def test_a_config_of_no_model_is_a_problem(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = [finding for finding in examine(tmp_path) if finding.where.endswith("model_type")]
+    assert [finding.level for finding in found] == ["problem"]

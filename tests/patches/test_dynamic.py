@@ -71,3 +71,10 @@ def test_generate_settles_the_length_however_it_is_asked() -> None:
 def test_a_config_class_that_takes_other_types_of_rope_only_refuses_it() -> None:
     with pytest.raises(ModelError, match="refuses rope_type 'dynamic'"):
         longctx.extend(build("phi3"), Dynamic(factor=4))
+
+
+def test_the_window_is_what_it_claims_to_read() -> None:
+    model = build("llama")
+    patch = longctx.extend(model, "dynamic", factor=4)
+    assert model.config.max_position_embeddings == WINDOW
+    assert patch.report().window == patch.window == 4 * WINDOW

@@ -128,6 +128,7 @@ def test_doctor_exits_1_on_a_problem(checkpoint: Path, capsys: pytest.CaptureFix
         (["extend", "./nowhere", "{out}", "--method", "yarn:2"], "does not exist"),
         (["convert", "./nowhere.gguf", "{out}"], "does not exist"),
         (["doctor", "./nowhere"], "does not exist"),
+        (["sweep", "{base}", "--methods", "--out", "{out}"], "--methods names none"),
         (["sweep", "{base}", "--methods", "yran", "--out", "{out}"], "did you mean 'yarn'"),
         (["sweep", "{base}", "--lengths", "4x", "--out", "{out}"], "'4x' is not a length"),
         (["sweep", "demo", "--lengths", "20", "--out", "{out}"], "too short"),
