@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["Entry", "Field", "entries", "first_sentence"]
+__all__ = ["Entry", "Field", "entries", "first_sentence", "public_files"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,14 @@ def first_sentence(text: str) -> str:
     return " ".join(text.partition("\n\n")[0].split()).removesuffix(".")
 
 
+def public_files(package: str) -> tuple[str, ...]:
+    """Names of the files of a package, without folders and those that begin with "_"."""
+    spec = importlib.util.find_spec(package)
+    folder = [] if spec is None else spec.submodule_search_locations or []
+    found = pkgutil.iter_modules(folder)
+    return tuple(sorted(m.name for m in found if m.name[0] != "_" and not m.ispkg))
+
+
 @lru_cache(maxsize=8)
 def entries(package: str, constant: str) -> tuple[Entry, ...]:
     """The public files of a package that assign a class to `constant`, by name.
@@ -96,10 +104,7 @@ def entries(package: str, constant: str) -> tuple[Entry, ...]:
     >>> [entry.name for entry in entries("longctx.patches", "METHOD")][:2]
     ['abf', 'alibi']
     """
-    spec = importlib.util.find_spec(package)
-    folder = [] if spec is None else spec.submodule_search_locations or []
-    files = [m.name for m in pkgutil.iter_modules(folder) if m.name[0] != "_" and not m.ispkg]
-    found = (_entry(f"{package}.{name}", constant) for name in sorted(files))
+    found = (_entry(f"{package}.{name}", constant) for name in public_files(package))
     return tuple(entry for entry in found if entry is not None)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
-import pkgutil
 from typing import Any
 
+from .catalogue import public_files
 from .errors import LongctxError, MethodError, nearest
 from .patch import Method
 
@@ -16,8 +16,7 @@ __all__ = ["available", "make_method", "method_class", "parse_fields", "parse_me
 
 def available() -> tuple[str, ...]:
     """Names of the methods that ship with longctx: the public files of `patches/`."""
-    folder = importlib.import_module("longctx.patches").__path__
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(folder) if m.name[0] != "_"))
+    return public_files("longctx.patches")
 
 
 def method_class(name: str) -> type[Any]:

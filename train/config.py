@@ -84,11 +84,10 @@ class Training:
         for name in ("weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise RunError(f"{name}={getattr(self, name)}: expected 0 or more.")
-        if not 0 <= self.beta2 < 1 or not 0 <= self.seed < 2**32:
-            raise RunError(
-                f"beta2={self.beta2}, seed={self.seed}: expected a share below 1, and a whole "
-                "number from 0 to 2³² − 1."
-            )
+        if not 0 <= self.beta2 < 1:
+            raise RunError(f"beta2={self.beta2}: expected a number from 0 to below 1.")
+        if not 0 <= self.seed < 2**32:
+            raise RunError(f"seed={self.seed}: expected a whole number from 0 to 2³² − 1.")
         for name, known in (
             ("gradient_checkpointing", GradientCheckpointing),
             ("schedule", Schedule),

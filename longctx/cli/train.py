@@ -270,7 +270,10 @@ class Train:
             if self.sequence_unlikelihood is None
             else SequenceUnlikelihood(self.sequence_unlikelihood),
         )
-        training = replace(base.training, report_to=self.report_to, **given(*_TRAINING))
+        try:
+            training = replace(base.training, report_to=self.report_to, **given(*_TRAINING))
+        except RunError as error:
+            raise RunError(_by_option(str(error))) from error
         changed = given(*_RECIPE) | ({"shifted": True} if self.shifted else {})
         changed |= {"pack": False} if self.no_pack else {}
         recipe = replace(base, lora=adapters, losses=losses, training=training, **changed)
@@ -298,6 +301,16 @@ class Train:
         if device_options.dtype == "auto" and whole:
             device_options = replace(device_options, dtype="float32")
         return device_options.load(self.model)
+
+
+def _by_option(message: str) -> str:
+    """An error on a field of `Training`, by the option that was typed.
+
+    >>> _by_option("save_every=0: expected 1 or more.")
+    '--save-every 0: expected 1 or more.'
+    """
+    name, equals, rest = message.partition("=")
+    return f"--{name.replace('_', '-')} {rest}" if equals and name in _TRAINING else message
 
 
 COMMAND = Train

@@ -119,14 +119,14 @@ class HaystackTask(Retrieval):
         Raises:
             DataError: as in `assemble`.
         """
-        assert spec.haystack is not None
+        haystack = spec.haystack
+        assert haystack is not None
 
         def build(sentences: Sequence[str]) -> Prompt:
-            assert spec.haystack is not None
             return assemble(
                 tokenizer,
                 length,
-                haystack=spec.haystack,
+                haystack=haystack,
                 needles=sentences,
                 depths=depths,
                 question=question,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 import types
 import typing
 from typing import Any, Literal, Union, get_args, get_origin
 
+from longctx.catalogue import public_files
 from longctx.errors import RunError, nearest
 from longctx.registry import named_class, parse_fields
 
@@ -19,9 +18,7 @@ __all__ = ["available_tasks", "make_task", "parse_task", "task_class"]
 
 def available_tasks() -> tuple[str, ...]:
     """Names of the tasks that ship with longctx: the public files of `eval/tasks/`."""
-    folder = importlib.import_module("longctx.eval.tasks").__path__
-    files = [m.name for m in pkgutil.iter_modules(folder) if m.name[0] != "_" and not m.ispkg]
-    return tuple(sorted(files))
+    return public_files("longctx.eval.tasks")
 
 
 def task_class(name: str) -> type[Any]:
