@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .errors import MethodError
@@ -132,6 +135,11 @@ class Patch:
         self.undo.append((obj, name, _own(obj, name)))
         setattr(obj, name, value)
 
+    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Register a forward pre-hook that takes keyword arguments, which `remove` takes away."""
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+        self.undo.append((module, "forward pre-hook", handle))
+
     @property
     def active(self) -> bool:
         """Whether it is still in place."""
@@ -203,7 +211,9 @@ def roll_back(patch: Patch) -> None:
     """Put back all that a patch has changed so far, the last change first."""
     while patch.undo:
         obj, name, value = patch.undo.pop()
-        if value is _Missing:
+        if isinstance(value, RemovableHandle):
+            value.remove()
+        elif value is _Missing:
             delattr(obj, name)
         else:
             setattr(obj, name, value)

@@ -34,7 +34,7 @@ class AttentionMethod(Method, ABC):
     slots: ClassVar[tuple[str, ...]] = ("attention",)
 
     @abstractmethod
-    def rule(self, model: PreTrainedModel, layer: AttentionLayer) -> AttentionRule:
+    def rule(self, model: PreTrainedModel, layer: AttentionLayer, patch: Patch) -> AttentionRule:
         """The formula for one layer; equal settings make equal rules.
 
         A rule that is an `nn.Module` follows the train or eval mode of the layer, and is compared
@@ -72,7 +72,9 @@ class AttentionMethod(Method, ABC):
         refused = ["attn_logit_softcapping", *(["attention_dropout"] if self.trains_only else [])]
         instead = "methods that change frequencies work"
         refuse_features(model, *refused, who=self.name, instead=instead)
-        rules = [(layer, self.rule(model, layer)) for layer in self.layers(model, patch.rope)]
+        rules = [
+            (layer, self.rule(model, layer, patch)) for layer in self.layers(model, patch.rope)
+        ]
         for layer, rule in rules:
             if isinstance(rule, nn.Module):
                 rule.train(layer.module.training)
@@ -82,7 +84,7 @@ class AttentionMethod(Method, ABC):
         """Look for the rule in every layer, in its module's mode, and for the attention in use."""
         layers = self.layers(model, patch.rope)
         found = [getattr(layer.module, ATTRIBUTE, None) for layer in layers]
-        wanted = [self.rule(model, layer) for layer in layers]
+        wanted = [self.rule(model, layer, patch) for layer in layers]
         there = sum(_same(one, other) for one, other in zip(found, wanted, strict=True))
         used = attention_in_use(model)
         checks = [

@@ -65,9 +65,9 @@ class Alibi(AttentionMethod):
     def __post_init__(self) -> None:
         check_extent(self.name, self.factor, self.target)
 
-    def rule(self, model: PreTrainedModel, layer: AttentionLayer) -> LinearBias:
+    def rule(self, model: PreTrainedModel, layer: AttentionLayer, patch: Patch) -> LinearBias:
         """A slope for each query head."""
-        del layer
+        del layer, patch
         return LinearBias(slopes(int(text_config(model).num_attention_heads)))
 
     def takes(self, layer: AttentionLayer, rope: Rope) -> bool:

@@ -37,8 +37,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from longctx.attention.dispatch import attend
+from longctx.attention.hook import key_positions
 from longctx.attention.layers import AttentionLayer
 from longctx.errors import MethodError, ModelError
+from longctx.patch import Patch
 
 from ._attention import AttentionMethod
 
@@ -77,6 +79,7 @@ class GroupedAttention(nn.Module):
         Raises:
             ModelError: in train mode, a mask of neither padding nor numbered documents.
         """
+        key_positions(positions, q, k, mask)  # refuses documents that no mask keeps apart
         keys = k.shape[2] if mask is None else mask.shape[-1]
         if not self.training or q.shape[2] != keys:
             if mask is None:  # as transformers would, to the last bit
@@ -177,9 +180,9 @@ class Shifted(AttentionMethod):
                 "4 (groups=4)."
             )
 
-    def rule(self, model: PreTrainedModel, layer: AttentionLayer) -> GroupedAttention:
+    def rule(self, model: PreTrainedModel, layer: AttentionLayer, patch: Patch) -> GroupedAttention:
         """Grouped attention, the same in every layer."""
-        del model, layer
+        del model, layer, patch
         return GroupedAttention(self.groups)
 
 

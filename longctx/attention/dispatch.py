@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import ModelError
 from . import cpu_flash, cuda
 from .cpu_flash import KeyBias
+from .hook import key_positions
 
 __all__ = ["LinearBias", "attend"]
 
@@ -52,6 +53,7 @@ class LinearBias:
         scaling: float,
     ) -> Tensor:
         """Attend with this bias; see `attend`."""
+        positions = key_positions(positions, q, k, mask)
         return attend(q, k, v, slopes=self.slopes, mask=mask, positions=positions, scaling=scaling)
 
     def __str__(self) -> str:

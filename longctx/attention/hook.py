@@ -27,12 +27,24 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..errors import ModelError
 
-__all__ = ["ATTRIBUTE", "NAME", "AttentionRule", "IdentityRotary", "register", "visible"]
+__all__ = [
+    "ATTRIBUTE",
+    "NAME",
+    "SCALE",
+    "AttentionRule",
+    "IdentityRotary",
+    "QueryScale",
+    "key_positions",
+    "register",
+    "visible",
+]
 
 NAME = "longctx"
 """The value of `attn_implementation`."""
 ATTRIBUTE = "longctx_attention"
 """The attribute of an attention module that holds its `AttentionRule`."""
+SCALE = "longctx_query_scale"
+"""The attribute of an attention module that holds its `QueryScale`."""
 _ROWS = 1024
 _REFUSED = {
     "softcap": "soft-capped logits (Gemma-2)",
@@ -55,7 +67,19 @@ class AttentionRule(Protocol):
         positions: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        """Return [B, H, S, D]; the mask is one of this file's four kinds."""
+        """Return [B, H, S, D]; the mask is one of this file's four kinds.
+
+        `positions` are those of the queries as the model names them, [B or 1, S], None where it
+        names none; `key_positions` makes those of the keys from them.
+        """
+        ...
+
+
+class QueryScale(Protocol):
+    """A factor on queries that follows their positions; it stacks with any rule."""
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """From positions in tokens, float64 [B, S], to factors on the logits, float64 [B, S]."""
         ...
 
 
@@ -128,6 +152,14 @@ def attention_forward(
                 f"{type(module).__name__} asks for {meaning}, which longctx's attention does not "
                 f"compute ({name}={kwargs[name]!r}); use a method that changes frequencies only."
             )
+    if position_ids is not None and position_ids.ndim != 2:
+        raise ModelError(
+            f"position_ids of shape {[*position_ids.shape]}: expected [batch, seq]; positions in "
+            "several dimensions (images, video) have no distance."
+        )
+    scale: QueryScale | None = getattr(module, SCALE, None)
+    if scale is not None:
+        query = _scaled(query, scale, position_ids)
     rule: AttentionRule | None = getattr(module, ATTRIBUTE, None)
     if rule is None:
         queries, keys = query.shape[2], key.shape[2]
@@ -155,25 +187,41 @@ def attention_forward(
         key,
         value,
         mask=attention_mask,
-        positions=_key_positions(position_ids, query, key, attention_mask),
+        positions=position_ids,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
     return out.transpose(1, 2).contiguous(), None
 
 
-def _key_positions(
+def _scaled(query: Tensor, scale: QueryScale, positions: Tensor | None) -> Tensor:
+    if positions is None:
+        raise ModelError("this model hands its attention no position_ids: nothing to scale by.")
+    factors = scale(positions.double())
+    precise = torch.promote_types(query.dtype, torch.float32)
+    return (query.to(precise) * factors[:, None, :, None].to(precise)).to(query.dtype)
+
+
+def key_positions(
     position_ids: Tensor | None, query: Tensor, key: Tensor, mask: Tensor | None
 ) -> Tensor | None:
-    """Positions of the keys where the call names them and they are not simply consecutive."""
+    """Positions of the keys where the call names them and they are not simply consecutive.
+
+    Args:
+        position_ids: of the queries, [B or 1, S].
+        query: [B, H, S, D].
+        key: [B, K, N, D].
+        mask: as an `AttentionRule` is given it.
+
+    Returns:
+        [B or 1, N]; None where they are consecutive, or there are keys before the first query.
+
+    Raises:
+        ModelError: they go backwards without a mask that keeps documents apart.
+    """
     queries = query.shape[2]
     keys = key.shape[2] if mask is None else mask.shape[-1]
     if position_ids is None or queries == 1 or queries != keys:
         return None
-    if position_ids.ndim != 2:
-        raise ModelError(
-            f"position_ids of shape {[*position_ids.shape]}: expected [batch, seq]; positions in "
-            "several dimensions (images, video) have no linear bias."
-        )
     steps = position_ids.diff(dim=1)
     if mask is not None and mask.shape[-2] == 1:
         # Steps between documents, and those of padding, are not distances.

@@ -203,7 +203,7 @@ def test_consecutive_positions_are_recognised() -> None:
         (documents, [[0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]], True),
         (documents, [[0, 1, 0, 1, 2, 8], [0, 1, 2, 3, 4, 5]], False),
     ):
-        found = hook._key_positions(torch.tensor(rows), q, k, mask)
+        found = hook.key_positions(torch.tensor(rows), q, k, mask)
         assert (found is None) == simple, rows
 
 

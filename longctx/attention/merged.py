@@ -1,0 +1,344 @@
+"""Attention over regions, each computed by a fused kernel and merged by its log-sum-exp.
+
+With o_r and l_r the output and log-sum-exp of region r alone, the softmax over all of them is
+
+    l = log Σ_r exp(l_r),   o = Σ_r exp(l_r − l) · o_r
+
+On the CPU torch's flash operator gives both. Autograd cannot see through its log-sum-exp, so the
+backward pass is written here: given the merged output and log-sum-exp, the gradients of the regions
+add up. A band of w keys is folded into blocks of queries that see w keys each and their own, as
+overlapping views of the same memory. On other devices torch's flex_attention does the same
+(`cuda.py`), or plain operations where it cannot.
+
+Legend: B batch, H query heads, K kv heads, S queries, N keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from einops import repeat
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from . import cpu_flash
+from .regions import Region
+
+__all__ = ["Turned", "merged_attention"]
+
+_BLOCK = (32, 256)
+"""Fewest and most queries of a block of a band."""
+_FOLDED = 16
+"""Blocks of a band whose gradients are computed at once."""
+_ROWS = 512
+"""Queries per step where logits are written out."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turned:
+    """Queries or keys of a span, turned one way, from token `first` on."""
+
+    tensor: Tensor
+    """[B, heads, tokens, D]."""
+    first: int = 0
+
+
+def merged_attention(
+    queries: Sequence[Turned],
+    keys: Sequence[Turned],
+    values: Tensor,
+    regions: Sequence[Region],
+    scaling: float,
+    rows: int,
+) -> Tensor:
+    """Softmax attention over all regions together, differentiable.
+
+    Args:
+        queries: for each `query_turn`, [B, H, …, D].
+        keys: for each `key_turn`, [B, K, …, D].
+        values: [B, K, N, D].
+        regions: which rows see which keys; no pair twice.
+        scaling: factor on q·k.
+        rows: S.
+
+    Returns:
+        [B, H, S, D] in the dtype of the values. A query in no region gets 0.
+    """
+    call = _Call(
+        tuple(regions),
+        tuple(x.first for x in queries),
+        tuple(x.first for x in keys),
+        scaling,
+        rows,
+    )
+    tensors = [x.tensor if x.tensor.stride(-1) == 1 else x.tensor.contiguous() for x in queries]
+    tensors += [x.tensor if x.tensor.stride(-1) == 1 else x.tensor.contiguous() for x in keys]
+    values = values if values.stride(-1) == 1 else values.contiguous()
+    if values.device.type == "cpu" and not torch.compiler.is_compiling() and cpu_flash.usable():
+        return _Merged.apply(call, *tensors, values)  # pyright: ignore[reportReturnType]
+    return _written_out(call, tensors, values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    regions: tuple[Region, ...]
+    first_rows: tuple[int, ...]
+    first_keys: tuple[int, ...]
+    scaling: float
+    rows: int
+
+    def operands(
+        self, region: Region, tensors: Sequence[Tensor], values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of one region; keys of several slices are copied together."""
+        query = tensors[region.query_turn]
+        key = tensors[len(self.first_rows) + region.key_turn]
+        shifted = self.key_slices(region)
+        return (
+            query[:, :, self.row_slice(region)],
+            _taken(key, shifted),
+            _taken(values, region.keys),
+        )
+
+    def row_slice(self, region: Region) -> slice:
+        return _minus(region.rows, self.first_rows[region.query_turn])
+
+    def key_slices(self, region: Region) -> tuple[slice, ...]:
+        return tuple(_minus(part, self.first_keys[region.key_turn]) for part in region.keys)
+
+
+def _minus(part: slice, first: int) -> slice:
+    return slice(part.start - first, part.stop - first, part.step)
+
+
+def _taken(x: Tensor, parts: tuple[slice, ...]) -> Tensor:
+    pieces = [x[:, :, part] for part in parts]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _add(total: Tensor, parts: tuple[slice, ...], gradient: Tensor) -> None:
+    lengths = [len(range(part.start, part.stop, part.step or 1)) for part in parts]
+    for part, piece in zip(parts, gradient.split(lengths, dim=2), strict=True):
+        total[:, :, part] += piece
+
+
+class _Merged(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, call: _Call, *tensors: Tensor
+    ) -> Tensor:
+        *turned, values = tensors
+        batch, heads, _, dim = turned[0].shape
+        precise = torch.promote_types(values.dtype, torch.float32)
+        # Rows first as the operator stores them: the caller's [B, S, H·D] is a view.
+        shape = (batch, call.rows, heads)
+        out = values.new_zeros(*shape, dim, dtype=precise).transpose(1, 2)
+        lse = values.new_full(shape, -torch.inf, dtype=precise).transpose(1, 2)
+        for region in call.regions:
+            q, k, v = call.operands(region, turned, values)
+            into = out[:, :, region.rows], lse[:, :, region.rows]
+            if region.seen == "band":
+                for fold in _folds(region):
+                    for b in range(batch):
+                        parts = [fold.queries(x[b]) for x in (q, *into)]
+                        part_q, part_out, part_lse = parts
+                        part_k, part_v = fold.keys(k[b]), fold.keys(v[b])
+                        done = _flash(part_q, part_k, part_v, call.scaling, fold.mask(q))
+                        _merge(part_out, part_lse, *done)
+            else:
+                _merge(*into, *_flash(q, k, v, call.scaling, causal=region.seen == "causal"))
+        out = out.to(values.dtype)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.call = call
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        *turned, values, out, lse = ctx.saved_tensors
+        call: _Call = ctx.call
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        # Sums over regions are kept in float32 where the gradients are shorter.
+        totals = [torch.zeros_like(x, dtype=lse.dtype) for x in turned]
+        total_v = torch.zeros_like(values, dtype=lse.dtype)
+        for region in call.regions:
+            q, k, v = call.operands(region, turned, values)
+            rows = region.rows
+            done = grad[:, :, rows], out[:, :, rows], lse[:, :, rows]
+            total_q = totals[region.query_turn][:, :, call.row_slice(region)]
+            total_k = totals[len(call.first_rows) + region.key_turn]
+            if region.seen == "band":
+                on_k = total_k[:, :, call.key_slices(region)[0]]
+                on_v = total_v[:, :, region.keys[0]]
+                _band_backward(region, (q, k, v), done, (total_q, on_k, on_v), call.scaling)
+                continue
+            causal = region.seen == "causal"
+            grad_q, grad_k, grad_v = _flash_backward(q, k, v, *done, call.scaling, causal=causal)
+            total_q += grad_q
+            _add(total_k, call.key_slices(region), grad_k)
+            _add(total_v, region.keys, grad_v)
+        totals = [total.to(x.dtype) for total, x in zip(totals, turned, strict=True)]
+        return None, *totals, total_v.to(values.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """Equal blocks of the queries of a band, as a batch."""
+
+    first: int
+    size: int
+    count: int
+    window: int
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[heads, rows, …] as [blocks, heads, queries of a block, …], a view."""
+        rows = x[:, self.first : self.first + self.size * self.count]
+        return rows.unflatten(1, (self.count, self.size)).transpose(0, 1)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[heads, keys, D] as [blocks, heads, keys of a block, D], overlapping views."""
+        x = x[:, self.first :]
+        heads, _, dim = x.shape
+        on_head, on_token, on_dim = x.stride()
+        return x.as_strided(
+            (self.count, heads, self.size + self.window - 1, dim),
+            (self.size * on_token, on_head, on_token, on_dim),
+        )
+
+    def mask(self, like: Tensor) -> Tensor:
+        """What is added to the logits of a block, [1, 1, queries, keys]."""
+        shape = (1, 1, self.size, self.size + self.window - 1)
+        seen = torch.ones(shape, dtype=torch.bool).triu().tril(self.window - 1)
+        return torch.zeros(shape, dtype=like.dtype).masked_fill(~seen, -torch.inf)
+
+
+def _folds(region: Region, most: int | None = None) -> Iterator[_Fold]:
+    rows = region.rows.stop - region.rows.start
+    size = min(max(_BLOCK[0], min(_BLOCK[1], region.window)), rows)
+    count = rows // size
+    for first in range(0, count, most or count):
+        yield _Fold(first * size, size, min(most or count, count - first), region.window)
+    if rows % size:
+        yield _Fold(count * size, rows % size, 1, region.window)
+
+
+def _band_backward(
+    region: Region,
+    operands: tuple[Tensor, Tensor, Tensor],
+    done: tuple[Tensor, Tensor, Tensor],
+    totals: tuple[Tensor, Tensor, Tensor],
+    scaling: float,
+) -> None:
+    """Add the gradients of a band to the totals, a few blocks at a time."""
+    for fold in _folds(region, _FOLDED):
+        mask = fold.mask(operands[0])
+        for b in range(len(operands[0])):
+            q, k, v = (x[b] for x in operands)
+            parts = fold.queries(q), fold.keys(k), fold.keys(v)
+            finished = [fold.queries(x[b]) for x in done]
+            grad_q, grad_k, grad_v = _flash_backward(*parts, *finished, scaling, mask)
+            fold.queries(totals[0][b]).add_(grad_q)
+            for total, gradient in ((totals[1], grad_k), (totals[2], grad_v)):
+                for block, piece in enumerate(gradient):
+                    start = fold.first + block * fold.size
+                    total[b, :, start : start + piece.shape[1]] += piece
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Merge a part into what is there, in place."""
+    weight = torch.sigmoid(part_lse - lse)[..., None]
+    out.lerp_(part.to(out.dtype), weight.to(out.dtype))
+    lse.copy_(torch.logaddexp(lse, part_lse.to(lse.dtype)))
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return operator(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
+
+
+def _flash_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return operator(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scaling)
+
+
+_Parts: TypeAlias = list[tuple[Tensor, Tensor]]
+
+
+def _written_out(call: _Call, tensors: Sequence[Tensor], values: Tensor) -> Tensor:
+    """The same with logits written out, a few rows at a time, by operations that autograd knows."""
+    query = tensors[0]
+    precise = torch.promote_types(values.dtype, torch.float32)
+    shape = (len(query), query.shape[1], call.rows)
+    out = values.new_zeros(*shape, query.shape[-1], dtype=precise)
+    lse = values.new_full(shape, -torch.inf, dtype=precise)
+    for region in call.regions:
+        q, k, v = call.operands(region, tensors, values)
+        done: _Parts = []
+        for first in range(0, q.shape[2], _ROWS):
+            rows = q[:, :, first : first + _ROWS]
+            arguments = (rows, k, v, region, first, call.scaling)
+            if torch.is_grad_enabled():  # the logits are made again, not kept
+                settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+                done.append(checkpoint(_region_rows, *arguments, **settings))
+            else:
+                done.append(_region_rows(*arguments))
+        part, part_lse = (torch.cat(pieces, dim=2) for pieces in zip(*done, strict=True))
+        before, before_lse = out[:, :, region.rows], lse[:, :, region.rows]
+        weight = torch.sigmoid(part_lse - before_lse)[..., None]
+        merged, merged_lse = before.lerp(part, weight), torch.logaddexp(before_lse, part_lse)
+        index = torch.arange(call.rows, device=out.device)[region.rows]
+        out = out.index_copy(2, index, merged)
+        lse = lse.index_copy(2, index, merged_lse)
+    return out.to(values.dtype)
+
+
+def _region_rows(
+    q: Tensor, k: Tensor, v: Tensor, region: Region, first: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of some rows of a region, from row `first` on."""
+    precise = torch.promote_types(v.dtype, torch.float32)
+    last = q.shape[2] + first
+    if region.seen == "causal":
+        columns = slice(0, last)
+    elif region.seen == "band":
+        columns = slice(first, last + region.window - 1)
+    else:
+        columns = slice(None)
+    groups = q.shape[1] // k.shape[1]
+    key, value = (
+        repeat(x[:, :, columns], "b k n d -> b (k g) n d", g=groups).to(precise) for x in (k, v)
+    )
+    logits = scaling * q.to(precise) @ key.transpose(-1, -2)
+    row = torch.arange(first, last, device=q.device)[:, None]
+    column = torch.arange(k.shape[2], device=q.device)[columns]
+    if region.seen == "causal":
+        logits = logits.masked_fill(column > row, -torch.inf)
+    elif region.seen == "band":
+        hidden = (column < row) | (column >= row + region.window)
+        logits = logits.masked_fill(hidden, -torch.inf)
+    return logits.softmax(-1) @ value, logits.logsumexp(-1)

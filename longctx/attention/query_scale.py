@@ -1,0 +1,49 @@
+"""Factors on queries that grow with their position, which keep attention sharp over more keys.
+
+Legend: m = position of a query in tokens, from 0; L = window that was trained, in tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["LogN", "Ssmax", "Temperature"]
+
+
+@dataclass(frozen=True, slots=True)
+class LogN:
+    """max(1, ln(m + 1) / ln L): nothing changes inside the window."""
+
+    length: int
+    """L."""
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Factors [B, S] at positions [B, S]."""
+        return (positions.log1p() / math.log(self.length)).clamp(min=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Ssmax:
+    """s · ln(m + 1), as many as the keys that the query sees."""
+
+    s: float
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Factors [B, S] at positions [B, S]."""
+        return self.s * positions.log1p()
+
+
+@dataclass(frozen=True, slots=True)
+class Temperature:
+    """1 + β · ln(1 + ⌊(m + 1) / floor⌋)."""
+
+    beta: float
+    floor: int
+    """Tokens within which nothing changes."""
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Factors [B, S] at positions [B, S]."""
+        return 1 + self.beta * ((positions + 1) / self.floor).floor().log1p()

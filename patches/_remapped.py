@@ -1,0 +1,153 @@
+"""What the methods share that see keys at other distances than where they stand."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from longctx.attention.hook import ATTRIBUTE, NAME, SCALE, QueryScale
+from longctx.attention.layers import attention_in_use, put_rules, refuse_features
+from longctx.attention.probing import probe_turning
+from longctx.attention.query_scale import LogN
+from longctx.attention.remapped import Planner, RegionRule
+from longctx.attention.turning import Framing, Rotation
+from longctx.errors import MethodError
+from longctx.model import text_config
+from longctx.patch import Check, Patch
+
+from ._attention import AttentionMethod
+from ._scale import check_extent
+
+__all__ = ["RemappedMethod", "check_tokens", "window_below"]
+
+
+def window_below(patch: Patch) -> int:
+    """The window in tokens that the model promises without this patch.
+
+    On top of a frequency method it is that method's, so that extensions multiply.
+    """
+    return patch.rope.length if patch.below is None else patch.below.window
+
+
+def check_tokens(method: str, field: str, value: object, *, least: int = 1) -> None:
+    """Refuse anything but a whole number of at least so many tokens."""
+    if type(value) is not int or value < least:
+        raise MethodError(f"{method}: {field}={value!r}: expected a whole number ≥ {least}.")
+
+
+@dataclass(frozen=True, slots=True)
+class RemappedMethod(AttentionMethod):
+    """Every key is seen at a distance that the model was trained with; no weight changes.
+
+    Keys are cached turned to a frame of the method's own, and queries are turned further for each
+    region of keys (`longctx.attention`).
+    """
+
+    factor: float | None = None
+    """How many times longer the declared window becomes; the formula does without it."""
+    target: int | None = None
+    """The declared window in tokens; the formula does without it."""
+    log_n: bool = False
+    """Scale queries by max(1, ln(m + 1) / ln L) too, as the method `log_n` does."""
+
+    slots: ClassVar[tuple[str, ...]] = ("attention", "positions")
+
+    def __post_init__(self) -> None:
+        check_extent(self.name, self.factor, self.target)
+
+    @abstractmethod
+    def planner(self, length: int) -> Planner:
+        """The formula for a window of `length` tokens.
+
+        Raises:
+            MethodError: a setting that does not fit into the window.
+        """
+
+    def rule(self, model: PreTrainedModel, layer: object, patch: Patch) -> RegionRule:
+        """The planner of the window below, the same in every layer."""
+        del model, layer
+        return RegionRule(self.planner(window_below(patch)))
+
+    def apply(self, model: PreTrainedModel, patch: Patch) -> None:
+        """Turn keys to the frame and put the rule on every layer that turns.
+
+        Raises:
+            ModelError: attention that cannot be reached, or layers that turn in their own way.
+            MethodError: settings that do not fit the window, or a factor on queries in place.
+        """
+        instead = "methods that change frequencies work"
+        refuse_features(model, "attn_logit_softcapping", who=self.name, instead=instead)
+        length = window_below(patch)
+        planner = self.planner(length)
+        layers = self.layers(model, patch.rope)
+        rotation = Rotation(model, patch.rope.layer_type, layers[0].module)
+        found = probe_turning(model, layers, rotation)
+        if not found.turning:
+            raise MethodError(
+                f"{self.name} changes layers that see all tokens and know positions; those of "
+                f"model type {model.config.model_type!r} that see all have no rotary."
+            )
+        framing = Framing(rotation, planner.frame)
+        rule = RegionRule(planner, rotation)
+        for layer in found.turning:
+            if planner.framed:
+                patch.hook(layer.module, framing)
+            if self.log_n:
+                _refuse_scaled(layer.module, self.name)
+                patch.set(layer.module, SCALE, LogN(length))
+        put_rules(model, [(layer, rule) for layer in found.turning], patch.set)
+        patch.set(text_config(model), "max_position_embeddings", self._window(length))
+
+    def _window(self, length: int) -> int:
+        if self.target is not None:
+            if self.target < length:
+                raise MethodError(
+                    f"{self.name}: target={self.target} tokens is below the window of {length}; "
+                    "a window can only be extended."
+                )
+            return int(self.target)
+        return int(length * (self.factor or 1) + 1e-9)
+
+    def verify(self, model: PreTrainedModel, patch: Patch) -> list[Check]:
+        """Look for the rule, and try whether queries turn as the rule takes for granted."""
+        layers = self.layers(model, patch.rope)
+        rotation = Rotation(model, patch.rope.layer_type, layers[0].module)
+        found = probe_turning(model, layers, rotation)
+        wanted = self.rule(model, layers[0], patch)
+        there = sum(getattr(x.module, ATTRIBUTE, None) == wanted for x in found.turning)
+        used = attention_in_use(model)
+        checks = [
+            Check(
+                "rule in place",
+                there == len(found.turning),
+                f"{there} of {len(found.turning)}: {wanted.planner}",
+            ),
+            Check("attention in use", used == NAME, f"attn_implementation is {used!r}"),
+            Check(
+                "queries turn",
+                True,
+                f"twice by half is once, to {found.difference:.0e} of a query, in "
+                f"{len(found.turning)} layers; {len(found.still)} have no rotary",
+            ),
+        ]
+        if wanted.planner.framed:
+            framed = sum(_framed(x.module) for x in found.turning)
+            checks.append(Check("keys framed", framed == len(found.turning), f"{framed} layers"))
+        return checks
+
+
+def _framed(module: nn.Module) -> bool:
+    return any(isinstance(hook, Framing) for hook in module._forward_pre_hooks.values())
+
+
+def _refuse_scaled(module: nn.Module, who: str) -> None:
+    scale: QueryScale | None = getattr(module, SCALE, None)
+    if scale is not None:
+        raise MethodError(
+            f"{who}: queries are scaled already ({scale}): leave log_n out, or call "
+            "longctx.patch_of(model).remove() first."
+        )
