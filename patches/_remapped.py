@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from longctx.attention.hook import ATTRIBUTE, NAME, SCALE, QueryScale
 from longctx.attention.layers import attention_in_use, put_rules, refuse_features
 from longctx.attention.probing import probe_turning
-from longctx.attention.query_scale import LogN
+from longctx.attention.query_scale import LogNScale
 from longctx.attention.remapped import Planner, RegionRule
 from longctx.attention.turning import Framing, Rotation
 from longctx.errors import MethodError
@@ -22,7 +22,7 @@ from longctx.patch import Check, Patch
 from ._attention import AttentionMethod
 from ._scale import check_extent
 
-__all__ = ["RemappedMethod", "check_tokens", "window_below"]
+__all__ = ["RemappedMethod", "check_tokens", "refuse_scaled", "window_below"]
 
 
 def window_below(patch: Patch) -> int:
@@ -92,14 +92,15 @@ class RemappedMethod(AttentionMethod):
                 f"model type {model.config.model_type!r} that see all have no rotary."
             )
         framing = Framing(rotation, planner.frame)
+        rules = [(layer, RegionRule(planner)) for layer in found.still if planner.hides]
         rule = RegionRule(planner, rotation)
         for layer in found.turning:
             if planner.framed:
                 patch.hook(layer.module, framing)
             if self.log_n:
-                _refuse_scaled(layer.module, self.name)
-                patch.set(layer.module, SCALE, LogN(length))
-        put_rules(model, [(layer, rule) for layer in found.turning], patch.set)
+                refuse_scaled(layer.module, self.name)
+                patch.set(layer.module, SCALE, LogNScale(length))
+        put_rules(model, [*rules, *((layer, rule) for layer in found.turning)], patch.set)
         patch.set(text_config(model), "max_position_embeddings", self._window(length))
 
     def _window(self, length: int) -> int:
@@ -118,13 +119,14 @@ class RemappedMethod(AttentionMethod):
         rotation = Rotation(model, patch.rope.layer_type, layers[0].module)
         found = probe_turning(model, layers, rotation)
         wanted = self.rule(model, layers[0], patch)
-        there = sum(getattr(x.module, ATTRIBUTE, None) == wanted for x in found.turning)
+        ruled = [*found.turning, *(found.still if wanted.planner.hides else ())]
+        there = sum(getattr(x.module, ATTRIBUTE, None) == wanted for x in ruled)
         used = attention_in_use(model)
         checks = [
             Check(
                 "rule in place",
-                there == len(found.turning),
-                f"{there} of {len(found.turning)}: {wanted.planner}",
+                there == len(ruled),
+                f"{there} of {len(ruled)}: {wanted.planner}",
             ),
             Check("attention in use", used == NAME, f"attn_implementation is {used!r}"),
             Check(
@@ -144,10 +146,11 @@ def _framed(module: nn.Module) -> bool:
     return any(isinstance(hook, Framing) for hook in module._forward_pre_hooks.values())
 
 
-def _refuse_scaled(module: nn.Module, who: str) -> None:
+def refuse_scaled(module: nn.Module, who: str) -> None:
+    """Refuse a second factor on the queries of an attention module."""
     scale: QueryScale | None = getattr(module, SCALE, None)
     if scale is not None:
         raise MethodError(
-            f"{who}: queries are scaled already ({scale}): leave log_n out, or call "
+            f"{who}: queries are scaled already ({scale}): scale them once, or call "
             "longctx.patch_of(model).remove() first."
         )

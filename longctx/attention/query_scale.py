@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["LogN", "Ssmax", "Temperature"]
+__all__ = ["LogNScale", "SsmaxScale", "TemperatureScale"]
 
 
 @dataclass(frozen=True, slots=True)
-class LogN:
+class LogNScale:
     """max(1, ln(m + 1) / ln L): nothing changes inside the window."""
 
     length: int
@@ -26,7 +26,7 @@ class LogN:
 
 
 @dataclass(frozen=True, slots=True)
-class Ssmax:
+class SsmaxScale:
     """s · ln(m + 1), as many as the keys that the query sees."""
 
     s: float
@@ -37,7 +37,7 @@ class Ssmax:
 
 
 @dataclass(frozen=True, slots=True)
-class Temperature:
+class TemperatureScale:
     """1 + β · ln(1 + ⌊(m + 1) / floor⌋)."""
 
     beta: float

@@ -27,6 +27,8 @@ class Planner(ABC):
 
     framed: ClassVar[bool] = False
     """Whether keys are cached elsewhere than at their positions."""
+    hides: ClassVar[bool] = False
+    """Whether some keys are not seen at all, in layers without a rotary either."""
 
     def frame(self, positions: Tensor) -> Tensor:
         """Where the keys at these positions are cached, float64 both, any shape."""
