@@ -18,6 +18,7 @@ alternating layers; Beltagy et al. 2020, Longformer (arXiv:2004.05150), for band
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -161,7 +162,7 @@ class BlockSparse(AttentionMethod):
             check_tokens(self.name, field, getattr(self, field), least=least)
         if self.dense_every == 1:
             raise MethodError(
-                f"{self.name}: dense_every=1 leaves every layer dense: expected 0, 2, …"
+                f"{self.name}: dense_every=1 leaves every layer dense: expected 0, or 2 or more."
             )
 
     def planner(self, length: int) -> Planner:
@@ -169,9 +170,7 @@ class BlockSparse(AttentionMethod):
         if self.pattern == "banded":
             return BandedPlanner(max(1, length // 2) if self.window is None else self.window)
         if self.pattern == "strided":
-            return StridedPlanner(
-                max(1, round(length**0.5)) if self.stride is None else self.stride
-            )
+            return StridedPlanner(math.isqrt(length) if self.stride is None else self.stride)
         return BlocksPlanner(
             max(1, length // 8) if self.block is None else self.block,
             self.local_blocks,

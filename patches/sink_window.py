@@ -3,12 +3,12 @@
 With k sinks and a window of W tokens, the query's own among them, a query at m sees
 
     Δ = m − n        for Δ < W
-    sinks n < k      at min(m, k + W − 1) − n, their distance in a cache of k + W − 1 tokens
-                     (StreamingLLM: positions are slots of the cache), or all at `limit` (LM-Infinite)
+    sinks n < k      at min(m, k + W − 1) − n: positions are slots of a cache (StreamingLLM),
+                     or all at `limit` (LM-Infinite)
 
-and nothing else. Without the sinks, which take the attention that nothing deserves, a window breaks
-the model. It reads on fluently for ever and knows nothing of what left the window: perplexity stays
-low and no key is found further back.
+and nothing else. Without the sinks, which take the attention that no other key deserves, a window
+breaks the model. With them it reads on fluently for ever and knows nothing of what left the window:
+perplexity stays low and no key is found further back.
 
 Source: Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks
 (arXiv:2309.17453), section 3.2; Han et al. 2024, LM-Infinite (arXiv:2308.16137), section 4.

@@ -38,12 +38,14 @@ class SsmaxScale:
 
 @dataclass(frozen=True, slots=True)
 class TemperatureScale:
-    """1 + β · ln(1 + ⌊(m + 1) / floor⌋)."""
+    """1 + β · ln(1 + ⌊(m + counted) / floor⌋)."""
 
     beta: float
     floor: int
     """Tokens within which nothing changes."""
+    counted: int
+    """1 where a query counts itself (Llama-4), 0 where it counts those before it (Ministral-3)."""
 
     def __call__(self, positions: Tensor) -> Tensor:
         """Factors [B, S] at positions [B, S]."""
-        return 1 + self.beta * ((positions + 1) / self.floor).floor().log1p()
+        return 1 + self.beta * ((positions + self.counted) / self.floor).floor().log1p()
