@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import pkgutil
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -93,6 +94,8 @@ def public_files(package: str) -> tuple[str, ...]:
     """Names of the files of a package, without folders and those that begin with "_"."""
     spec = importlib.util.find_spec(package)
     folder = [] if spec is None else spec.submodule_search_locations or []
+    if package in sys.modules:  # where others may have added folders
+        folder = sys.modules[package].__path__
     found = pkgutil.iter_modules(folder)
     return tuple(sorted(m.name for m in found if m.name[0] != "_" and not m.ispkg))
 
