@@ -7,6 +7,7 @@ eq. 15).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["STANDSTILL", "Frequencies", "Rope", "ScaledRotary", "as_longrope", "frequencies_of"]
+from .errors import ModelError
+
+__all__ = [
+    "STANDSTILL",
+    "Frequencies",
+    "Rope",
+    "ScaledRotary",
+    "as_longrope",
+    "frequencies_of",
+    "planes_of",
+]
 
 STANDSTILL = 2.0**-100
 """A frequency that turns nothing, in radians per token: at token 2⁴⁰ cos is 1 and sin 9e-19, far
 below float32 resolution. The divisor θ/θ' ≤ 2¹⁰⁰ fits float32 and bfloat16."""
+
+_TELLING = 1e-3  # radians per token; plane i gets i + 1 times as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +149,32 @@ def frequencies_of(rotary: nn.Module, layer_type: str | None) -> tuple[Tensor, f
     return inv_freq, scaling
 
 
+def planes_of(rotary: nn.Module, layer_type: str | None) -> Tensor:
+    """Which plane each channel of cos and sin belongs to, int [d], read off a copy of the rotary.
+
+    Most rotaries say cos of all planes twice; some say each plane twice in a row (Cohere).
+
+    Raises:
+        ModelError: a rotary that gives no cos and sin (complex numbers, several rotaries).
+    """
+    twin = copy.deepcopy(rotary.native if isinstance(rotary, ScaledRotary) else rotary)
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    inv_freq, _ = frequencies_of(twin, layer_type)
+    number = torch.arange(1, inv_freq.numel() + 1, dtype=torch.float32, device=inv_freq.device)
+    setattr(twin, f"{prefix}inv_freq", number * _TELLING)
+    setattr(twin, f"{prefix}attention_scaling", 1.0)
+    x = torch.zeros(1, 1, 1, dtype=torch.float32, device=inv_freq.device)
+    where = torch.ones(1, 1, dtype=torch.long, device=inv_freq.device)
+    found: Any = twin(x, where, *([] if layer_type is None else [layer_type]))
+    if not isinstance(found, tuple) or len(found) != 2 or found[1].is_complex():
+        raise ModelError(
+            f"{type(twin).__name__} gives no cos and sin: its planes cannot be told apart. Methods "
+            "that replace the rotary (alibi) may work."
+        )
+    sin: Tensor = found[1]
+    return (sin[0, 0].double().asin() / _TELLING).round().long().cpu() - 1
+
+
 def phase_error(rotary: nn.Module, rope: Rope, wanted: Frequencies, position: int) -> float:
     """Largest difference of the rotary's cos/sin at one position from float64, in cos/sin units."""
     inv_freq, _ = frequencies_of(rotary, rope.layer_type)
@@ -143,10 +182,9 @@ def phase_error(rotary: nn.Module, rope: Rope, wanted: Frequencies, position: in
     where = torch.tensor([[position]], device=inv_freq.device)
     extra = () if rope.layer_type is None else (rope.layer_type,)
     cos, sin = rotary(x, where, *extra)
-    phase = position * wanted.inv_freq
-    planes = len(phase)
-    error_cos = cos[0, 0, :planes].double().cpu() - phase.cos() * wanted.attention_scaling
-    error_sin = sin[0, 0, :planes].double().cpu() - phase.sin() * wanted.attention_scaling
+    phase = position * wanted.inv_freq[planes_of(rotary, rope.layer_type)]
+    error_cos = cos[0, 0].double().cpu() - phase.cos() * wanted.attention_scaling
+    error_sin = sin[0, 0].double().cpu() - phase.sin() * wanted.attention_scaling
     return max(error_cos.abs().max().item(), error_sin.abs().max().item())
 
 

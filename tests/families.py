@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GlmConfig,
+    GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -20,6 +24,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 WINDOW = 64
@@ -36,6 +42,9 @@ def build(family: str, **changes: object) -> Any:
         "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
         "phi3": (Phi3Config, Phi3ForCausalLM),
         "olmo2": (Olmo2Config, Olmo2ForCausalLM),
+        "cohere": (CohereConfig, CohereForCausalLM),
+        "glm": (GlmConfig, GlmForCausalLM),
+        "smollm3": (SmolLM3Config, SmolLM3ForCausalLM),
     }
     config_class, model_class = classes[family]
     settings: dict[str, object] = {
@@ -58,6 +67,12 @@ def build(family: str, **changes: object) -> Any:
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 16,
         }
+    if family == "cohere":  # else its base is that of abf's example
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
+    if family == "glm":  # which turns half of the head
+        settings["head_dim"] = 32
+    if family == "smollm3":  # the second layer has no rotary
+        settings["no_rope_layers"] = [1, 0]
     if family == "mistral":
         settings["sliding_window"] = None
     if family == "phi3":

@@ -10,7 +10,6 @@ Legend: B batch, S tokens, D rotated channels.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,14 +21,13 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..model import decoder_of, rotary_of
-from ..rope import ScaledRotary, frequencies_of
+from ..rope import frequencies_of, planes_of
 from .once import Once
 
 __all__ = ["Frame", "Framing", "Rotation"]
 
 Frame: TypeAlias = Callable[[Tensor], Tensor]
 """From the positions of tokens to those that their keys are cached at, float64 both."""
-_PROBE = 1e-3  # radians; that of plane i is i + 1 times as much
 
 
 class Rotation:
@@ -57,7 +55,7 @@ class Rotation:
                 f"{type(attention).__name__}: methods that change distances cannot turn its "
                 "queries. Methods that change frequencies may work."
             )
-        self.planes = _planes(rotary_of(model), layer_type, model.config.model_type)
+        self.planes = planes_of(rotary_of(model), layer_type)
         """Which plane each channel of cos and sin belongs to, int [D]."""
 
     @property
@@ -81,26 +79,6 @@ class Rotation:
         turned, _ = self._apply(turning.to(precise), nothing.to(precise), cos[None], sin[None])
         turned = turned.to(x.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
-
-
-def _planes(rotary: nn.Module, layer_type: str | None, model_type: str) -> Tensor:
-    """Which plane each channel of cos belongs to, read off a copy with telling frequencies."""
-    twin = copy.deepcopy(rotary.native if isinstance(rotary, ScaledRotary) else rotary)
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    inv_freq, _ = frequencies_of(twin, layer_type)
-    setattr(twin, f"{prefix}attention_scaling", 1.0)
-    told = torch.arange(1, inv_freq.numel() + 1, dtype=torch.float32, device=inv_freq.device)
-    setattr(twin, f"{prefix}inv_freq", told * _PROBE)
-    x = torch.zeros(1, 1, 1, dtype=torch.float32, device=inv_freq.device)
-    where = torch.ones(1, 1, dtype=torch.long, device=inv_freq.device)
-    found: Any = twin(x, where, *([] if layer_type is None else [layer_type]))
-    if not isinstance(found, tuple) or len(found) != 2 or not found[1].is_floating_point():
-        raise ModelError(
-            f"the rotary of model type {model_type!r} gives no cos and sin: methods that change "
-            "distances cannot turn its queries."
-        )
-    sin: Tensor = found[1]
-    return (sin[0, 0].double().asin() / _PROBE).round().long().cpu() - 1
 
 
 class Framing:
