@@ -129,6 +129,12 @@ class Patch:
     """The patch that this one was put on top of."""
     undo: list[tuple[Any, str, Any]] = field(default_factory=list)
     """(object, attribute, what was there) in the order of the changes."""
+    window_below: int = field(init=False)
+    """Tokens that the model promises without this patch: on top of a frequency method that
+    method's window, so that extensions multiply."""
+
+    def __post_init__(self) -> None:
+        self.window_below = self.rope.length if self.below is None else self.below.window
 
     def set(self, obj: Any, name: str, value: Any) -> None:
         """Set `obj.name` and remember what was there, so that `remove` can put it back."""

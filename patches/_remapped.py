@@ -22,15 +22,7 @@ from longctx.patch import Check, Patch
 from ._attention import AttentionMethod
 from ._scale import check_extent
 
-__all__ = ["RemappedMethod", "check_tokens", "refuse_scaled", "window_below"]
-
-
-def window_below(patch: Patch) -> int:
-    """The window in tokens that the model promises without this patch.
-
-    On top of a frequency method it is that method's, so that extensions multiply.
-    """
-    return patch.rope.length if patch.below is None else patch.below.window
+__all__ = ["RemappedMethod", "check_tokens", "refuse_scaled"]
 
 
 def check_tokens(method: str, field: str, value: object, *, least: int = 1) -> None:
@@ -70,7 +62,7 @@ class RemappedMethod(AttentionMethod):
     def rule(self, model: PreTrainedModel, layer: object, patch: Patch) -> RegionRule:
         """The planner of the window below, the same in every layer."""
         del model, layer
-        return RegionRule(self.planner(window_below(patch)))
+        return RegionRule(self.planner(patch.window_below))
 
     def apply(self, model: PreTrainedModel, patch: Patch) -> None:
         """Turn keys to the frame and put the rule on every layer that turns.
@@ -81,7 +73,7 @@ class RemappedMethod(AttentionMethod):
         """
         instead = "methods that change frequencies work"
         refuse_features(model, "attn_logit_softcapping", who=self.name, instead=instead)
-        length = window_below(patch)
+        length = patch.window_below
         planner = self.planner(length)
         layers = self.layers(model, patch.rope)
         rotation = Rotation(model, patch.rope.layer_type, layers[0].module)

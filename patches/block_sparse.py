@@ -34,7 +34,7 @@ from longctx.patch import Patch
 from longctx.rope import Rope
 
 from ._attention import AttentionMethod
-from ._remapped import check_tokens, window_below
+from ._remapped import check_tokens
 
 __all__ = ["METHOD", "BlockSparse"]
 
@@ -181,7 +181,7 @@ class BlockSparse(AttentionMethod):
     def rule(self, model: PreTrainedModel, layer: AttentionLayer, patch: Patch) -> RegionRule:
         """The pattern, the same in every layer that has it."""
         del model, layer
-        return RegionRule(self.planner(window_below(patch)))
+        return RegionRule(self.planner(patch.window_below))
 
     def takes(self, layer: AttentionLayer, rope: Rope) -> bool:
         """Layers that see everything, but those that stay dense."""

@@ -33,7 +33,7 @@ from longctx.errors import MethodError
 from longctx.patch import Check, Method, Patch
 from longctx.rope import Rope
 
-from ._remapped import check_tokens, refuse_scaled, window_below
+from ._remapped import check_tokens, refuse_scaled
 from ._scale import check_number
 
 __all__ = ["METHOD", "LogN"]
@@ -88,7 +88,7 @@ class LogN(Method):
         """
         instead = "methods that change frequencies work"
         refuse_features(model, "attn_logit_softcapping", who=self.name, instead=instead)
-        scale = self.scale(window_below(patch))
+        scale = self.scale(patch.window_below)
         for layer in _layers(model):
             refuse_scaled(layer.module, self.name)
             patch.set(layer.module, SCALE, scale)
@@ -96,7 +96,7 @@ class LogN(Method):
 
     def verify(self, model: PreTrainedModel, patch: Patch) -> list[Check]:
         """Look for the factor in every layer, and for the attention in use."""
-        scale, layers = self.scale(window_below(patch)), _layers(model)
+        scale, layers = self.scale(patch.window_below), _layers(model)
         there = sum(getattr(layer.module, SCALE, None) == scale for layer in layers)
         used = attention_in_use(model)
         return [

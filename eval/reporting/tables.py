@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ..comparison.comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
 from ..results.sweep_result import Row, SweepResult
+from ..stats.intervals import wilson
 from ..tasks.shared.protocol import Task
 
 __all__ = [
@@ -127,6 +128,10 @@ def _sweep_table(result: SweepResult, task: Task) -> RenderableType:
         table.add_column(f"{length:,}", justify="right", no_wrap=True)
     failures: dict[str, None] = {}
     beyond = False
+    rows = [row for row in result.rows if row.task == task.name]
+    far = any(row.far for row in rows)
+    if far:
+        table.add_column("far keys", justify="right", no_wrap=True)
     for variant in result.variants:
         cells: list[Text] = []
         for length in result.lengths:
@@ -139,13 +144,29 @@ def _sweep_table(result: SweepResult, task: Task) -> RenderableType:
             elif interval := spread(row, share=share):
                 cell.append(f"\n{interval} ", style="dim")
             cells.append(cell)
+        if far:
+            cells.append(_far_keys([row for row in rows if row.method == variant.label]))
         table.add_row(variant.label, *cells)
-    rows = [row for row in result.rows if row.task == task.name]
     lines = [Text(said, style="dim") for said in (rows[0].estimand, *intervals(rows))]
     if beyond:
         lines.append(Text("* beyond the window that the model claims", style="dim"))
+    if far:
+        said = f"far keys: found of those that end {result.original_window:,} tokens or more back"
+        lines.append(Text(said, style="dim"))
     lines += [Text(failure, style="red") for failure in failures]
     return Group(table, *lines, Text())
+
+
+def _far_keys(rows: Sequence[Row]) -> Text:
+    """Keys found beyond the original window, at all lengths together, with Wilson's interval."""
+    counted = [row for row in rows if row.far is not None]
+    far, found = (sum(getattr(row, name) or 0 for row in counted) for name in ("far", "far_found"))
+    if not far:
+        return Text("– ")
+    text = Text(f"{found} of {far} ")
+    low, high = wilson(found, far)
+    text.append(f"\n{100 * low:.0f}–{100 * high:.0f}% ", style="dim")
+    return text
 
 
 def comparison_tables(comparison: Comparison) -> list[RenderableType]:

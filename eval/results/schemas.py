@@ -105,6 +105,8 @@ class StoredRow(Struct):
     seconds: Seconds
     estimand: str
     failed: str | None = None
+    far: Count | None = None
+    far_found: Count | None = None
 
 
 class StoredMethod(Struct):

@@ -63,6 +63,11 @@ class Row:
     """What exactly `value` estimates."""
     failed: str | None = None
     """Why there is no value."""
+    far: int | None = None
+    """Prompts whose key ends further back from the answer than the original window is long; None
+    where the task hides none."""
+    far_found: int | None = None
+    """How many of those keys were found."""
 
 
 def cell_key(method: str, task: Task, length: int, adaptive: Adaptive | None) -> str:
@@ -87,13 +92,38 @@ def rows_of(
     lengths: Sequence[int],
     records: Sequence[Record],
     adaptive: Adaptive | None = None,
+    *,
+    original_window: int | None = None,
 ) -> list[Row]:
-    """Summarise the records of one method and task into a row per length."""
+    """Summarise the records of one method and task into a row per length.
+
+    Args:
+        variant: the method.
+        task: the task.
+        lengths: in tokens.
+        records: of this method and task.
+        adaptive: the rule by which cells were asked no further.
+        original_window: tokens beyond which a key counts as far; None counts none.
+    """
     said = estimand_text(task, adaptive)
-    return [
+    rows = [
         _row(variant, task, length, [r for r in records if length in r.lengths], said)
         for length in lengths
     ]
+    if original_window is None:
+        return rows
+    observed = [o for record in records for o in record.observations]
+    return [_with_far_keys(row, observed, original_window) for row in rows]
+
+
+def _with_far_keys(row: Row, observed: Sequence[Observation], window: int) -> Row:
+    """Count the keys beyond the window, where every prompt says how far back its key is."""
+    own = [o for o in observed if o.length == row.length]
+    distances: list[int | None] = [o.detail.get("distance") for o in own]
+    if row.failed or not own or None in distances:
+        return row
+    answers = [o.correct for o, d in zip(own, distances, strict=True) if d and d >= window]
+    return dataclasses.replace(row, far=len(answers), far_found=sum(map(bool, answers)))
 
 
 def _row(variant: Variant, task: Task, length: int, records: list[Record], said: str) -> Row:
@@ -183,7 +213,8 @@ class SweepResult:
         """The rows as a pandas DataFrame."""
         import pandas as pd
 
-        return pd.DataFrame([dataclasses.asdict(row) for row in self.rows])
+        frame = pd.DataFrame([dataclasses.asdict(row) for row in self.rows])
+        return frame.astype(dict.fromkeys(("far", "far_found"), "Int64"))
 
     def per_token(self) -> pd.DataFrame:
         """Every scored token of text: method, document, length, index, context, token, nll.

@@ -131,6 +131,7 @@ def sweep(
     finally:
         store.close()
     verified = tuple(check for check in checks if check is not None)
+    trained = original_window(model)
     notes = [
         *store.notes,
         *(note for plan in plans.values() for note in plan.notes),
@@ -140,7 +141,7 @@ def sweep(
     return SweepResult(
         model=_name(model),
         identity=identity,
-        original_window=original_window(model),
+        original_window=trained,
         lengths=sizes,
         tasks=tuple(chosen),
         variants=tuple(variants),
@@ -153,6 +154,7 @@ def sweep(
                 sizes,
                 collected[job.variant.label, job.task.name][0],
                 adaptive,
+                original_window=trained,
             )
         ),
         records=tuple(record for found, _ in collected.values() for record in found),

@@ -161,6 +161,7 @@ class Lines(LongEval):
             depth=before / sum(len(line.ids) for line in record if line is not asked),
             haystack=f"lines@{spec.haystack_seed}",
             seed=spec.seed,
+            needle_stop=len(head) + before + len(asked.ids),
         )
 
     def _around(

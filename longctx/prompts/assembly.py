@@ -40,6 +40,13 @@ class Prompt:
     """Name of the haystack and, for real text, the token at which it begins."""
     seed: int
     """What the prompt was drawn with."""
+    needle_stop: int | None = None
+    """Index after the first needle's last token; None where it is not known."""
+
+    @property
+    def distance(self) -> int | None:
+        """Tokens from the first needle's last token to the one that predicts the answer."""
+        return None if self.needle_stop is None else self.answer_start - self.needle_stop
 
     @property
     def answer_ids(self) -> tuple[int, ...]:
@@ -126,6 +133,7 @@ def assemble(
         depth=places[0] / size if size else depths[0],
         haystack=haystack.name if isinstance(haystack, Grass) else f"{haystack.name}@{start}",
         seed=seed,
+        needle_stop=starts[places[0]] + len(chosen[0]),
     )
 
 

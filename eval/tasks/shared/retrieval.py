@@ -222,6 +222,8 @@ class Retrieval(ABC):
             "haystack": prompt.haystack,
             "seed": prompt.seed,
         }
+        if prompt.distance is not None:
+            detail["distance"] = prompt.distance
         if len(prompt.input_ids) != length:
             detail["tokens"] = len(prompt.input_ids)
         correct = None
