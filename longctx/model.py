@@ -129,11 +129,13 @@ def rope_of(model: PreTrainedModel) -> Rope:
         length = int(entry["original_max_position_embeddings"])
     elif entry.get("rope_type") == "linear":
         length = int(length / entry["factor"])
+    # To `proportional` it is the share of planes that turn, and the whole head is rotated.
+    proportional = entry.get("rope_type") == "proportional"
     rope = Rope(
         dim=2 * inv_freq.numel(),
         theta=float(entry["rope_theta"]),
         length=length,
-        partial_rotary_factor=entry.get("partial_rotary_factor"),
+        partial_rotary_factor=None if proportional else entry.get("partial_rotary_factor"),
         layer_type=layer_type,
     )
     if entry.get("rope_type", "default") == "default":

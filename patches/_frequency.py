@@ -98,6 +98,8 @@ class FrequencyMethod(Method, ABC):
         """Install the rotary that a plain reload of the saved config would build."""
         rope = patch.rope
         self._check_count(rope)
+        if self.target is not None:
+            self.scale(rope)  # not every formula asks for it: a target below the window is refused
         parameters = self.native_rope(rope)
         if refusal(text_config(model), parameters):
             parameters = as_longrope(rope, self.frequencies(rope), self.scale(rope))
@@ -150,7 +152,9 @@ def _change(rope: Rope, wanted: Frequencies) -> str:
     turning = change[change.isfinite()].tolist()
     said = [f"wavelengths ×{min(turning):.4g} to ×{max(turning):.4g}"] if turning else []
     still = len(change) - len(turning)
-    return ", ".join([*said, *([f"{still} planes do not turn"] if still else [])])
+    if still:
+        said.append("1 plane does not turn" if still == 1 else f"{still} planes do not turn")
+    return ", ".join(said)
 
 
 def position_check(rotary: torch.nn.Module, rope: Rope, wanted: Frequencies, length: int) -> Check:
