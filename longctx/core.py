@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .errors import MethodError
 from .model import decoder_of, rope_of, scaled_rope, text_config
-from .patch import HANDLE, Method, Patch, patch_of, roll_back
+from .patch import HANDLE, Method, Patch, patch_of, roll_back, slot_holder
 from .registry import make_method, parse_method
 
 __all__ = ["extend"]
@@ -39,7 +39,7 @@ def extend(
     method = _resolve(method, fields)
     decoder_of(model)  # refuses what cannot be reached, before anything else is asked
     below = patch_of(model)
-    _refuse_taken_slots(method, below)
+    _refuse_taken_slots(method, model)
     if below is None:
         _refuse_lost_record(model)
     if "rotary" in method.slots:
@@ -80,16 +80,21 @@ def _resolve(method: Method | str, fields: dict[str, Any]) -> Method:
     return method
 
 
-def _refuse_taken_slots(method: Method, patch: Patch | None) -> None:
-    while patch is not None:
-        shared = [slot for slot in method.slots if slot in patch.method.slots]
-        if shared:
+def _refuse_taken_slots(method: Method, model: PreTrainedModel) -> None:
+    for slot in method.slots:
+        holder = slot_holder(model, slot)
+        if holder is not None:
             raise MethodError(
-                f"{patch.method} is already on this model and holds its {shared[0]} slot; call "
+                f"{holder} is already on this model and holds its {slot} slot; call "
                 f"longctx.patch_of(model).remove() before extending it by {method.name}, or start "
                 "from the checkpoint that it was made from."
             )
-        patch = patch.below
+    remapping = slot_holder(model, "positions")
+    if "rotary" in method.slots and remapping is not None:
+        raise MethodError(
+            f"{remapping} counts on the window that was there before it: extend by {method.name} "
+            f"first, then by {remapping.name} on top."
+        )
 
 
 def _refuse_lost_record(model: PreTrainedModel) -> None:

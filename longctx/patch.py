@@ -16,7 +16,7 @@ from .errors import MethodError
 from .model import text_config
 from .rope import Rope
 
-__all__ = ["HANDLE", "Check", "Method", "Patch", "Report", "patch_of", "roll_back"]
+__all__ = ["HANDLE", "Check", "Method", "Patch", "Report", "patch_of", "roll_back", "slot_holder"]
 
 HANDLE = "_longctx_patch"
 """Attribute of a model that holds its topmost patch."""
@@ -39,7 +39,8 @@ class Method(Protocol):
     name: ClassVar[str]
     """The name of its file."""
     slots: ClassVar[tuple[str, ...]]
-    """What it takes over: "rotary", "attention". Two methods stack if they share no slot."""
+    """What it takes over: "rotary", "attention", "positions" (which distance a key is seen at),
+    "scale" (a factor on queries). Two methods stack if they share no slot."""
     plain_loadable: ClassVar[bool] = False
     """Whether plain transformers loads a saved model to the same logits."""
     trains_only: ClassVar[bool] = False
@@ -232,6 +233,16 @@ def _own(obj: Any, name: str) -> Any:
         if name in values:
             return values[name]
     return _Missing
+
+
+def slot_holder(model: PreTrainedModel, slot: str) -> Method | None:
+    """The method on `model` that holds a slot, None if no one does."""
+    patch = patch_of(model)
+    while patch is not None:
+        if slot in patch.method.slots:
+            return patch.method
+        patch = patch.below
+    return None
 
 
 def patch_of(model: PreTrainedModel) -> Patch | None:

@@ -126,7 +126,7 @@ class Dynamic(Method):
     """Tokens; f = target / L."""
 
     name: ClassVar[str] = "dynamic"
-    slots: ClassVar[tuple[str, ...]] = ("rotary",)
+    slots: ClassVar[tuple[str, ...]] = ("rotary", "positions")
     plain_loadable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

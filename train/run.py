@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longctx.attention.remapped import needs_consecutive_positions
 from longctx.core import extend
 from longctx.errors import RunError
 from longctx.prompts.haystacks import bos_of
@@ -138,6 +139,12 @@ class Run:
             recipe.lora.target_modules_in(model)
         if recipe.shifted:
             extend(model, "shifted").remove()
+        if recipe.positions not in ("full", "schedule") and needs_consecutive_positions(model):
+            raise RunError(
+                f"positions={recipe.positions!r} skips positions, and {recipe.method} counts "
+                'distances from consecutive tokens: train with positions="full" or "schedule" '
+                "(--positions full)."
+            )
         checked(model, recipe.training, gate, recipe.losses, evaluated=evaluated, **choices)
 
     def start(

@@ -7,18 +7,24 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ModelError
+from .hook import ATTRIBUTE
 from .merged import Turned, merged_attention
 from .once import Once
 from .regions import Plan
 from .spans import Span, spans_of
 from .turning import Rotation
 
-__all__ = ["Planner", "RegionRule"]
+__all__ = ["Planner", "RegionRule", "needs_consecutive_positions"]
 
 _Turns = tuple[tuple[Tensor, Tensor] | None, ...]
+
+
+def needs_consecutive_positions(model: nn.Module) -> bool:
+    """Whether a method on the model counts distances from tokens that follow each other."""
+    return any(isinstance(getattr(x, ATTRIBUTE, None), RegionRule) for x in model.modules())
 
 
 @dataclass(frozen=True, slots=True)

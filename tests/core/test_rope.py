@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import longctx
 from longctx.model import rope_of, rotary_of
+from longctx.patches._frequency import FrequencyMethod
+from longctx.registry import method_class
 from longctx.rope import Frequencies, Rope, phase_error, phase_tolerance
 
 from ..families import WINDOW, build, tokens
@@ -30,7 +32,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-STATIC = [n for n in longctx.available() if n not in {"alibi", "dynamic", "shifted"}]
+STATIC = [n for n in longctx.available() if issubclass(method_class(n), FrequencyMethod)]
 
 
 @pytest.mark.parametrize("name", STATIC)

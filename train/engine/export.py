@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from longctx.attention.remapped import needs_consecutive_positions
 from longctx.checkpoint import Saved, load, save
 from longctx.errors import RunError
 from longctx.model import text_config, window
@@ -74,13 +75,16 @@ def _difference(model: PreTrainedModel, saved: Saved) -> float:
 def probe(model: Any) -> torch.Tensor:
     """Logits [2, tokens, vocab], float32, at the first positions and at some all over the window.
 
-    Without the latter, settings that act further out only would go unseen.
+    Without the latter, settings that act further out only would go unseen. Where positions must not
+    skip, they are the window's last.
     """
     config: Any = text_config(model)
     ids = torch.arange(_PROBE, device=model.device)[None] * 7 % int(config.vocab_size)
     near = torch.arange(_PROBE, device=model.device)[None]
     last = (window(model) or _PROBE) - 1
     far = torch.linspace(0, last, _PROBE, device=model.device).long()[None]
+    if needs_consecutive_positions(model):
+        far = last - _PROBE + 1 + near
     call: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
     training = model.training
     model.eval()
