@@ -111,7 +111,7 @@ def variants_of(
             with extend(model, method, replace=replace) as patch:
                 found.append(
                     Variant(
-                        label(method),
+                        _labels_of(model),
                         method,
                         patch.factor,
                         patch.window,
@@ -128,13 +128,18 @@ def variants_of(
 
 def _as_it_came(model: PreTrainedModel) -> Variant:
     patch = patch_of(model)
-    names: list[str] = []
-    below = patch
-    while below is not None:
-        names.insert(0, label(below.method))
-        below = below.below
     factor, claimed = (patch.factor, patch.window) if patch else (None, window(model))
-    return Variant(" + ".join(names) or "none", None, factor, claimed, _invariant(model))
+    return Variant(_labels_of(model), None, factor, claimed, _invariant(model))
+
+
+def _labels_of(model: PreTrainedModel) -> str:
+    """The methods on a model, the lowest first; "none" where there are none."""
+    names: list[str] = []
+    patch = patch_of(model)
+    while patch is not None:
+        names.insert(0, label(patch.method))
+        patch = patch.below
+    return " + ".join(names) or "none"
 
 
 def _invariant(model: PreTrainedModel) -> bool:
