@@ -7,18 +7,24 @@ from longctx.cli.demo import _trained, _untrained  # pyright: ignore[reportPriva
 from longctx.eval import Passkey, Perplexity, SweepResult, sweep
 
 
-def swept(model: str, methods: list[str]) -> SweepResult:
+def swept(model: str, methods: list[str], lengths: list[int]) -> SweepResult:
     loaded, tokenizer = longctx.load(model, device="cpu")
-    tasks = [Passkey(samples=2), Perplexity(windows=2)]
-    return sweep(loaded, tokenizer, tasks, [256, 512], methods=methods, progress=False)
+    tasks = [Passkey(samples=4), Perplexity(windows=2)]
+    return sweep(loaded, tokenizer, tasks, lengths, methods=methods, progress=False)
 
 
 def test_its_sentences_hold_the_figures_of_the_tables() -> None:
-    before, after = swept("demo", ["none", "linear:8"]), swept("demo-tuned", ["none"])
+    before = swept("demo", ["none", "linear:8", "dual_chunk:8"], [256, 512])
+    after = swept("demo-tuned", ["none", "dual_chunk:2"], [512, 1024])
     said = _untrained(before)
-    for method, length in (("none", 256), ("none", 512), ("linear:8", 512)):
-        assert f"{before.row(method, 'perplexity', length).value:.1f}" in said
+    for length in (256, 512):
+        assert f"{before.row('none', 'perplexity', length).value:.1f}" in said
+    found = before.row("dual_chunk:8", "passkey", 512)
+    assert found.far
+    assert f"dual_chunk:8 finds {found.value:.0%} there" in said
+    assert f"{found.far_found} of {found.far} keys that stand further back than 256" in said
+    assert before.row("linear:8", "passkey", 512).far_found == 0
     said = _trained(before, after)
     assert f"{after.row('linear:8', 'passkey', 512).value:.0%} of the keys at 512 tokens" in said
-    assert f"{after.row('linear:8', 'perplexity', 512).value:.1f} instead of" in said
-    assert f"{before.row('linear:8', 'perplexity', 512).value:.1f}." in said
+    on_top = after.row("linear:8 + dual_chunk:2", "passkey", 1024)
+    assert f"{on_top.value:.0%} read under linear:8 + dual_chunk:2" in said
