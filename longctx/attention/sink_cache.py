@@ -259,8 +259,8 @@ def _starts(given: dict[str, Any]) -> tuple[int, ...]:
     """Tokens of padding before each row's first real one."""
     mask: Any = given.get("attention_mask")
     if mask is None:
-        ids: Any = given.get("input_ids")
-        return (0,) * len(given["inputs_embeds"] if ids is None else ids)
+        inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+        return (0,) * len(next((x for x in inputs if x is not None), ()))
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         found = f"of shape {[*mask.shape]}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ModelError(

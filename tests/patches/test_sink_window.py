@@ -49,6 +49,12 @@ def sink_layers(cache: Any) -> list[SinkLayer]:
     return [layer for layer in cache.layers if isinstance(layer, SinkLayer)]
 
 
+def held(cache: Any) -> set[int]:
+    """Bytes of memory that a bounded layer's keys take."""
+    layers: list[Any] = [*sink_layers(cache)]
+    return {layer.keys.untyped_storage().nbytes() for layer in layers}
+
+
 def most_keys(cache: Any) -> int:
     return max(layer.keys.shape[2] for layer in cache.layers)
 
@@ -72,6 +78,19 @@ def test_a_bounded_cache_gives_the_logits_of_all_keys(
         assert layer.keys is not None
         assert layer.values is not None
         assert layer.keys.shape[2] == layer.values.shape[2] <= SINKS + WINDOW
+
+
+@everywhere
+def test_memory_is_the_same_after_any_number_of_tokens(family: str) -> None:
+    model, ids = build(family), tokens(300)
+    cache = DynamicCache(config=model.config)
+    with longctx.extend(model, bounded()):
+        in_chunks(model, ids, [200, 1], cache)
+        assert held(cache) == {4 * 2 * 16 * (SINKS + WINDOW - 1)}
+        for _ in range(300):
+            in_chunks(model, ids[:, :1], [], cache)
+        assert held(cache) == {4 * 2 * 16 * (SINKS + WINDOW)}
+    assert cache.get_seq_length() == 600
 
 
 def padded(lengths: list[int]) -> tuple[Tensor, Tensor, list[Tensor]]:
