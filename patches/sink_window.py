@@ -10,6 +10,9 @@ and nothing else. Without the sinks, which take the attention that no other key 
 breaks the model. With them it reads on fluently for ever and knows nothing of what left the window:
 perplexity stays low and no key is found further back.
 
+Caches keep the sinks and the last W tokens alone, so memory and time per token stay as they are
+however long the text grows (`longctx.attention.sink_cache`). A prompt is read as a whole first.
+
 Source: Xiao et al. 2023, Efficient Streaming Language Models with Attention Sinks
 (arXiv:2309.17453), section 3.2; Han et al. 2024, LM-Infinite (arXiv:2308.16137), section 4.
 """
@@ -21,14 +24,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from transformers import PreTrainedModel
 
 from longctx.attention.regions import Plan, Region, band, up_to
 from longctx.attention.remapped import Planner
+from longctx.attention.sink_cache import SinkCaching
 from longctx.errors import MethodError
-from longctx.patch import Method
+from longctx.model import decoder_of
+from longctx.patch import Check, Method, Patch
 from longctx.rope import Rope
 
-from ._remapped import RemappedMethod, check_tokens
+from ._remapped import RemappedMethod, check_tokens, window_below
 
 __all__ = ["METHOD", "SinkWindow"]
 
@@ -56,13 +62,13 @@ class SinkWindowPlanner(Planner):
         sinks = self._sinks(queries, keys, 1)
         return Plan((*regions, *sinks), (None, self.limit - own), (None, back))
 
-    def _sinks(self, queries: int, keys: int, key_turn: int) -> Iterator[Region]:
-        beyond = keys - queries - self.window  # the last key before the window of query 0
+    def _sinks(self, queries: int, count: int, key_turn: int) -> Iterator[Region]:
+        beyond = count - queries - self.window  # the last key before the window of query 0
         whole = min(max(0, self.sinks - 1 - beyond), queries)  # first query that sees all sinks
-        turns = {"query_turn": 1, "key_turn": key_turn}
-        yield from up_to(slice(0, whole), beyond, **turns)
+        yield from up_to(slice(0, whole), beyond, query_turn=1, key_turn=key_turn)
         if whole < queries:
-            yield Region(slice(whole, queries), (slice(0, self.sinks),), **turns)
+            keys = (slice(0, self.sinks),)
+            yield Region(slice(whole, queries), keys, query_turn=1, key_turn=key_turn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,10 @@ class SinkWindow(RemappedMethod):
     model's window together with the sinks."""
     limit: int | None = None
     """Distance in tokens at which all sinks stand (LM-Infinite); None for cache slots."""
+
+    evict: bool = True
+    """Let caches drop the keys that no later token sees. False keeps them all, for decoding that
+    takes tokens back (assisted, prompt lookup) and for caches that you crop."""
 
     name: ClassVar[str] = "sink_window"
     unbounded: ClassVar[bool] = True
@@ -101,6 +111,34 @@ class SinkWindow(RemappedMethod):
                 f"sinks + window ≤ {length}, the model's window, and no limit beyond it."
             )
         return SinkWindowPlanner(self.sinks, window, self.limit)
+
+    def apply(self, model: PreTrainedModel, patch: Patch) -> None:
+        """Put the rule on, and have the decoder bound its caches before each call.
+
+        Raises:
+            ModelError, MethodError: as in `RemappedMethod.apply`.
+        """
+        super(SinkWindow, self).apply(model, patch)
+        caching = self._caching(model, patch)
+        if caching is not None:
+            patch.hook(decoder_of(model), caching)
+
+    def _caching(self, model: PreTrainedModel, patch: Patch) -> SinkCaching | None:
+        if not self.evict:
+            return None
+        planner = self.planner(window_below(patch))
+        layers = [layer.index for layer in self.layers(model, patch.rope)]
+        return SinkCaching.of(decoder_of(model), layers, planner.sinks, planner.window)
+
+    def verify(self, model: PreTrainedModel, patch: Patch) -> list[Check]:
+        """Look for the rule, and for what bounds the caches."""
+        checks = super(SinkWindow, self).verify(model, patch)
+        caching = self._caching(model, patch)
+        if caching is not None:
+            hooks = decoder_of(model)._forward_pre_hooks.values()  # pyright: ignore[reportPrivateUsage]
+            most = f"at most {caching.sinks + caching.window} keys a layer"
+            checks.append(Check("caches bounded", caching in hooks, most))
+        return checks
 
 
 METHOD = SinkWindow

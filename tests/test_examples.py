@@ -33,11 +33,13 @@ QUICK = {
         "--windows",
         "2",
     ],
+    "stream.py": ["--window", "20", "--tokens", "70", "--every", "30"],
 }
 SAID = {
     "patch_existing_model.py": ("to the last bit: True", "logits within 0"),
     "finetune_16k.py": ("2 updates: loss", "run/model loads in plain transformers"),
     "length_sweep.py": ("passkey · demo", "runs/sweep/sweep.json", "passkey · against none"),
+    "stream.py": ("at most 24 keys a layer", "60 tokens", "70 tokens", "24 keys", "MiB"),
 }
 
 

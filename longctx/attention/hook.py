@@ -7,7 +7,8 @@ module. Modules without it run transformers' SDPA with the mask that it would ha
 What the mask function returns reaches the attention function untouched:
 
     None                 every key is real, S = N or S = 1
-    bool  [B, 1, 1, n]   which of the first n keys are real; n = keys written so far
+    bool  [B, 1, 1, n]   which of the first n keys are real; n = keys written so far, N < n where a
+                         cache has dropped some
     int   [B, 1, 1, N]   number of each key's document, for packed documents (S = N)
     bool  [B, 1, S, N]   anything else (sliding windows, image blocks): transformers' own mask
 

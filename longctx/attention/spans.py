@@ -41,7 +41,9 @@ def spans_of(
         positions: of the queries, in tokens, [B or 1, S].
         batch: B.
         queries: S.
-        keys: N, of which a compact mask may name fewer.
+        keys: N. A compact mask may name fewer; it names more where a cache has dropped keys, each
+            row's between its first tokens and those that are seen next. Places of keys then count
+            from the end.
 
     Raises:
         ModelError: a mask that is neither padding nor documents, or positions that skip.
@@ -52,7 +54,9 @@ def spans_of(
             "distances reads whole rows, padded rows and packed documents. Pass attention_mask as "
             "[batch, tokens]."
         )
-    keys = keys if mask is None else mask.shape[-1]
+    written = keys if mask is None else mask.shape[-1]
+    dropped = max(0, written - keys)
+    keys = written - dropped
     offset = keys - queries
     places = positions.expand(batch, -1)
     found: dict[tuple[int, int, int], list[int]] = defaultdict(list)
@@ -62,7 +66,8 @@ def spans_of(
     else:
         ends = places.tolist()
         for row, kinds in enumerate(mask[:, 0, 0].expand(batch, -1)):
-            for start, stop in _stretches(kinds):
+            for first, end in _stretches(kinds):
+                start, stop = max(0, first - dropped), end - dropped
                 if stop > offset:
                     found[start, stop, int(ends[row][max(0, start - offset)])].append(row)
     spans = [

@@ -8,7 +8,8 @@ several prompts after one branch run as a batch. A key at ten depths of one hays
 costs about 6·L tokens instead of 10·L.
 
 That is exact where a token's keys do not depend on what follows it, and possible where a cache can
-be cropped. Elsewhere, and where the tree would not be cheaper, whole prompts run in batches.
+be cropped. Elsewhere, and where the tree would not be cheaper, whole prompts run in batches. The
+cache here keeps all keys, also under methods that let others drop some.
 """
 
 from __future__ import annotations
@@ -173,6 +174,10 @@ def _cost_of_whole(prompts: Sequence[Sequence[int]], batch_tokens: int) -> int:
     return tokens + _CALL * max(1, tokens // batch_tokens)
 
 
+class _FullCache(DynamicCache):
+    """Keeps all keys, since methods drop some from a plain DynamicCache only."""
+
+
 class _Walk:
     """A walk through the tree with one cache."""
 
@@ -185,7 +190,7 @@ class _Walk:
     ) -> None:
         self._model, self._prompts, self._starts = model, prompts, starts
         self._batch_tokens = batch_tokens
-        self._cache = DynamicCache(config=text_config(model))
+        self._cache = _FullCache(config=text_config(model))
         self._nll: list[Tensor] = [torch.empty(0)] * len(prompts)
         self._argmax = [*self._nll]
         self._tokens = 0
@@ -221,7 +226,7 @@ class _Walk:
 
     def _fork(self, count: int) -> DynamicCache:
         """The same cache for `count` continuations; its tensors are views until they grow."""
-        fork = DynamicCache(config=text_config(self._model))
+        fork = _FullCache(config=text_config(self._model))
         for old, new in zip(self._cache.layers, fork.layers, strict=True):
             if (
                 isinstance(old, DynamicLayer)

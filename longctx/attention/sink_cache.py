@@ -1,0 +1,274 @@
+"""A cache that keeps a row's first tokens and its last ones, for inputs without end.
+
+Under a rule by which a query sees k sinks and a window of W tokens, its own among them, no later
+token sees what lies between. So a layer keeps
+
+    kept  [B, K, n, D]      n ≤ k + W, whatever the number of tokens seen
+    row   padding … | sinks 0 … k − 1 | the last W, up to the newest token
+
+A row is one stretch that ends with the newest token. In a batch with padding on the left, the sinks
+are each row's first real tokens, and a row that is still short has padding before it. That is all a
+rule has to be told: keys that were dropped lie between a row's sinks and its window, and places
+count from the end (`spans.spans_of`).
+
+Legend: B batch, K key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..before_transformers_5_24 import cache_argument
+from ..errors import ModelError
+
+__all__ = ["SinkCaching", "SinkLayer"]
+
+
+class SinkLayer(DynamicLayer):
+    """Keys and values of one layer: the sinks and the last tokens of each row.
+
+    Before each `update` it must be told of the padding, by `begin`: only a model under the rule
+    does that, and no other may read what is left here.
+
+    Args:
+        sinks: first tokens k of a row that are kept.
+        window: last tokens W that a query sees, its own among them.
+    """
+
+    is_croppable = False
+
+    def __init__(self, sinks: int, window: int) -> None:
+        super().__init__()
+        self.sinks = sinks
+        self.window = window
+        self.seen = 0
+        """Tokens so far, padding and what was dropped included."""
+        self.starts: tuple[int, ...] = ()
+        """Of each row, the tokens of padding before its first real one."""
+        self._begun = False
+
+    def begin(self, starts: Sequence[int]) -> None:
+        """Announce the next tokens.
+
+        Args:
+            starts: of each row, the tokens of padding before its first real one, as far as seen.
+
+        Raises:
+            ModelError: they are not those of the tokens before.
+        """
+        same = len(starts) == len(self.starts) and all(
+            new == old or min(new, old) >= self.seen
+            for new, old in zip(starts, self.starts, strict=True)
+        )
+        if self.seen and not same:
+            raise ModelError(
+                f"rows begin at tokens {[*starts]} by this call's attention_mask, and at "
+                f"{[*self.starts]} in the cache: pass the mask of all tokens seen, "
+                "[batch, cached + new], with each call."
+            )
+        self.starts = tuple(starts)
+        self._begun = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Begin with no keys of this shape and dtype."""
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,  # transformers' contract, as the next
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of S tokens, [B, K, S, D].
+
+        Returns:
+            What those S tokens need: [B, K, n + S, D] each, n ≤ k + W − 1. For a first call that
+            is all.
+
+        Raises:
+            ModelError: the model is not, or no longer, under the rule.
+        """
+        if not self._begun:
+            raise ModelError(
+                f"this cache keeps {self.sinks} sinks and the last {self.window} tokens, and the "
+                "model that it was given to sees all tokens: start with a new cache."
+            )
+        self._begun = False
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        keys = torch.cat([*self._needed(self.keys), key_states], dim=2)
+        values = torch.cat([*self._needed(self.values), value_states], dim=2)
+        self.seen += key_states.shape[2]
+        self.keys, self.values = keys, values
+        if keys.shape[2] > self.sinks + self.window:  # let a prompt's memory go at once
+            self.keys = torch.cat(self._needed(keys), dim=2)
+            self.values = torch.cat(self._needed(values), dim=2)
+        return keys, values
+
+    def _needed(self, kept: Tensor) -> list[Tensor]:
+        """The sinks and the window that the next token still sees, of [B, K, n, D]."""
+        count, recent = kept.shape[2], self.window - 1
+        room = self.sinks + recent
+        if count <= room:
+            return [kept]
+        # Where the sinks are; in a short row, what stands before as many tokens as there is room.
+        firsts = [count - max(room, min(count, self.seen - start)) for start in self.starts]
+        if min(firsts) == max(firsts):
+            sinks = kept[:, :, firsts[0] : firsts[0] + self.sinks]
+        else:
+            rows = torch.arange(len(firsts), device=kept.device)[:, None]
+            first = torch.tensor(firsts, device=kept.device)[:, None]
+            places = first + torch.arange(self.sinks, device=kept.device)
+            sinks = kept.transpose(1, 2)[rows, places].transpose(1, 2)
+        return [sinks, kept[:, :, count - recent :]]
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not."""
+        return self.seen
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.keys = self.values = None
+        self.is_initialized = self._begun = False
+        self.seen, self.starts = 0, ()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take nothing back: tokens that left the window for the last ones are gone.
+
+        Args:
+            tokens_to_remove: minus their number; in older versions of transformers also how many
+                tokens to keep.
+
+        Raises:
+            ModelError: anything is to be removed.
+        """
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
+        if kept < self.seen:
+            raise ModelError(
+                f"a cache that keeps {self.sinks} sinks and the last {self.window} tokens cannot "
+                f"take {self.seen - kept} back, as assisted decoding and prompt lookup ask: "
+                "extend with evict=False for those."
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows `beam_idx`, int [B]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Take each row so many times."""
+        self.batch_select_indices(torch.arange(len(self.starts)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Take the rows `indices`, int [rows] or bool [B]."""
+        if self.keys is None or self.values is None:
+            return
+        indices = indices.to(self.keys.device)
+        self.keys, self.values = self.keys[indices], self.values[indices]
+        self.starts = tuple(torch.tensor(self.starts)[indices.cpu()].tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class SinkCaching:
+    """A forward pre-hook of a decoder: empty caches get sink layers, which learn of the padding.
+
+    It changes the layers of the cache that is there, so that `generate` keeps its own. A cache
+    that holds tokens already, a static one, and one of another class than DynamicCache stay as
+    they are: all of them keep every key, and the rule hides those that are not seen.
+    """
+
+    layers: tuple[int, ...]
+    """Those under the rule, by index."""
+    sinks: int
+    window: int
+    arguments: tuple[str, ...] = field(compare=False, repr=False)
+    """Of the decoder's forward, in order."""
+    name: str = field(compare=False, repr=False)
+    """That of the cache among them."""
+
+    @classmethod
+    def of(
+        cls, decoder: nn.Module, layers: Sequence[int], sinks: int, window: int
+    ) -> SinkCaching | None:
+        """The hook for a decoder, None for one that takes no cache."""
+        name = cache_argument(decoder.forward)
+        if name is None:
+            return None
+        arguments = tuple(inspect.signature(decoder.forward).parameters)
+        return cls(tuple(layers), sinks, window, arguments, name)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Make the cache ready for this call, or the cache itself where the decoder would."""
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        name = "past_key_values" if "past_key_values" in given else self.name
+        cache = given.get(name)
+        made = cache is None and not module.training and _uses_cache(module, given)
+        if made:
+            cache = DynamicCache(config=module.config)  # pyright: ignore[reportArgumentType]
+        layers = self._layers(cache)
+        if not layers:
+            return None
+        starts = _starts(given)
+        for layer in layers:
+            layer.begin(starts)
+        return ((), {**given, name: cache}) if made else None
+
+    def _layers(self, cache: object) -> list[SinkLayer]:
+        if type(cache) is not DynamicCache:
+            return []
+        if cache.layer_class_to_replicate is not None:  # made without a config: layers come later
+            while len(cache.layers) <= max(self.layers):
+                cache.layers.append(cache.layer_class_to_replicate())
+        found: list[SinkLayer] = []
+        for index in self.layers:
+            if index >= len(cache.layers):  # it shares the keys of a layer before
+                continue
+            layer = cache.layers[index]
+            if type(layer) is DynamicLayer and not layer.is_initialized:
+                layer = cache.layers[index] = SinkLayer(self.sinks, self.window)
+            if isinstance(layer, SinkLayer):
+                if (layer.sinks, layer.window) != (self.sinks, self.window):
+                    raise ModelError(
+                        f"this cache keeps {layer.sinks} sinks and the last {layer.window} tokens, "
+                        f"and the model sees {self.sinks} and {self.window}: start with a new "
+                        "cache."
+                    )
+                found.append(layer)
+        return found
+
+
+def _uses_cache(module: nn.Module, given: dict[str, Any]) -> bool:
+    asked: bool | None = given.get("use_cache")
+    return bool(getattr(module.config, "use_cache", False) if asked is None else asked)
+
+
+def _starts(given: dict[str, Any]) -> tuple[int, ...]:
+    """Tokens of padding before each row's first real one."""
+    mask: Any = given.get("attention_mask")
+    if mask is None:
+        inputs = (given.get(name) for name in ("input_ids", "inputs_embeds"))
+        return (0,) * len(next((x for x in inputs if x is not None), ()))
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        found = f"of shape {[*mask.shape]}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ModelError(
+            f"an attention_mask {found}, from which no row's first token can be told: pass it as "
+            "[batch, tokens], or extend with evict=False to keep all keys."
+        )
+    real = mask != 0
+    if bool(real[:, 0].all()):
+        return (0,) * len(mask)
+    first = torch.where(real.any(dim=1), real.int().argmax(dim=1), mask.shape[1])
+    return tuple(first.tolist())
