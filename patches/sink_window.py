@@ -34,7 +34,7 @@ from longctx.model import decoder_of
 from longctx.patch import Check, Method, Patch
 from longctx.rope import Rope
 
-from ._remapped import RemappedMethod, check_tokens, window_below
+from ._remapped import RemappedMethod, check_tokens
 
 __all__ = ["METHOD", "SinkWindow"]
 
@@ -126,7 +126,7 @@ class SinkWindow(RemappedMethod):
     def _caching(self, model: PreTrainedModel, patch: Patch) -> SinkCaching | None:
         if not self.evict:
             return None
-        planner = self.planner(window_below(patch))
+        planner = self.planner(patch.window_below)
         layers = [layer.index for layer in self.layers(model, patch.rope)]
         return SinkCaching.of(decoder_of(model), layers, planner.sinks, planner.window)
 
