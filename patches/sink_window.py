@@ -62,7 +62,7 @@ class SinkWindowPlanner(Planner):
         turns = {"query_turn": 1, "key_turn": key_turn}
         yield from up_to(slice(0, whole), beyond, **turns)
         if whole < queries:
-            yield Region(slice(whole, queries), (slice(0, self.sinks),), **turns)
+            yield Region((slice(whole, queries),), (slice(0, self.sinks),), **turns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from . import cpu_flash
-from .regions import Region
+from .regions import Region, lengths
 
 __all__ = ["Turned", "merged_attention"]
 
@@ -94,25 +94,26 @@ class _Call:
     def operands(
         self, region: Region, tensors: Sequence[Tensor], values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of one region; keys of several slices are copied together."""
+        """Queries, keys and values of one region; those of several slices are copied together."""
         query = tensors[region.query_turn]
         key = tensors[len(self.first_rows) + region.key_turn]
-        shifted = self.key_slices(region)
         return (
-            query[:, :, self.row_slice(region)],
-            _taken(key, shifted),
+            _taken(query, self.row_slices(region)),
+            _taken(key, self.key_slices(region)),
             _taken(values, region.keys),
         )
 
-    def row_slice(self, region: Region) -> slice:
+    def row_slices(self, region: Region) -> tuple[slice, ...]:
         return _minus(region.rows, self.first_rows[region.query_turn])
 
     def key_slices(self, region: Region) -> tuple[slice, ...]:
-        return tuple(_minus(part, self.first_keys[region.key_turn]) for part in region.keys)
+        return _minus(region.keys, self.first_keys[region.key_turn])
 
 
-def _minus(part: slice, first: int) -> slice:
-    return slice(part.start - first, part.stop - first, part.step)
+def _minus(parts: tuple[slice, ...], first: int) -> tuple[slice, ...]:
+    if not first:
+        return parts
+    return tuple(slice(part.start - first, part.stop - first, part.step) for part in parts)
 
 
 def _taken(x: Tensor, parts: tuple[slice, ...]) -> Tensor:
@@ -120,9 +121,13 @@ def _taken(x: Tensor, parts: tuple[slice, ...]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
+def _split(x: Tensor, parts: tuple[slice, ...]) -> Sequence[Tensor]:
+    """What belongs to each slice, the other way round."""
+    return [x] if len(parts) == 1 else x.split(lengths(parts), dim=2)
+
+
 def _add(total: Tensor, parts: tuple[slice, ...], gradient: Tensor) -> None:
-    lengths = [len(range(part.start, part.stop, part.step or 1)) for part in parts]
-    for part, piece in zip(parts, gradient.split(lengths, dim=2), strict=True):
+    for part, piece in zip(parts, _split(gradient, parts), strict=True):
         total[:, :, part] += piece
 
 
@@ -132,25 +137,8 @@ class _Merged(torch.autograd.Function):
         ctx: Any, call: _Call, *tensors: Tensor
     ) -> Tensor:
         *turned, values = tensors
-        batch, heads, _, dim = turned[0].shape
-        precise = torch.promote_types(values.dtype, torch.float32)
-        # Rows first as the operator stores them: the caller's [B, S, H·D] is a view.
-        shape = (batch, call.rows, heads)
-        out = values.new_zeros(*shape, dim, dtype=precise).transpose(1, 2)
-        lse = values.new_full(shape, -torch.inf, dtype=precise).transpose(1, 2)
-        for region in call.regions:
-            q, k, v = call.operands(region, turned, values)
-            into = out[:, :, region.rows], lse[:, :, region.rows]
-            if region.seen == "band":
-                for fold in _folds(region):
-                    for b in range(batch):
-                        parts = [fold.queries(x[b]) for x in (q, *into)]
-                        part_q, part_out, part_lse = parts
-                        part_k, part_v = fold.keys(k[b]), fold.keys(v[b])
-                        done = _flash(part_q, part_k, part_v, call.scaling, fold.mask(q))
-                        _merge(part_out, part_lse, *done)
-            else:
-                _merge(*into, *_flash(q, k, v, call.scaling, causal=region.seen == "causal"))
+        one = call.rows == 1 and len(call.regions) > 0
+        out, lse = _one_query(call, turned, values) if one else _queries(call, turned, values)
         out = out.to(values.dtype)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.call = call
@@ -169,22 +157,63 @@ class _Merged(torch.autograd.Function):
         total_v = torch.zeros_like(values, dtype=lse.dtype)
         for region in call.regions:
             q, k, v = call.operands(region, turned, values)
-            rows = region.rows
-            done = grad[:, :, rows], out[:, :, rows], lse[:, :, rows]
-            total_q = totals[region.query_turn][:, :, call.row_slice(region)]
+            done = [_taken(x, region.rows) for x in (grad, out, lse)]
+            total_q = totals[region.query_turn]
             total_k = totals[len(call.first_rows) + region.key_turn]
             if region.seen == "band":
+                total_q = total_q[:, :, call.row_slices(region)[0]]
                 on_k = total_k[:, :, call.key_slices(region)[0]]
                 on_v = total_v[:, :, region.keys[0]]
                 _band_backward(region, (q, k, v), done, (total_q, on_k, on_v), call.scaling)
                 continue
             causal = region.seen == "causal"
             grad_q, grad_k, grad_v = _flash_backward(q, k, v, *done, call.scaling, causal=causal)
-            total_q += grad_q
+            _add(total_q, call.row_slices(region), grad_q)
             _add(total_k, call.key_slices(region), grad_k)
             _add(total_v, region.keys, grad_v)
         totals = [total.to(x.dtype) for total, x in zip(totals, turned, strict=True)]
         return None, *totals, total_v.to(values.dtype)
+
+
+def _queries(call: _Call, turned: Sequence[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of all regions together, [B, H, S, D] and [B, H, S] in float32."""
+    batch, heads, _, dim = turned[0].shape
+    precise = torch.promote_types(values.dtype, torch.float32)
+    # Rows first as the operator stores them: the caller's [B, S, H·D] is a view.
+    shape = (batch, call.rows, heads)
+    out = values.new_zeros(*shape, dim, dtype=precise).transpose(1, 2)
+    lse = values.new_full(shape, -torch.inf, dtype=precise).transpose(1, 2)
+    for region in call.regions:
+        q, k, v = call.operands(region, turned, values)
+        if region.seen == "band":
+            into = out[:, :, region.rows[0]], lse[:, :, region.rows[0]]
+            for fold in _folds(region):
+                mask = fold.mask(q)
+                for b in range(batch):
+                    part_q, part_out, part_lse = (fold.queries(x[b]) for x in (q, *into))
+                    part_k, part_v = fold.keys(k[b]), fold.keys(v[b])
+                    done = _flash(part_q, part_k, part_v, call.scaling, mask)
+                    _merge(part_out, part_lse, *done)
+            continue
+        done = _flash(q, k, v, call.scaling, causal=region.seen == "causal")
+        pieces = (_split(x, region.rows) for x in done)
+        for rows, *piece in zip(region.rows, *pieces, strict=True):
+            _merge(out[:, :, rows], lse[:, :, rows], *piece)
+    return out, lse
+
+
+def _one_query(call: _Call, turned: Sequence[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a single query: the heads that share a kv head are its rows."""
+    kv_heads = values.shape[1]
+    found: list[tuple[Tensor, Tensor]] = []
+    for region in call.regions:
+        q, k, v = call.operands(region, turned, values)
+        out, lse = _flash(q[:, :, 0].unflatten(1, (kv_heads, -1)), k, v, call.scaling)
+        found.append((out.to(lse.dtype), lse))
+    (out, lse), *others = found
+    for part in others:
+        _merge(out, lse, *part)
+    return out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)[:, :, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +248,7 @@ class _Fold:
 
 
 def _folds(region: Region, most: int | None = None) -> Iterator[_Fold]:
-    rows = region.rows.stop - region.rows.start
+    rows = lengths(region.rows)[0]
     size = min(max(_BLOCK[0], min(_BLOCK[1], region.window)), rows)
     count = rows // size
     for first in range(0, count, most or count):
@@ -231,7 +260,7 @@ def _folds(region: Region, most: int | None = None) -> Iterator[_Fold]:
 def _band_backward(
     region: Region,
     operands: tuple[Tensor, Tensor, Tensor],
-    done: tuple[Tensor, Tensor, Tensor],
+    done: Sequence[Tensor],
     totals: tuple[Tensor, Tensor, Tensor],
     scaling: float,
 ) -> None:
@@ -252,9 +281,9 @@ def _band_backward(
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Merge a part into what is there, in place."""
-    weight = torch.sigmoid(part_lse - lse)[..., None]
-    out.lerp_(part.to(out.dtype), weight.to(out.dtype))
-    lse.copy_(torch.logaddexp(lse, part_lse.to(lse.dtype)))
+    part_lse = part_lse.to(lse.dtype)
+    out.lerp_(part.to(out.dtype), torch.sigmoid(part_lse - lse)[..., None])
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def _flash(
@@ -308,10 +337,11 @@ def _written_out(call: _Call, tensors: Sequence[Tensor], values: Tensor) -> Tens
             else:
                 done.append(_region_rows(*arguments))
         part, part_lse = (torch.cat(pieces, dim=2) for pieces in zip(*done, strict=True))
-        before, before_lse = out[:, :, region.rows], lse[:, :, region.rows]
+        before, before_lse = (_taken(x, region.rows) for x in (out, lse))
         weight = torch.sigmoid(part_lse - before_lse)[..., None]
         merged, merged_lse = before.lerp(part, weight), torch.logaddexp(before_lse, part_lse)
-        index = torch.arange(call.rows, device=out.device)[region.rows]
+        where = torch.arange(call.rows, device=out.device)
+        index = torch.cat([where[part] for part in region.rows])
         out = out.index_copy(2, index, merged)
         lse = lse.index_copy(2, index, merged_lse)
     return out.to(values.dtype)

@@ -5,6 +5,10 @@ would have put it. So a method may cache keys turned by a frame f(p) of its own 
 that their distance comes out as it wants. Phases are computed in float64 (a float32 phase is off
 by 0.06 radians at a million tokens), once for all layers of a pass.
 
+Models pair the channels that form a plane in one of two ways: channel i with i + D/2, or 2i with
+2i + 1. Both are turned here in as few passes over memory as they take; whatever pairs them in
+another way is turned by the model's own function.
+
 Legend: B batch, S tokens, D rotated channels.
 """
 
@@ -14,10 +18,11 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
@@ -29,7 +34,11 @@ __all__ = ["Frame", "Framing", "Rotation"]
 
 Frame: TypeAlias = Callable[[Tensor], Tensor]
 """From the positions of tokens to those that their keys are cached at, float64 both."""
+Pairing: TypeAlias = Literal["halves", "neighbours"]
+"""Channel i turns with i + D/2, or 2i with 2i + 1."""
 _PROBE = 1e-3  # radians; that of plane i is i + 1 times as much
+_CHUNK = 2**18
+"""Numbers that are turned at once on the CPU: what one core's cache holds with its results."""
 
 
 class Rotation:
@@ -59,6 +68,8 @@ class Rotation:
             )
         self.planes = _planes(rotary_of(model), layer_type, model.config.model_type)
         """Which plane each channel of cos and sin belongs to, int [D]."""
+        self.pairing: Pairing | None = _pairing(self._apply, self.planes)
+        """How channels form planes; None where it is the model's function that knows."""
 
     @property
     def scaling(self) -> float:
@@ -74,13 +85,98 @@ class Rotation:
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn x [B, heads, S, head_dim] by cos and sin [S, D]; channels beyond D stay."""
+        if self.pairing is not None:
+            turned = _Turn.apply(x, cos, sin, self.pairing, _plane_channels(self.planes))
+            return turned  # pyright: ignore[reportReturnType]
         width = cos.shape[-1]
         turning, rest = x[..., :width], x[..., width:]
-        nothing = turning[:, :0]
         precise = torch.promote_types(x.dtype, torch.float32)
-        turned, _ = self._apply(turning.to(precise), nothing.to(precise), cos[None], sin[None])
-        turned = turned.to(x.dtype)
+        turned = _by_model(self._apply, turning.to(precise), cos, sin).to(x.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+def _by_model(function: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return function(x, x[:, :0], cos[None], sin[None])[0]
+
+
+def _plane_channels(planes: Tensor) -> slice:
+    """A channel of cos for each plane, in order."""
+    half = len(planes) // 2
+    return slice(0, half) if planes[:half].diff().ne(0).all() else slice(0, None, 2)
+
+
+def _pairing(function: Any, planes: Tensor) -> Pairing | None:
+    """Which of the two ways gives what the model's own function gives."""
+    width = len(planes)
+    phase = torch.arange(1.0, 1 + width // 2).cumsum(0)[planes] * torch.tensor([[0.7], [-1.9]])
+    cos, sin = phase.cos(), phase.sin()
+    x = torch.linspace(-2, 2, 2 * 2 * width).sin().reshape(1, 2, 2, width)
+    wanted = _by_model(function, x, cos, sin)
+    pairings: tuple[Pairing, ...] = ("halves", "neighbours")
+    for pairing in pairings:
+        found = _turned(x, cos, sin, pairing, _plane_channels(planes))
+        if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0, atol=1e-6):
+            return pairing
+    return None
+
+
+class _Turn(torch.autograd.Function):
+    """Turning by −φ is the gradient of turning by φ."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, channels: slice
+    ) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.how = pairing, channels
+        return _turned(x, cos, sin, pairing, channels)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, -sin, *ctx.how), None, None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, channels: slice) -> Tensor:
+    """Turn x [B, heads, S, head_dim], a few tokens at a time where a cache is to be kept to."""
+    out = torch.empty_like(x)
+    batch, heads, tokens, dim = x.shape
+    width = cos.shape[-1]
+    if width < dim:
+        out[..., width:] = x[..., width:]
+    precise = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos[:, channels].to(precise), sin[:, channels].to(precise)
+    if pairing == "halves":
+        turn, phases = _turn_halves, (torch.cat([cos, cos], dim=-1), sin)
+    else:
+        turn, phases = _turn_neighbours, (torch.complex(cos, sin),)
+    step = max(1, _CHUNK // max(1, batch * heads * dim)) if x.device.type == "cpu" else tokens
+    for first in range(0, tokens, max(1, step)):
+        part = slice(first, first + step)
+        piece, place = x[:, :, part, :width].to(precise), out[:, :, part, :width]
+        into = place if place.dtype == precise else torch.empty_like(piece)
+        turn(piece, into, *(phase[part] for phase in phases))
+        if into is not place:
+            place.copy_(into)
+    return out
+
+
+def _turn_halves(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """With cos of each channel and sin of each plane."""
+    torch.mul(x, cos, out=out)
+    half = sin.shape[-1]
+    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin)
+
+
+def _turn_neighbours(x: Tensor, out: Tensor, phase: Tensor) -> None:
+    pairs = x.unflatten(-1, (-1, 2))
+    if any(stride % 2 for stride in (*pairs.stride()[:-1], pairs.storage_offset())):
+        pairs = pairs.contiguous()
+    out.copy_(torch.view_as_real(torch.view_as_complex(pairs) * phase).flatten(-2))
 
 
 def _planes(rotary: nn.Module, layer_type: str | None, model_type: str) -> Tensor:
