@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing import get_context
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -140,19 +141,20 @@ def both(run: Run, qkv: Inputs) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out, qkv, torch.ones_like(out))
 
 
-def planning(name: str, qkv: Inputs) -> float:
-    """Seconds for a plan and its phases, once a pass: a layer with it over one without."""
+def planning(name: str) -> float:
+    """Seconds for a plan and its phases when decoding: a layer of one head with and without."""
+    qkv = inputs(1, DECODE[0], 1, 1)
     run = Remapped.of(name, qkv)
-    times: list[float] = []
-    for _ in range(FRESH if qkv[0].shape[2] == 1 else 3):
-        begin = perf_counter()
-        forward(Remapped(run.rule, run.positions.clone()), qkv)
-        middle = perf_counter()
-        forward(run, qkv)
-        middle, end = perf_counter() - begin, perf_counter()
-        forward(run, qkv)
-        times.append(middle - (perf_counter() - end))
-    return sorted(times)[len(times) // 2]
+    again = [seconds_of(run, qkv) for _ in range(FRESH)]
+    fresh = [seconds_of(Remapped(run.rule, run.positions.clone()), qkv) for _ in range(FRESH)]
+    return median(fresh) - median(again)
+
+
+def seconds_of(run: Run, qkv: Inputs) -> float:
+    """For one forward pass."""
+    begin = perf_counter()
+    forward(run, qkv)
+    return perf_counter() - begin
 
 
 def memory(step: Step, name: str | None, length: int) -> float:
@@ -201,7 +203,7 @@ def _decode_row(name: str, heads: tuple[int, int]) -> dict[str, str]:
         "rule / plain [95%]": str(ratio),
         "at most": f"{_DECODE_LIMIT:.2f}",
         "plain (ms)": f"{1e3 * ratio.base_seconds:.2f}",
-        "plan and phases, once for all layers (ms)": f"{1e3 * planning(name, qkv):.2f}",
+        "plan and phases, once for all layers (ms)": f"{1e3 * planning(name):.2f}",
     }
     print(*row.values(), sep="  ", file=sys.stderr)
     return row

@@ -204,15 +204,20 @@ def _queries(call: _Call, turned: Sequence[Tensor], values: Tensor) -> tuple[Ten
 
 def _one_query(call: _Call, turned: Sequence[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
     """The same of a single query: the heads that share a kv head are its rows."""
-    kv_heads = values.shape[1]
+    batch, kv_heads = values.shape[:2]
+    # Keys are read once for all these heads, but threads share out the heads.
+    grouped = batch * kv_heads % torch.get_num_threads() == 0
     found: list[tuple[Tensor, Tensor]] = []
     for region in call.regions:
         q, k, v = call.operands(region, turned, values)
-        out, lse = _flash(q[:, :, 0].unflatten(1, (kv_heads, -1)), k, v, call.scaling)
+        q = q[:, :, 0].unflatten(1, (kv_heads, -1)) if grouped else q
+        out, lse = _flash(q, k, v, call.scaling)
         found.append((out.to(lse.dtype), lse))
     (out, lse), *others = found
     for part in others:
         _merge(out, lse, *part)
+    if not grouped:
+        return out, lse
     return out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)[:, :, None]
 
 

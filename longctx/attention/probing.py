@@ -162,12 +162,12 @@ class _HalfTurn:
     queries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
-        cos, sin = self.rotation.cos_sin(settings["positions"][0].double() / 2)
-        turned = self.rotation.turn(q, cos, sin)
+        phases = self.rotation.phases(settings["positions"][0].double() / 2)
+        turned = self.rotation.turn(q, phases)
         self.queries[self.index] = q, turned
         wanted = self.native[self.index]
         if _difference(turned, wanted) < _difference(q, wanted):
-            q, k = turned, self.rotation.turn(k, cos, sin)
+            q, k = turned, self.rotation.turn(k, phases)
         return _causal(q, k, v, settings["scaling"])
 
 

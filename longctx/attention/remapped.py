@@ -15,22 +15,18 @@ from .merged import Turned, merged_attention
 from .once import Once
 from .regions import Plan
 from .spans import Span, spans_of
-from .turning import Rotation
+from .turning import Phases, Rotation
 
 __all__ = ["Planner", "RegionRule"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Turning:
-    """Cosine and sine of the turns of tokens from `first` on, as many as any region uses."""
+    """Turns of tokens from `first` to `last` − 1, which are all that any region uses."""
 
-    cos: Tensor
-    sin: Tensor
+    phases: Phases
     first: int
-
-    def of(self, rotation: Rotation, x: Tensor) -> Turned:
-        part = slice(self.first, self.first + len(self.cos))
-        return Turned(rotation.turn(x[:, :, part], self.cos, self.sin), self.first)
+    last: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +143,7 @@ class RegionRule:
             return None
         first = min((part.start for part in used), default=0)
         last = max((part.stop for part in used), default=0)
-        return _Turning(*self.rotation.cos_sin(by[first:last].to(device)), first)
+        return _Turning(self.rotation.phases(by[first:last].to(device)), first, last)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, part: _Planned, scaling: float) -> Tensor:
         queries = [self._turned(q, turning) for turning in part.query_turns]
@@ -157,4 +153,5 @@ class RegionRule:
     def _turned(self, x: Tensor, turning: _Turning | None) -> Turned:
         if turning is None or self.rotation is None:
             return Turned(x)
-        return turning.of(self.rotation, x)
+        part = x[:, :, turning.first : turning.last]
+        return Turned(self.rotation.turn(part, turning.phases), turning.first)

@@ -30,10 +30,12 @@ from ..model import decoder_of, rotary_of
 from ..rope import ScaledRotary, frequencies_of
 from .once import Once
 
-__all__ = ["Frame", "Framing", "Rotation"]
+__all__ = ["Frame", "Framing", "Phases", "Rotation"]
 
 Frame: TypeAlias = Callable[[Tensor], Tensor]
 """From the positions of tokens to those that their keys are cached at, float64 both."""
+Phases: TypeAlias = tuple[Tensor, ...]
+"""Cosine and sine of turns in the form that `Rotation.turn` takes, one row for each token."""
 Pairing: TypeAlias = Literal["halves", "neighbours"]
 """Channel i turns with i + D/2, or 2i with 2i + 1."""
 _PROBE = 1e-3  # radians; that of plane i is i + 1 times as much
@@ -83,26 +85,25 @@ class Rotation:
         planes = self.planes.to(phase.device)
         return phase.cos().float()[..., planes], phase.sin().float()[..., planes]
 
-    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn x [B, heads, S, head_dim] by cos and sin [S, D]; channels beyond D stay."""
-        if self.pairing is not None:
-            turned = _Turn.apply(x, cos, sin, self.pairing, _plane_channels(self.planes))
-            return turned  # pyright: ignore[reportReturnType]
-        width = cos.shape[-1]
-        turning, rest = x[..., :width], x[..., width:]
-        precise = torch.promote_types(x.dtype, torch.float32)
-        turned = _by_model(self._apply, turning.to(precise), cos, sin).to(x.dtype)
-        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    def phases(self, positions: Tensor) -> Phases:
+        """What turns tokens by so many positions [S]."""
+        return _phases(self.pairing, self.planes, *self.cos_sin(positions))
+
+    def turn(self, x: Tensor, phases: Phases) -> Tensor:
+        """Turn x [B, heads, S, head_dim] by phases of S tokens; channels beyond D stay."""
+        if self.pairing is None:
+            width = phases[0].shape[-1]
+            turning, rest = x[..., :width], x[..., width:]
+            precise = torch.promote_types(x.dtype, torch.float32)
+            turned = _by_model(self._apply, turning.to(precise), *phases).to(x.dtype)
+            return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Turn.apply(x, self.pairing, *phases)  # pyright: ignore[reportReturnType]
+        return _turned(x, self.pairing, *phases)
 
 
 def _by_model(function: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return function(x, x[:, :0], cos[None], sin[None])[0]
-
-
-def _plane_channels(planes: Tensor) -> slice:
-    """A channel of cos for each plane, in order."""
-    half = len(planes) // 2
-    return slice(0, half) if planes[:half].diff().ne(0).all() else slice(0, None, 2)
 
 
 def _pairing(function: Any, planes: Tensor) -> Pairing | None:
@@ -114,10 +115,22 @@ def _pairing(function: Any, planes: Tensor) -> Pairing | None:
     wanted = _by_model(function, x, cos, sin)
     pairings: tuple[Pairing, ...] = ("halves", "neighbours")
     for pairing in pairings:
-        found = _turned(x, cos, sin, pairing, _plane_channels(planes))
+        found = _turned(x, pairing, *_phases(pairing, planes, cos, sin))
         if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=0, atol=1e-6):
             return pairing
     return None
+
+
+def _phases(pairing: Pairing | None, planes: Tensor, cos: Tensor, sin: Tensor) -> Phases:
+    """For halves cos of each channel and sin of each plane, for neighbours both as complex."""
+    if pairing is None:
+        return cos, sin
+    half = len(planes) // 2
+    beside = bool((planes[:2] == 0).all())  # where the model repeats each plane's cos in place
+    cos, sin = (x[..., ::2] if beside else x[..., :half] for x in (cos, sin))
+    if pairing == "halves":
+        return torch.cat([cos, cos], dim=-1), sin.contiguous()
+    return (torch.complex(cos, sin),)
 
 
 class _Turn(torch.autograd.Function):
@@ -125,34 +138,31 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, channels: slice
+        ctx: Any, x: Tensor, pairing: Pairing, *phases: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.how = pairing, channels
-        return _turned(x, cos, sin, pairing, channels)
+        ctx.save_for_backward(*phases)
+        ctx.pairing = pairing
+        return _turned(x, pairing, *phases)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, -sin, *ctx.how), None, None, None, None
+    ) -> tuple[Tensor | None, ...]:
+        *cos, sin = ctx.saved_tensors
+        back = (*cos, -sin) if ctx.pairing == "halves" else (sin.conj(),)
+        return _turned(grad, ctx.pairing, *back), *(None for _ in (0, *ctx.saved_tensors))
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, channels: slice) -> Tensor:
+def _turned(x: Tensor, pairing: Pairing, *phases: Tensor) -> Tensor:
     """Turn x [B, heads, S, head_dim], a few tokens at a time where a cache is to be kept to."""
     out = torch.empty_like(x)
     batch, heads, tokens, dim = x.shape
-    width = cos.shape[-1]
+    width = 2 * phases[-1].shape[-1]
     if width < dim:
         out[..., width:] = x[..., width:]
     precise = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos[:, channels].to(precise), sin[:, channels].to(precise)
-    if pairing == "halves":
-        turn, phases = _turn_halves, (torch.cat([cos, cos], dim=-1), sin)
-    else:
-        turn, phases = _turn_neighbours, (torch.complex(cos, sin),)
+    turn = _turn_halves if pairing == "halves" else _turn_neighbours
     step = max(1, _CHUNK // max(1, batch * heads * dim)) if x.device.type == "cpu" else tokens
     for first in range(0, tokens, max(1, step)):
         part = slice(first, first + step)
@@ -165,7 +175,6 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, channels: sli
 
 
 def _turn_halves(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """With cos of each channel and sin of each plane."""
     torch.mul(x, cos, out=out)
     half = sin.shape[-1]
     out[..., :half].addcmul_(x[..., half:], sin, value=-1)
