@@ -36,7 +36,7 @@ HEADS = (8, 8)
 """(query heads, key/value heads)."""
 LENGTHS = (4096, 8192, 16_384)
 DECODE = (8192, ((8, 8), (9, 3)))
-ROUNDS = {4096: 9, 8192: 7, 16_384: 5}
+ROUNDS = {4096: 7, 8192: 7, 16_384: 3}
 DECODE_ROUNDS = 41
 FRESH = 30
 """Plans that are made for one time."""
@@ -74,7 +74,7 @@ CASES = {
         BlocksPlanner(256, 2, 0, 4), {8192: 0.4}, decode=True
     ),
 }
-_DECODE_LIMIT = 1.4
+DECODE_LIMIT = 1.4
 
 
 @lru_cache
@@ -157,19 +157,32 @@ def seconds_of(run: Run, qkv: Inputs) -> float:
     return perf_counter() - begin
 
 
-def memory(step: Step, name: str | None, length: int) -> float:
-    """Peak MiB beyond q, k and v; what only a first call allocates is left out."""
+def memory(name: str | None) -> list[float]:
+    """Peak MiB of a forward pass beyond q, k and v by length, without what only a first call needs.
+
+    For a process of its own: what earlier runs left in the heap counts.
+    """
     torch.set_num_threads(1)
-    qkv = inputs(length, length, *HEADS)
-    run = plain if name is None else Remapped.of(name, qkv)
-    step(run, qkv)
-    return peak_memory(partial(step, run, qkv))
+    found: list[float] = []
+    for length in LENGTHS:
+        qkv = inputs(length, length, *HEADS)
+        run = plain if name is None else Remapped.of(name, qkv)
+        forward(run, qkv)
+        found.append(peak_memory(partial(forward, run, qkv)))
+    return found
 
 
-def memory_apart(step: Step, name: str | None, length: int) -> str:
-    """In a process of its own: what earlier runs left in the heap counts."""
+def _memory_row(name: str | None) -> dict[str, str]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return f"{pool.submit(memory, step, name, length).result():.0f}"
+        found = pool.submit(memory, name).result()
+    cells = {f"{length:,} tokens": f"{mib:.0f}" for length, mib in zip(LENGTHS, found, strict=True)}
+    return _said({"rule": name or "plain"} | cells)
+
+
+def _said(row: dict[str, str]) -> dict[str, str]:
+    """Show a row as soon as it is there."""
+    print(*row.values(), sep="  ", file=sys.stderr)
+    return row
 
 
 def _row(name: str, step: Step, length: int, limit: float | None) -> dict[str, str]:
@@ -178,17 +191,15 @@ def _row(name: str, step: Step, length: int, limit: float | None) -> dict[str, s
     ratio = paired_ratio(
         partial(step, plain, qkv), partial(step, run, qkv), rounds=ROUNDS[length], warmup=1
     )
-    row = {
-        "rule": name,
-        "tokens": f"{length:,}",
-        "rule / plain [95%]": str(ratio),
-        "at most": "" if limit is None else f"{limit:.2f}",
-        "plain (s)": f"{ratio.base_seconds:.2f}",
-        "peak MiB": memory_apart(step, name, length),
-        "peak MiB, plain": memory_apart(step, None, length),
-    }
-    print(*row.values(), sep="  ", file=sys.stderr)
-    return row
+    return _said(
+        {
+            "rule": name,
+            "tokens": f"{length:,}",
+            "rule / plain [95%]": str(ratio),
+            "at most": "" if limit is None else f"{limit:.2f}",
+            "plain (s)": f"{ratio.base_seconds:.2f}",
+        }
+    )
 
 
 def _decode_row(name: str, heads: tuple[int, int]) -> dict[str, str]:
@@ -197,47 +208,27 @@ def _decode_row(name: str, heads: tuple[int, int]) -> dict[str, str]:
     ratio = paired_ratio(
         partial(forward, plain, qkv), partial(forward, run, qkv), rounds=DECODE_ROUNDS, warmup=5
     )
-    row = {
-        "rule": name,
-        "heads / kv heads": f"{heads[0]} / {heads[1]}",
-        "rule / plain [95%]": str(ratio),
-        "at most": f"{_DECODE_LIMIT:.2f}",
-        "plain (ms)": f"{1e3 * ratio.base_seconds:.2f}",
-        "plan and phases, once for all layers (ms)": f"{1e3 * planning(name):.2f}",
-    }
-    print(*row.values(), sep="  ", file=sys.stderr)
-    return row
+    return _said(
+        {
+            "rule": name,
+            "heads / kv heads": f"{heads[0]} / {heads[1]}",
+            "rule / plain [95%]": str(ratio),
+            "at most": f"{DECODE_LIMIT:.2f}",
+            "plain (ms)": f"{1e3 * ratio.base_seconds:.2f}",
+            "plan and phases, once for all layers (ms)": f"{1e3 * planning(name):.2f}",
+        }
+    )
 
 
 def main() -> None:
-    """Measure and write three sections of RESULTS.md."""
+    """Measure and write four sections of RESULTS.md."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     command = "python -m benchmarks.attention"
-    where = f"{HEADS[0]} heads over {HEADS[1]}, head dim {DIM}, float32, in turns"
+    where = f"{HEADS[0]} heads over {HEADS[1]}, head dim {DIM}, float32"
+    rounds = "; ".join(f"{count} rounds at {length:,}" for length, count in ROUNDS.items())
     write_results(
-        "Attention at other distances: forward",
-        command,
-        [
-            _row(name, forward, length, case.forward.get(length))
-            for name, case in CASES.items()
-            for length in LENGTHS
-        ],
-        f"{where}. Turns of queries and keys are in it, the plan and its phases are not. Memory is "
-        "the peak beyond q, k and v.",
-    )
-    write_results(
-        "Attention at other distances: forward and backward",
-        command,
-        [
-            _row(name, both, LENGTHS[0], case.both)
-            for name, case in CASES.items()
-            if case.both is not None
-        ],
-        f"{where}.",
-    )
-    write_results(
-        "Attention at other distances: one step of decoding",
+        "Remapped attention: one step of decoding",
         command,
         [
             _decode_row(name, heads)
@@ -246,6 +237,33 @@ def main() -> None:
             for heads in DECODE[1]
         ],
         f"{DECODE[0]:,} cached keys, head dim {DIM}, float32, {DECODE_ROUNDS} rounds in turns.",
+    )
+    write_results(
+        "Remapped attention: memory",
+        command,
+        [_memory_row(name) for name in (None, *CASES)],
+        f"Peak MiB of a forward pass beyond q, k and v; {where}.",
+    )
+    write_results(
+        "Remapped attention: forward and backward",
+        command,
+        [
+            _row(name, both, LENGTHS[0], case.both)
+            for name, case in CASES.items()
+            if case.both is not None
+        ],
+        f"{where}, in turns; {ROUNDS[LENGTHS[0]]} rounds.",
+    )
+    write_results(
+        "Remapped attention: forward",
+        command,
+        [
+            _row(name, forward, length, case.forward.get(length))
+            for name, case in CASES.items()
+            for length in LENGTHS
+        ],
+        f"{where}, in turns; {rounds}. Turns of queries and keys are in it, the plan and its "
+        "phases, which all layers of a pass share, are not.",
     )
     torch.set_num_threads(threads)
 

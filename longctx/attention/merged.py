@@ -7,8 +7,8 @@ With o_r and l_r the output and log-sum-exp of region r alone, the softmax over 
 On the CPU torch's flash operator gives both. Autograd cannot see through its log-sum-exp, so the
 backward pass is written here: given the merged output and log-sum-exp, the gradients of the regions
 add up. A band of w keys is folded into blocks of queries that see w keys each and their own, as
-overlapping views of the same memory. On other devices torch's flex_attention does the same
-(`cuda.py`), or plain operations where it cannot.
+overlapping views of the same memory. On CUDA torch's flex_attention gives both (`cuda.py`) and
+autograd sees through it; small regions and other devices have their logits written out.
 
 Legend: B batch, H query heads, K kv heads, S queries, N keys, D head dim.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from einops import repeat
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from . import cpu_flash
+from . import cpu_flash, cuda
 from .regions import Region, lengths
 
 __all__ = ["Turned", "merged_attention"]
@@ -80,7 +80,7 @@ def merged_attention(
     values = values if values.stride(-1) == 1 else values.contiguous()
     if values.device.type == "cpu" and not torch.compiler.is_compiling() and cpu_flash.usable():
         return _Merged.apply(call, *tensors, values)  # pyright: ignore[reportReturnType]
-    return _written_out(call, tensors, values)
+    return _by_autograd(call, tensors, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,11 +320,8 @@ def _flash_backward(
     return operator(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scaling)
 
 
-_Parts: TypeAlias = list[tuple[Tensor, Tensor]]
-
-
-def _written_out(call: _Call, tensors: Sequence[Tensor], values: Tensor) -> Tensor:
-    """The same with logits written out, a few rows at a time, by operations that autograd knows."""
+def _by_autograd(call: _Call, tensors: Sequence[Tensor], values: Tensor) -> Tensor:
+    """The same by operations that autograd knows."""
     query = tensors[0]
     precise = torch.promote_types(values.dtype, torch.float32)
     shape = (len(query), query.shape[1], call.rows)
@@ -332,24 +329,37 @@ def _written_out(call: _Call, tensors: Sequence[Tensor], values: Tensor) -> Tens
     lse = values.new_full(shape, -torch.inf, dtype=precise)
     for region in call.regions:
         q, k, v = call.operands(region, tensors, values)
-        done: _Parts = []
-        for first in range(0, q.shape[2], _ROWS):
-            rows = q[:, :, first : first + _ROWS]
-            arguments = (rows, k, v, region, first, call.scaling)
-            if torch.is_grad_enabled():  # the logits are made again, not kept
-                settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-                done.append(checkpoint(_region_rows, *arguments, **settings))
-            else:
-                done.append(_region_rows(*arguments))
-        part, part_lse = (torch.cat(pieces, dim=2) for pieces in zip(*done, strict=True))
+        # Few queries are not worth a kernel that has to be compiled.
+        if q.shape[2] >= cuda.FEW_QUERIES and cuda.flex_applies(q):
+            part, part_lse = cuda.region_attention(
+                *(q, k, v, region.seen, region.window, call.scaling)
+            )
+        else:
+            part, part_lse = _written_out(q, k, v, region, call.scaling)
         before, before_lse = (_taken(x, region.rows) for x in (out, lse))
         weight = torch.sigmoid(part_lse - before_lse)[..., None]
-        merged, merged_lse = before.lerp(part, weight), torch.logaddexp(before_lse, part_lse)
+        merged, merged_lse = before.lerp(part.to(precise), weight), before_lse.logaddexp(part_lse)
         where = torch.arange(call.rows, device=out.device)
-        index = torch.cat([where[part] for part in region.rows])
+        index = torch.cat([where[rows] for rows in region.rows])
         out = out.index_copy(2, index, merged)
         lse = lse.index_copy(2, index, merged_lse)
     return out.to(values.dtype)
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, region: Region, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a region with its logits written out, a few rows at a time."""
+    done: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, q.shape[2], _ROWS):
+        arguments = (q[:, :, first : first + _ROWS], k, v, region, first, scaling)
+        if torch.is_grad_enabled():  # the logits are made again, not kept
+            settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            done.append(checkpoint(_region_rows, *arguments, **settings))
+        else:
+            done.append(_region_rows(*arguments))
+    out, lse = zip(*done, strict=True)
+    return torch.cat(out, dim=2), torch.cat(lse, dim=2)
 
 
 def _region_rows(

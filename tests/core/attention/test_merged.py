@@ -154,13 +154,13 @@ def written(
 
 
 def test_gradcheck() -> None:
-    regions = (*band(slice(0, 13), 4, 5), *up_to(slice(0, 13), -1, query_turn=1, key_turn=1))
-    q, k, v = (x[:1] for x in qkv(13, 17))
+    regions = (*band(slice(0, 7), 2, 4), *up_to(slice(0, 7), -2, query_turn=1, key_turn=1))
+    q, k, v = (x[:1, :, :, :4] for x in qkv(7, 9, heads=2, kv_heads=1))
     inputs = [x.detach().requires_grad_() for x in (q, q.flip(2), k, k.flip(2), v)]
 
     def run(q: Tensor, q_far: Tensor, k: Tensor, k_far: Tensor, v: Tensor) -> Tensor:
         queries, keys = [Turned(q), Turned(q_far)], [Turned(k), Turned(k_far)]
-        return merged_attention(queries, keys, v, regions, 0.4, 13)
+        return merged_attention(queries, keys, v, regions, 0.4, 7)
 
     assert torch.autograd.gradcheck(run, inputs)
 
