@@ -1,4 +1,4 @@
-"""Attention at distances of its own against plain causal attention: `python -m benchmarks.attention`.
+"""Remapped attention against plain causal attention: `python -m benchmarks.attention`.
 
 What is timed is a method's whole rule, turns of queries and keys included. The plan and its phases,
 which the layers of a pass share, are timed apart.
@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 from multiprocessing import get_context
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ DECODE_LIMIT = 1.4
 
 
 @lru_cache
-def rotation(heads: int, kv_heads: int) -> Rotation:
+def rotation(heads: int, kv_heads: int, device: str = "cpu") -> Rotation:
     """That of a small LLaMA with these heads."""
     config = LlamaConfig(
         vocab_size=8,
@@ -89,8 +90,10 @@ def rotation(heads: int, kv_heads: int) -> Rotation:
         num_key_value_heads=kv_heads,
         max_position_embeddings=4096,
     )
-    model = LlamaForCausalLM(config)
-    return Rotation(model, None, model.model.layers[0].self_attn)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    layer: Any = model.model.layers[0]
+    return Rotation(model, None, layer.self_attn)
 
 
 def inputs(queries: int, keys: int, heads: int, kv_heads: int) -> Inputs:
@@ -102,7 +105,8 @@ def inputs(queries: int, keys: int, heads: int, kv_heads: int) -> Inputs:
         return x.contiguous().requires_grad_() if cached else x.requires_grad_()
 
     cached = queries < keys
-    return draw(queries, heads, False), *(draw(keys, kv_heads, cached) for _ in range(2))
+    k, v = (draw(keys, kv_heads, cached) for _ in range(2))
+    return draw(queries, heads, False), k, v
 
 
 def plain(qkv: Inputs) -> Tensor:
@@ -122,11 +126,12 @@ class Remapped:
     def of(cls, name: str, qkv: Inputs) -> Remapped:
         """The rule of a case for these inputs."""
         q, k, _ = qkv
-        positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2])[None]
-        turns = rotation(q.shape[1], k.shape[1])
+        positions = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[None]
+        turns = rotation(q.shape[1], k.shape[1], q.device.type)
         return cls(RegionRule(CASES[name].planner, turns), positions)
 
     def __call__(self, qkv: Inputs) -> Tensor:
+        """Attend."""
         return self.rule(*qkv, mask=None, positions=self.positions, scaling=DIM**-0.5)
 
 

@@ -59,10 +59,10 @@ class SinkWindowPlanner(Planner):
     def _sinks(self, queries: int, keys: int, key_turn: int) -> Iterator[Region]:
         beyond = keys - queries - self.window  # the last key before the window of query 0
         whole = min(max(0, self.sinks - 1 - beyond), queries)  # first query that sees all sinks
-        turns = {"query_turn": 1, "key_turn": key_turn}
-        yield from up_to(slice(0, whole), beyond, **turns)
+        yield from up_to(slice(0, whole), beyond, query_turn=1, key_turn=key_turn)
         if whole < queries:
-            yield Region((slice(whole, queries),), (slice(0, self.sinks),), **turns)
+            rows, sinks = slice(whole, queries), slice(0, self.sinks)
+            yield Region((rows,), (sinks,), query_turn=1, key_turn=key_turn)
 
 
 @dataclass(frozen=True, slots=True)

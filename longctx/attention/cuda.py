@@ -189,7 +189,7 @@ def region_attention(
     Returns:
         [B, H, S, D] in the dtype of v, and the log-sum-exp of the logits [B, H, S] in float32.
     """
-    attend = _compiled_flex_attention() if q.is_cuda else flex.flex_attention
+    attend: Any = _compiled_flex_attention() if q.is_cuda else flex.flex_attention
     limits = window if seen == "band" else None
     shape = q.shape[2], k.shape[2], q.device
     out, more = attend(
@@ -250,7 +250,10 @@ def block_mask(
     last_key = first_key + _BLOCK - 1  # of the last block it may lie beyond: never whole then
     some, whole = first_key <= last_row, (last_key <= first_row) & (last_key < keys)
     if window is not None:
-        some, whole = some & (last_key > first_row - window), whole & (first_key > last_row - window)
+        some, whole = (
+            some & (last_key > first_row - window),
+            whole & (first_key > last_row - window),
+        )
     some, whole = some[None], whole[None]
     if mask is not None:
         real = functional.pad(mask, (0, columns * _BLOCK - keys)).unflatten(1, (columns, _BLOCK))

@@ -157,7 +157,8 @@ class _Merged(torch.autograd.Function):
         total_v = torch.zeros_like(values, dtype=lse.dtype)
         for region in call.regions:
             q, k, v = call.operands(region, turned, values)
-            done = [_taken(x, region.rows) for x in (grad, out, lse)]
+            rows = region.rows
+            done = _taken(grad, rows), _taken(out, rows), _taken(lse, rows)
             total_q = totals[region.query_turn]
             total_k = totals[len(call.first_rows) + region.key_turn]
             if region.seen == "band":
@@ -265,7 +266,7 @@ def _folds(region: Region, most: int | None = None) -> Iterator[_Fold]:
 def _band_backward(
     region: Region,
     operands: tuple[Tensor, Tensor, Tensor],
-    done: Sequence[Tensor],
+    done: tuple[Tensor, Tensor, Tensor],
     totals: tuple[Tensor, Tensor, Tensor],
     scaling: float,
 ) -> None:
@@ -274,9 +275,9 @@ def _band_backward(
         mask = fold.mask(operands[0])
         for b in range(len(operands[0])):
             q, k, v = (x[b] for x in operands)
-            parts = fold.queries(q), fold.keys(k), fold.keys(v)
-            finished = [fold.queries(x[b]) for x in done]
-            grad_q, grad_k, grad_v = _flash_backward(*parts, *finished, scaling, mask)
+            grad, out, lse = (fold.queries(x[b]) for x in done)
+            parts = fold.queries(q), fold.keys(k), fold.keys(v), grad, out, lse
+            grad_q, grad_k, grad_v = _flash_backward(*parts, scaling, mask)
             fold.queries(totals[0][b]).add_(grad_q)
             for total, gradient in ((totals[1], grad_k), (totals[2], grad_v)):
                 for block, piece in enumerate(gradient):

@@ -7,7 +7,7 @@ understood. A layer without a rotary (NoPE) gives the same queries before the se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from .hook import ATTRIBUTE, NAME, SCALE, AttentionRule, register
 from .layers import AttentionLayer
 from .turning import Framing, Rotation
 
-__all__ = ["Probe", "probe_turning"]
+__all__ = ["Probe", "framings_on", "probe_turning"]
 
 _TOKENS = 8
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -96,8 +96,13 @@ def probe_turning(
 
 
 def _framings(layers: Sequence[AttentionLayer]) -> set[Framing]:
-    hooks = [hook for layer in layers for hook in layer.module._forward_pre_hooks.values()]
-    return {hook for hook in hooks if isinstance(hook, Framing)}
+    return {hook for layer in layers for hook in framings_on(layer.module)}
+
+
+def framings_on(module: nn.Module) -> list[Framing]:
+    """The framings that are hooked on an attention module."""
+    hooks = module._forward_pre_hooks.values()  # pyright: ignore[reportPrivateUsage]
+    return [hook for hook in hooks if isinstance(hook, Framing)]
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:
@@ -106,7 +111,8 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
 
 def _pass(model: PreTrainedModel, rules: Mapping[AttentionLayer, AttentionRule]) -> None:
     """One short pass beyond the window's first tokens, under these rules."""
-    device = model.get_input_embeddings().weight.device
+    embedding: Any = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
     first = window(model) or 0
     ids = torch.arange(_TOKENS, device=device)[None] % text_config(model).vocab_size
     where = torch.arange(first, first + _TOKENS, device=device)[None]
@@ -118,7 +124,7 @@ def _pass(model: PreTrainedModel, rules: Mapping[AttentionLayer, AttentionRule])
 @contextmanager
 def _borrowed(
     model: PreTrainedModel, rules: Mapping[AttentionLayer, AttentionRule]
-) -> Iterator[None]:
+) -> Generator[None]:
     """Put rules on layers for a block."""
     register()
     config: Any = text_config(model)

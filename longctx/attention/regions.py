@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -82,27 +83,28 @@ def up_to(
     if start >= rows.stop:
         return
     own = start + last
-    turns = {"query_turn": query_turn, "key_turn": key_turn}
+    region = partial(Region, query_turn=query_turn, key_turn=key_turn)
     if rows.stop - start == 1:
-        yield Region((slice(start, rows.stop),), (slice(first_key, own + 1),), **turns)
+        yield region((slice(start, rows.stop),), (slice(first_key, own + 1),))
         return
     if own > first_key:
-        yield Region((slice(start, rows.stop),), (slice(first_key, own),), **turns)
+        yield region((slice(start, rows.stop),), (slice(first_key, own),))
     square = slice(own, rows.stop + last)
-    yield Region((slice(start, rows.stop),), (square,), **turns, seen="causal")
+    yield region((slice(start, rows.stop),), (square,), seen="causal")
 
 
 def band(
     rows: slice, last: int, window: int, *, query_turn: int = 0, key_turn: int = 0
 ) -> Iterator[Region]:
     """Regions in which query r sees the `window` keys up to r + last; arguments as in `up_to`."""
-    turns = {"query_turn": query_turn, "key_turn": key_turn}
+    region = partial(Region, query_turn=query_turn, key_turn=key_turn)
     full = min(max(rows.start, window - 1 - last), rows.stop)
-    yield from up_to(slice(rows.start, full), last, **turns)
+    before = slice(rows.start, full)
+    yield from up_to(before, last, query_turn=query_turn, key_turn=key_turn)
     if full < rows.stop:
         keys = slice(full + last - window + 1, rows.stop + last)
         kind = "all" if rows.stop - full == 1 else "band"
-        yield Region((slice(full, rows.stop),), (keys,), **turns, seen=kind, window=window)
+        yield region((slice(full, rows.stop),), (keys,), seen=kind, window=window)
 
 
 def distances(plan: Plan, frame_of_queries: Tensor, frame_of_keys: Tensor) -> Tensor:

@@ -64,9 +64,7 @@ class RegionRule:
     planner: Planner
     rotation: Rotation | None = field(default=None, compare=False, repr=False)
     """Turns queries and keys where the plan says so; None for plans without turns."""
-    _once: Once[list[_Planned]] = field(
-        default_factory=Once, compare=False, repr=False
-    )
+    _once: Once[list[_Planned]] = field(default_factory=Once, compare=False, repr=False)
 
     def __call__(
         self,

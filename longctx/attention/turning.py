@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -223,7 +223,7 @@ class Framing:
         self._off = False
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
+    def suspended(self) -> Generator[None]:
         """Turn by the positions themselves, inside the block."""
         self._off = True
         try:

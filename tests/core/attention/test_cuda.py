@@ -195,7 +195,8 @@ def test_a_region_by_flex_attention_uncompiled(seen: str) -> None:
     q, k, v = qkv(6, 2, 150, keys, batch=2, dim=16)
     region = Region((slice(0, 150),), (slice(0, keys),), seen=seen, window=40)  # pyright: ignore
     out, lse = cuda.region_attention(q, k, v, seen, 40, 0.3)
-    wanted, wanted_lse = merged._region_rows(*(x.double() for x in (q, k, v)), region, 0, 0.3)
+    exact_q, exact_k, exact_v = (x.double() for x in (q, k, v))
+    wanted, wanted_lse = merged._region_rows(exact_q, exact_k, exact_v, region, 0, 0.3)
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=2e-6)
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=2e-6)
 
@@ -207,13 +208,14 @@ def test_regions_by_flex_attention_uncompiled(
 ) -> None:
     q, k, v = qkv(6, 2, 200, batch=2, dim=16)
     regions = planner.plan(0, 200, 200).regions
-    inputs = [Turned(q), Turned(q.flip(2))], [Turned(k), Turned(k.flip(2))], v, regions, 0.3, 200
-    wanted = merged_attention(*inputs)
+    on_q, on_k = ([Turned(x), Turned(x.flip(2))] for x in (q, k))
+    wanted = merged_attention(on_q, on_k, v, regions, 0.3, 200)
     monkeypatch.setattr(cpu_flash, "usable", lambda: False)
     monkeypatch.setattr(cuda, "flex_applies", lambda q: True)
     monkeypatch.setattr(cuda, "FEW_QUERIES", 64)
     with torch.no_grad():
-        torch.testing.assert_close(merged_attention(*inputs), wanted, rtol=0, atol=2e-6)
+        found = merged_attention(on_q, on_k, v, regions, 0.3, 200)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -94,9 +95,7 @@ def test_output_is_that_of_the_distances(name: str, queries: int, keys: int) -> 
     q, k, v = qkv(queries, keys)
     wanted = attention_at_distances(q, k, v, seen_at, INV_FREQ, scaling=0.3)
     for dtype in RELATIVE:
-        on_q, on_k = (
-            [Turned(x.to(dtype)) for x in side] for side in sides(planner, plan, q, k)
-        )
+        on_q, on_k = ([Turned(x.to(dtype)) for x in side] for side in sides(planner, plan, q, k))
         out = merged_attention(on_q, on_k, v.to(dtype), plan.regions, 0.3, queries)
         assert out.shape == q.shape
         assert_close(out, wanted, dtype)
@@ -112,7 +111,7 @@ def test_gradients_are_those_of_written_logits(name: str, queries: int, keys: in
     leaves = [x.detach().requires_grad_() for x in (*on_q, *on_k, v)]
     wanted_out = written(leaves, len(on_q), plan.regions, 0.3, queries)
     upstream = torch.linspace(-1, 1, q.numel(), dtype=torch.float64).reshape(q.shape)
-    wanted = torch.autograd.grad(wanted_out, leaves, upstream, allow_unused=True)
+    wanted: Any = torch.autograd.grad(wanted_out, leaves, upstream, allow_unused=True)
     for dtype in RELATIVE:
         mine = [x.detach().to(dtype).requires_grad_() for x in leaves]
         parts = [Turned(x) for x in mine[:-1]]
@@ -120,7 +119,7 @@ def test_gradients_are_those_of_written_logits(name: str, queries: int, keys: in
             parts[: len(on_q)], parts[len(on_q) :], mine[-1], plan.regions, 0.3, queries
         )
         assert_close(out, wanted_out.detach(), dtype)
-        found = torch.autograd.grad(out, mine, upstream.to(dtype), allow_unused=True)
+        found: Any = torch.autograd.grad(out, mine, upstream.to(dtype), allow_unused=True)
         for one, exact in zip(found, wanted, strict=True):
             nothing = torch.zeros(()) if one is None else one
             if exact is None or not exact.any():

@@ -45,7 +45,9 @@ def test_up_to_holds_each_pair_once(data: st.DataObject) -> None:
     first_key = data.draw(st.integers(0, keys))
     made = list(up_to(rows, last, first_key=first_key, query_turn=2, key_turn=1))
     query, key = torch.arange(queries)[:, None], torch.arange(keys)
-    wanted = (query >= rows.start) & (query < rows.stop) & (key >= first_key) & (key <= query + last)
+    wanted = (
+        (query >= rows.start) & (query < rows.stop) & (key >= first_key) & (key <= query + last)
+    )
     assert torch.equal(seen_by(made, queries, keys), wanted.int())
     assert all((region.query_turn, region.key_turn) == (2, 1) for region in made)
 
