@@ -151,7 +151,7 @@ class _Turn(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         *cos, sin = ctx.saved_tensors
         back = (*cos, -sin) if ctx.pairing == "halves" else (sin.conj(),)
-        return _turned(grad, ctx.pairing, *back), *(None for _ in (0, *ctx.saved_tensors))
+        return _turned(grad, ctx.pairing, *back), None, *(None for _ in back)
 
 
 def _turned(x: Tensor, pairing: Pairing, *phases: Tensor) -> Tensor:
