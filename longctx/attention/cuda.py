@@ -209,7 +209,8 @@ def _region_mask(
     queries: int, keys: int, device: torch.device, window: int | None
 ) -> flex.BlockMask:
     """Made once for all layers, which have the same regions."""
-    return block_mask(queries, keys, device, window=window)
+    with torch.inference_mode(mode=False):  # kept for passes that have gradients
+        return block_mask(queries, keys, device, window=window)
 
 
 def block_mask(
