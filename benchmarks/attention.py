@@ -225,16 +225,14 @@ def _decode_row(name: str, heads: tuple[int, int]) -> dict[str, str]:
     )
 
 
-def main() -> None:
-    """Measure and write four sections of RESULTS.md."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    command = "python -m benchmarks.attention"
-    where = f"{HEADS[0]} heads over {HEADS[1]}, head dim {DIM}, float32"
-    rounds = "; ".join(f"{count} rounds at {length:,}" for length, count in ROUNDS.items())
+COMMAND = "python -m benchmarks.attention"
+SHAPE = f"{HEADS[0]} heads over {HEADS[1]}, head dim {DIM}, float32"
+
+
+def decoding() -> None:
     write_results(
         "Remapped attention: one step of decoding",
-        command,
+        COMMAND,
         [
             _decode_row(name, heads)
             for name, case in CASES.items()
@@ -243,33 +241,51 @@ def main() -> None:
         ],
         f"{DECODE[0]:,} cached keys, head dim {DIM}, float32, {DECODE_ROUNDS} rounds in turns.",
     )
+
+
+def memory_table() -> None:
     write_results(
         "Remapped attention: memory",
-        command,
+        COMMAND,
         [_memory_row(name) for name in (None, *CASES)],
-        f"Peak MiB of a forward pass beyond q, k and v; {where}.",
+        f"Peak MiB of a forward pass beyond q, k and v; {SHAPE}.",
     )
+
+
+def backward() -> None:
     write_results(
         "Remapped attention: forward and backward",
-        command,
+        COMMAND,
         [
             _row(name, both, LENGTHS[0], case.both)
             for name, case in CASES.items()
             if case.both is not None
         ],
-        f"{where}, in turns; {ROUNDS[LENGTHS[0]]} rounds.",
+        f"{SHAPE}, in turns; {ROUNDS[LENGTHS[0]]} rounds.",
     )
+
+
+def forward_table() -> None:
+    rounds = "; ".join(f"{count} rounds at {length:,}" for length, count in ROUNDS.items())
     write_results(
         "Remapped attention: forward",
-        command,
+        COMMAND,
         [
             _row(name, forward, length, case.forward.get(length))
             for name, case in CASES.items()
             for length in LENGTHS
         ],
-        f"{where}, in turns; {rounds}. Turns of queries and keys are in it, the plan and its "
+        f"{SHAPE}, in turns; {rounds}. Turns of queries and keys are in it, the plan and its "
         "phases, which all layers of a pass share, are not.",
     )
+
+
+def main() -> None:
+    """Measure and write four sections of RESULTS.md."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for table in (decoding, memory_table, backward, forward_table):
+        table()
     torch.set_num_threads(threads)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attention import CASES, Inputs, Remapped, Run, both, forward, inputs, plain
+from ..attention import CASES, Inputs, Remapped, both, inputs, plain
 from ._common import DEVICE, ON_CUDA, Attempts, peak_gib, publish, ratio_within
 
 COMPARED = 1024 if ON_CUDA else 96
@@ -19,10 +18,6 @@ HEADS = (32, 8) if ON_CUDA else (4, 2)
 SECONDS = 1.0 if ON_CUDA else 0.05
 ERRORS = ("output, float32", "gradients, float32", "output, bfloat16", "gradients, bfloat16")
 AGAINST_PLAIN = ("rule / plain [95%]", "plain (s)", "peak GiB", "peak GiB, plain")
-STEPS: dict[str, Callable[[Run, Inputs], Any]] = {
-    "forward": forward,
-    "forward + backward": both,
-}
 
 
 def measure(deadline: float) -> None:
@@ -41,14 +36,13 @@ def measure(deadline: float) -> None:
     rows: list[dict[str, str]] = []
     for name in CASES:
         torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage] # it bounds what it compiles
-        for said, step in STEPS.items():
-            cells = attempts.cells(f"{name}, {said}", AGAINST_PLAIN, partial(_compare, name, step))
-            rows.append({"rule": name, "what": said} | cells)
+        cells = attempts.cells(f"time of {name}", AGAINST_PLAIN, partial(_compare, name))
+        rows.append({"rule": name} | cells)
     publish(
         "attention",
         "remapped attention, against plain causal attention",
         rows,
-        f"{LENGTH:,} tokens, {HEADS[0]} heads over {HEADS[1]}, bfloat16, in turns; turns included. "
+        f"{LENGTH:,} tokens, {HEADS[0]} heads over {HEADS[1]}, bfloat16, forward and backward. "
         "Memory is the peak beyond q, k and v. flex_attention was compiled before.",
     )
     attempts.check()
@@ -81,9 +75,9 @@ def _errors(name: str) -> Sequence[str]:
     return found
 
 
-def _compare(name: str, step: Callable[[Run, Inputs], Any]) -> Sequence[str]:
+def _compare(name: str) -> Sequence[str]:
     qkv = _placed(LENGTH, DEVICE, torch.bfloat16, torch.bfloat16)
-    base, other = partial(step, plain, qkv), partial(step, Remapped.of(name, qkv), qkv)
+    base, other = partial(both, plain, qkv), partial(both, Remapped.of(name, qkv), qkv)
     ratio = ratio_within(base, other, SECONDS)
     peaks = [f"{peak_gib(run):.2f}" for run in (other, base)]
     return (str(ratio), f"{ratio.base_seconds:.4f}", *peaks)
