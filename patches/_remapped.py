@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from longctx.attention.hook import ATTRIBUTE, NAME, SCALE, QueryScale
 from longctx.attention.layers import attention_in_use, put_rules, refuse_features
-from longctx.attention.probing import probe_turning
+from longctx.attention.probing import framings_on, probe_turning
 from longctx.attention.query_scale import LogNScale
 from longctx.attention.remapped import Planner, RegionRule
 from longctx.attention.turning import Framing, Rotation
@@ -129,13 +129,9 @@ class RemappedMethod(AttentionMethod):
             ),
         ]
         if wanted.planner.framed:
-            framed = sum(_framed(x.module) for x in found.turning)
+            framed = sum(bool(framings_on(x.module)) for x in found.turning)
             checks.append(Check("keys framed", framed == len(found.turning), f"{framed} layers"))
         return checks
-
-
-def _framed(module: nn.Module) -> bool:
-    return any(isinstance(hook, Framing) for hook in module._forward_pre_hooks.values())
 
 
 def refuse_scaled(module: nn.Module, who: str) -> None:

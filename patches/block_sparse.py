@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 from transformers import PreTrainedModel
 
 from longctx.attention.layers import AttentionLayer
-from longctx.attention.regions import Plan, Region, band, up_to
+from longctx.attention.regions import Plan, Region, band, lengths, up_to
 from longctx.attention.remapped import Planner, RegionRule
 from longctx.errors import MethodError
 from longctx.patch import Patch
@@ -75,7 +75,8 @@ class StridedPlanner(Planner):
             own = (first_row + last - first_key) // stride
             for region in up_to(slice(0, rows), own - 1):
                 keys = spread(region.keys[0], first_key)
-                yield Region(spread(region.rows, first_row), (keys,), seen=region.seen)
+                row = spread(region.rows[0], first_row)
+                yield Region((row,), (keys,), seen=region.seen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,31 +89,58 @@ class BlocksPlanner(Planner):
     stride_blocks: int
 
     def plan(self, first: int, queries: int, keys: int) -> Plan:
-        """The own block, and the chosen ones before it, for each block of queries."""
-        start = first + queries - keys  # position of the first key
+        """Blocks of one residue of the stride as one causal stretch, and what else each sees."""
+        last = keys - queries
+        start = first - last  # position of the first key
+        rows = [self._part(n, first, queries) for n in self._blocks(first, first + queries)]
         regions: list[Region] = []
-        row = 0
-        while row < queries:
-            own = (first + row) // self.block
-            end = min(queries, (own + 1) * self.block - first)
-            rows = slice(row, end)
-            begin = max(0, own * self.block - start)
-            regions += up_to(rows, keys - queries, first_key=begin)
+        for residue in range(self.stride_blocks):
+            alike = tuple(part for n, part in rows if n % self.stride_blocks == residue)
+            if alike:
+                own = alike[0].start + last
+                earlier = (self._part(n, start, own) for n in self._blocks(start, start + own))
+                before = tuple(part for n, part in earlier if n % self.stride_blocks == residue)
+                regions += _joined(alike, before, last)
+        for own, part in rows:
+            if not self.stride_blocks:
+                begin = max(0, own * self.block - start)
+                regions += up_to(part, last, first_key=begin)
             chosen = [n for n in range(start // self.block, own) if self._sees(own, n)]
             runs = [[n for _, n in run] for _, run in groupby(enumerate(chosen), _lag)]
-            parts = [
+            seen = tuple(
                 slice(max(0, run[0] * self.block - start), (run[-1] + 1) * self.block - start)
                 for run in runs
-            ]
-            if parts:
-                regions.append(Region(rows, tuple(parts)))
-            row = end
+            )
+            if seen:
+                regions.append(Region((part,), seen))
         return Plan(tuple(regions))
 
+    def _blocks(self, first: int, last: int) -> range:
+        """Blocks that hold any of these positions."""
+        return range(first // self.block, -(-last // self.block))
+
+    def _part(self, number: int, first: int, tokens: int) -> tuple[int, slice]:
+        """The number of a block, and which of so many tokens from position `first` on it holds."""
+        begin = number * self.block - first
+        return number, slice(max(0, begin), min(tokens, begin + self.block))
+
     def _sees(self, own: int, block: int) -> bool:
+        """Whether an earlier block is seen that is not of the own block's residue."""
         back = own - block
-        strided = self.stride_blocks > 0 and back % self.stride_blocks == 0
-        return back < self.local_blocks or block < self.sink_blocks or strided
+        if self.stride_blocks and back % self.stride_blocks == 0:
+            return False
+        return back < self.local_blocks or block < self.sink_blocks
+
+
+def _joined(rows: tuple[slice, ...], before: tuple[slice, ...], last: int) -> Iterator[Region]:
+    """Rows that see keys before the first of them, and those of each other up to their own."""
+    square = tuple(slice(part.start + last, part.stop + last) for part in rows)
+    if sum(lengths(rows)) == 1:
+        yield Region(rows, (*before, *square))
+        return
+    if before:
+        yield Region(rows, before)
+    yield Region(rows, square, seen="causal")
 
 
 def _lag(numbered: tuple[int, int]) -> int:

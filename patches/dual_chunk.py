@@ -63,9 +63,9 @@ class DualChunkPlanner(Planner):
             own, before = (max(0, (chunk - back) * stride - start) for back in (0, 1))
             regions += up_to(rows, keys - queries, first_key=own)
             if own > before:
-                regions.append(Region(rows, (slice(before, own),), query_turn=1))
+                regions.append(Region((rows,), (slice(before, own),), query_turn=1))
             if before:
-                regions.append(Region(rows, (slice(0, before),), query_turn=2))
+                regions.append(Region((rows,), (slice(0, before),), query_turn=2))
             row = end
         return Plan(tuple(regions), (None, to_before, self.cap - place))
 

@@ -67,8 +67,8 @@ class SinkWindowPlanner(Planner):
         whole = min(max(0, self.sinks - 1 - beyond), queries)  # first query that sees all sinks
         yield from up_to(slice(0, whole), beyond, query_turn=1, key_turn=key_turn)
         if whole < queries:
-            keys = (slice(0, self.sinks),)
-            yield Region(slice(whole, queries), keys, query_turn=1, key_turn=key_turn)
+            rows, sinks = slice(whole, queries), slice(0, self.sinks)
+            yield Region((rows,), (sinks,), query_turn=1, key_turn=key_turn)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,15 @@ from transformers.utils import logging
 from .._measure import machine
 from ._common import ON_CUDA, PartFailed, Skipped, free_memory, say
 
-PARTS = {"methods": 40, "alibi": 150, "loss": 25, "scoring": 60, "lora": 130, "several": 60}
+PARTS = {
+    "methods": 40,
+    "attention": 60,
+    "alibi": 150,
+    "loss": 25,
+    "scoring": 60,
+    "lora": 130,
+    "several": 60,
+}
 """Each is a module of this package; seconds that it takes on an H100, about."""
 
 

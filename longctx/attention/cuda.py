@@ -5,6 +5,8 @@ that it compiles. Where there is no Triton to compile with, q and k carry the bi
 dimensions more of torch's own kernels. Few queries (decoding) take the bias as a small tensor. All
 but flash-attn run on any device, which is how they are tested without a GPU.
 
+Attention over regions (`merged.py`) takes flex_attention too, with its log-sum-exp and no bias.
+
 Legend: B batch, H query heads, K kv heads, S queries, N keys, D head dim. The last query stands on
 the last key.
 """
@@ -35,6 +37,7 @@ __all__ = [
     "flash_attention",
     "flex_applies",
     "flex_attention",
+    "region_attention",
     "unbiased_attention",
 ]
 
@@ -168,12 +171,55 @@ def flex_attention(
     )
 
 
+def region_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: str, window: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over one region by torch's flex_attention, compiled on CUDA.
+
+    Differentiable on CUDA through both results; torch has no backward pass for it elsewhere.
+
+    Args:
+        q: [B, H, S, D].
+        k: [B, K, N, D].
+        v: [B, K, N, D].
+        seen: "all" keys, "causal" (S = N), or "band" (N = S + window − 1), as of a `Region`.
+        window: keys that a query of a band sees.
+        scaling: factor on q·k.
+
+    Returns:
+        [B, H, S, D] in the dtype of v, and the log-sum-exp of the logits [B, H, S] in float32.
+    """
+    attend: Any = _compiled_flex_attention() if q.is_cuda else flex.flex_attention
+    limits = window if seen == "band" else None
+    shape = q.shape[2], k.shape[2], q.device
+    out, more = attend(
+        q,
+        k,
+        v,
+        block_mask=None if seen == "all" else _region_mask(*shape, limits),
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=flex.AuxRequest(lse=True),
+    )
+    return out, more.lse
+
+
+@lru_cache(maxsize=64)
+def _region_mask(
+    queries: int, keys: int, device: torch.device, window: int | None
+) -> flex.BlockMask:
+    """Made once for all layers, which have the same regions."""
+    with torch.inference_mode(mode=False):  # kept for passes that have gradients
+        return block_mask(queries, keys, device, window=window)
+
+
 def block_mask(
     queries: int,
     keys: int,
     device: torch.device,
     mask: Tensor | None = None,
     documents: Tensor | None = None,
+    window: int | None = None,
 ) -> flex.BlockMask:
     """Which blocks of keys each block of queries sees: torch's own way looks at every pair of them.
 
@@ -183,11 +229,15 @@ def block_mask(
         device: where to make it.
         mask: true where a key may be seen, bool [B, N].
         documents: number of each key's document, int [B, N].
+        window: keys that a query sees up to its own; None for all.
     """
     offset = torch.tensor(keys - queries, device=device)
+    reach = torch.tensor(window or 0, device=device)
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = j <= i + offset
+        if window is not None:
+            seen = seen & (j > i + offset - reach)
         if mask is not None:
             seen = seen & mask[b, j]
         if documents is not None:
@@ -200,6 +250,11 @@ def block_mask(
     first_key = torch.arange(columns, device=device) * _BLOCK
     last_key = first_key + _BLOCK - 1  # of the last block it may lie beyond: never whole then
     some, whole = first_key <= last_row, (last_key <= first_row) & (last_key < keys)
+    if window is not None:
+        some, whole = (
+            some & (last_key > first_row - window),
+            whole & (first_key > last_row - window),
+        )
     some, whole = some[None], whole[None]
     if mask is not None:
         real = functional.pad(mask, (0, columns * _BLOCK - keys)).unflatten(1, (columns, _BLOCK))

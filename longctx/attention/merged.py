@@ -7,8 +7,8 @@ With o_r and l_r the output and log-sum-exp of region r alone, the softmax over 
 On the CPU torch's flash operator gives both. Autograd cannot see through its log-sum-exp, so the
 backward pass is written here: given the merged output and log-sum-exp, the gradients of the regions
 add up. A band of w keys is folded into blocks of queries that see w keys each and their own, as
-overlapping views of the same memory. On other devices torch's flex_attention does the same
-(`cuda.py`), or plain operations where it cannot.
+overlapping views of the same memory. On CUDA torch's flex_attention gives both (`cuda.py`) and
+autograd sees through it; small regions and other devices have their logits written out.
 
 Legend: B batch, H query heads, K kv heads, S queries, N keys, D head dim.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from einops import repeat
@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from . import cpu_flash
-from .regions import Region
+from . import cpu_flash, cuda
+from .regions import Region, lengths
 
 __all__ = ["Turned", "merged_attention"]
 
@@ -80,7 +80,7 @@ def merged_attention(
     values = values if values.stride(-1) == 1 else values.contiguous()
     if values.device.type == "cpu" and not torch.compiler.is_compiling() and cpu_flash.usable():
         return _Merged.apply(call, *tensors, values)  # pyright: ignore[reportReturnType]
-    return _written_out(call, tensors, values)
+    return _by_autograd(call, tensors, values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,25 +94,26 @@ class _Call:
     def operands(
         self, region: Region, tensors: Sequence[Tensor], values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of one region; keys of several slices are copied together."""
+        """Queries, keys and values of one region; those of several slices are copied together."""
         query = tensors[region.query_turn]
         key = tensors[len(self.first_rows) + region.key_turn]
-        shifted = self.key_slices(region)
         return (
-            query[:, :, self.row_slice(region)],
-            _taken(key, shifted),
+            _taken(query, self.row_slices(region)),
+            _taken(key, self.key_slices(region)),
             _taken(values, region.keys),
         )
 
-    def row_slice(self, region: Region) -> slice:
+    def row_slices(self, region: Region) -> tuple[slice, ...]:
         return _minus(region.rows, self.first_rows[region.query_turn])
 
     def key_slices(self, region: Region) -> tuple[slice, ...]:
-        return tuple(_minus(part, self.first_keys[region.key_turn]) for part in region.keys)
+        return _minus(region.keys, self.first_keys[region.key_turn])
 
 
-def _minus(part: slice, first: int) -> slice:
-    return slice(part.start - first, part.stop - first, part.step)
+def _minus(parts: tuple[slice, ...], first: int) -> tuple[slice, ...]:
+    if not first:
+        return parts
+    return tuple(slice(part.start - first, part.stop - first, part.step) for part in parts)
 
 
 def _taken(x: Tensor, parts: tuple[slice, ...]) -> Tensor:
@@ -120,9 +121,13 @@ def _taken(x: Tensor, parts: tuple[slice, ...]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
+def _split(x: Tensor, parts: tuple[slice, ...]) -> Sequence[Tensor]:
+    """What belongs to each slice, the other way round."""
+    return [x] if len(parts) == 1 else x.split(lengths(parts), dim=2)
+
+
 def _add(total: Tensor, parts: tuple[slice, ...], gradient: Tensor) -> None:
-    lengths = [len(range(part.start, part.stop, part.step or 1)) for part in parts]
-    for part, piece in zip(parts, gradient.split(lengths, dim=2), strict=True):
+    for part, piece in zip(parts, _split(gradient, parts), strict=True):
         total[:, :, part] += piece
 
 
@@ -132,25 +137,8 @@ class _Merged(torch.autograd.Function):
         ctx: Any, call: _Call, *tensors: Tensor
     ) -> Tensor:
         *turned, values = tensors
-        batch, heads, _, dim = turned[0].shape
-        precise = torch.promote_types(values.dtype, torch.float32)
-        # Rows first as the operator stores them: the caller's [B, S, H·D] is a view.
-        shape = (batch, call.rows, heads)
-        out = values.new_zeros(*shape, dim, dtype=precise).transpose(1, 2)
-        lse = values.new_full(shape, -torch.inf, dtype=precise).transpose(1, 2)
-        for region in call.regions:
-            q, k, v = call.operands(region, turned, values)
-            into = out[:, :, region.rows], lse[:, :, region.rows]
-            if region.seen == "band":
-                for fold in _folds(region):
-                    for b in range(batch):
-                        parts = [fold.queries(x[b]) for x in (q, *into)]
-                        part_q, part_out, part_lse = parts
-                        part_k, part_v = fold.keys(k[b]), fold.keys(v[b])
-                        done = _flash(part_q, part_k, part_v, call.scaling, fold.mask(q))
-                        _merge(part_out, part_lse, *done)
-            else:
-                _merge(*into, *_flash(q, k, v, call.scaling, causal=region.seen == "causal"))
+        one = call.rows == 1 and len(call.regions) > 0
+        out, lse = _one_query(call, turned, values) if one else _queries(call, turned, values)
         out = out.to(values.dtype)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.call = call
@@ -170,21 +158,68 @@ class _Merged(torch.autograd.Function):
         for region in call.regions:
             q, k, v = call.operands(region, turned, values)
             rows = region.rows
-            done = grad[:, :, rows], out[:, :, rows], lse[:, :, rows]
-            total_q = totals[region.query_turn][:, :, call.row_slice(region)]
+            done = _taken(grad, rows), _taken(out, rows), _taken(lse, rows)
+            total_q = totals[region.query_turn]
             total_k = totals[len(call.first_rows) + region.key_turn]
             if region.seen == "band":
+                total_q = total_q[:, :, call.row_slices(region)[0]]
                 on_k = total_k[:, :, call.key_slices(region)[0]]
                 on_v = total_v[:, :, region.keys[0]]
                 _band_backward(region, (q, k, v), done, (total_q, on_k, on_v), call.scaling)
                 continue
             causal = region.seen == "causal"
             grad_q, grad_k, grad_v = _flash_backward(q, k, v, *done, call.scaling, causal=causal)
-            total_q += grad_q
+            _add(total_q, call.row_slices(region), grad_q)
             _add(total_k, call.key_slices(region), grad_k)
             _add(total_v, region.keys, grad_v)
         totals = [total.to(x.dtype) for total, x in zip(totals, turned, strict=True)]
         return None, *totals, total_v.to(values.dtype)
+
+
+def _queries(call: _Call, turned: Sequence[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of all regions together, [B, H, S, D] and [B, H, S] in float32."""
+    batch, heads, _, dim = turned[0].shape
+    precise = torch.promote_types(values.dtype, torch.float32)
+    # Rows first as the operator stores them: the caller's [B, S, H·D] is a view.
+    shape = (batch, call.rows, heads)
+    out = values.new_zeros(*shape, dim, dtype=precise).transpose(1, 2)
+    lse = values.new_full(shape, -torch.inf, dtype=precise).transpose(1, 2)
+    for region in call.regions:
+        q, k, v = call.operands(region, turned, values)
+        if region.seen == "band":
+            into = out[:, :, region.rows[0]], lse[:, :, region.rows[0]]
+            for fold in _folds(region):
+                mask = fold.mask(q)
+                for b in range(batch):
+                    part_q, part_out, part_lse = (fold.queries(x[b]) for x in (q, *into))
+                    part_k, part_v = fold.keys(k[b]), fold.keys(v[b])
+                    done = _flash(part_q, part_k, part_v, call.scaling, mask)
+                    _merge(part_out, part_lse, *done)
+            continue
+        done = _flash(q, k, v, call.scaling, causal=region.seen == "causal")
+        pieces = (_split(x, region.rows) for x in done)
+        for rows, *piece in zip(region.rows, *pieces, strict=True):
+            _merge(out[:, :, rows], lse[:, :, rows], *piece)
+    return out, lse
+
+
+def _one_query(call: _Call, turned: Sequence[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a single query: the heads that share a kv head are its rows."""
+    batch, kv_heads = values.shape[:2]
+    # Keys are read once for all these heads, but threads share out the heads.
+    grouped = batch * kv_heads % torch.get_num_threads() == 0
+    found: list[tuple[Tensor, Tensor]] = []
+    for region in call.regions:
+        q, k, v = call.operands(region, turned, values)
+        q = q[:, :, 0].unflatten(1, (kv_heads, -1)) if grouped else q
+        out, lse = _flash(q, k, v, call.scaling)
+        found.append((out.to(lse.dtype), lse))
+    (out, lse), *others = found
+    for part in others:
+        _merge(out, lse, *part)
+    if not grouped:
+        return out, lse
+    return out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)[:, :, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +254,7 @@ class _Fold:
 
 
 def _folds(region: Region, most: int | None = None) -> Iterator[_Fold]:
-    rows = region.rows.stop - region.rows.start
+    rows = lengths(region.rows)[0]
     size = min(max(_BLOCK[0], min(_BLOCK[1], region.window)), rows)
     count = rows // size
     for first in range(0, count, most or count):
@@ -240,9 +275,9 @@ def _band_backward(
         mask = fold.mask(operands[0])
         for b in range(len(operands[0])):
             q, k, v = (x[b] for x in operands)
-            parts = fold.queries(q), fold.keys(k), fold.keys(v)
-            finished = [fold.queries(x[b]) for x in done]
-            grad_q, grad_k, grad_v = _flash_backward(*parts, *finished, scaling, mask)
+            grad, out, lse = (fold.queries(x[b]) for x in done)
+            parts = fold.queries(q), fold.keys(k), fold.keys(v), grad, out, lse
+            grad_q, grad_k, grad_v = _flash_backward(*parts, scaling, mask)
             fold.queries(totals[0][b]).add_(grad_q)
             for total, gradient in ((totals[1], grad_k), (totals[2], grad_v)):
                 for block, piece in enumerate(gradient):
@@ -252,9 +287,9 @@ def _band_backward(
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Merge a part into what is there, in place."""
-    weight = torch.sigmoid(part_lse - lse)[..., None]
-    out.lerp_(part.to(out.dtype), weight.to(out.dtype))
-    lse.copy_(torch.logaddexp(lse, part_lse.to(lse.dtype)))
+    part_lse = part_lse.to(lse.dtype)
+    out.lerp_(part.to(out.dtype), torch.sigmoid(part_lse - lse)[..., None])
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def _flash(
@@ -286,11 +321,8 @@ def _flash_backward(
     return operator(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scaling)
 
 
-_Parts: TypeAlias = list[tuple[Tensor, Tensor]]
-
-
-def _written_out(call: _Call, tensors: Sequence[Tensor], values: Tensor) -> Tensor:
-    """The same with logits written out, a few rows at a time, by operations that autograd knows."""
+def _by_autograd(call: _Call, tensors: Sequence[Tensor], values: Tensor) -> Tensor:
+    """The same by operations that autograd knows."""
     query = tensors[0]
     precise = torch.promote_types(values.dtype, torch.float32)
     shape = (len(query), query.shape[1], call.rows)
@@ -298,23 +330,37 @@ def _written_out(call: _Call, tensors: Sequence[Tensor], values: Tensor) -> Tens
     lse = values.new_full(shape, -torch.inf, dtype=precise)
     for region in call.regions:
         q, k, v = call.operands(region, tensors, values)
-        done: _Parts = []
-        for first in range(0, q.shape[2], _ROWS):
-            rows = q[:, :, first : first + _ROWS]
-            arguments = (rows, k, v, region, first, call.scaling)
-            if torch.is_grad_enabled():  # the logits are made again, not kept
-                settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-                done.append(checkpoint(_region_rows, *arguments, **settings))
-            else:
-                done.append(_region_rows(*arguments))
-        part, part_lse = (torch.cat(pieces, dim=2) for pieces in zip(*done, strict=True))
-        before, before_lse = out[:, :, region.rows], lse[:, :, region.rows]
+        # Few queries are not worth a kernel that has to be compiled.
+        if q.shape[2] >= cuda.FEW_QUERIES and cuda.flex_applies(q):
+            part, part_lse = cuda.region_attention(
+                *(q, k, v, region.seen, region.window, call.scaling)
+            )
+        else:
+            part, part_lse = _written_out(q, k, v, region, call.scaling)
+        before, before_lse = (_taken(x, region.rows) for x in (out, lse))
         weight = torch.sigmoid(part_lse - before_lse)[..., None]
-        merged, merged_lse = before.lerp(part, weight), torch.logaddexp(before_lse, part_lse)
-        index = torch.arange(call.rows, device=out.device)[region.rows]
+        merged, merged_lse = before.lerp(part.to(precise), weight), before_lse.logaddexp(part_lse)
+        where = torch.arange(call.rows, device=out.device)
+        index = torch.cat([where[rows] for rows in region.rows])
         out = out.index_copy(2, index, merged)
         lse = lse.index_copy(2, index, merged_lse)
     return out.to(values.dtype)
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, region: Region, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a region with its logits written out, a few rows at a time."""
+    done: list[tuple[Tensor, Tensor]] = []
+    for first in range(0, q.shape[2], _ROWS):
+        arguments = (q[:, :, first : first + _ROWS], k, v, region, first, scaling)
+        if torch.is_grad_enabled():  # the logits are made again, not kept
+            settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            done.append(checkpoint(_region_rows, *arguments, **settings))
+        else:
+            done.append(_region_rows(*arguments))
+    out, lse = zip(*done, strict=True)
+    return torch.cat(out, dim=2), torch.cat(lse, dim=2)
 
 
 def _region_rows(

@@ -7,7 +7,7 @@ understood. A layer without a rotary (NoPE) gives the same queries before the se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +18,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from ..model import text_config, window
+from ..model import text_config
 from .hook import ATTRIBUTE, NAME, SCALE, AttentionRule, register
 from .layers import AttentionLayer
 from .turning import Framing, Rotation
 
-__all__ = ["Probe", "probe_turning"]
+__all__ = ["Probe", "framings_on", "probe_turning"]
 
 _TOKENS = 8
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -96,8 +96,13 @@ def probe_turning(
 
 
 def _framings(layers: Sequence[AttentionLayer]) -> set[Framing]:
-    hooks = [hook for layer in layers for hook in layer.module._forward_pre_hooks.values()]
-    return {hook for hook in hooks if isinstance(hook, Framing)}
+    return {hook for layer in layers for hook in framings_on(layer.module)}
+
+
+def framings_on(module: nn.Module) -> list[Framing]:
+    """The framings that are hooked on an attention module."""
+    hooks = module._forward_pre_hooks.values()  # pyright: ignore[reportPrivateUsage]
+    return [hook for hook in hooks if isinstance(hook, Framing)]
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:
@@ -105,11 +110,11 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def _pass(model: PreTrainedModel, rules: Mapping[AttentionLayer, AttentionRule]) -> None:
-    """One short pass beyond the window's first tokens, under these rules."""
-    device = model.get_input_embeddings().weight.device
-    first = window(model) or 0
+    """One short pass under these rules, near position 0, where the model's phases are exact."""
+    embedding: Any = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
     ids = torch.arange(_TOKENS, device=device)[None] % text_config(model).vocab_size
-    where = torch.arange(first, first + _TOKENS, device=device)[None]
+    where = torch.arange(_TOKENS, 2 * _TOKENS, device=device)[None]
     torch.manual_seed(0)
     with _borrowed(model, rules), torch.no_grad():
         model(input_ids=ids, position_ids=where, use_cache=False)
@@ -118,7 +123,7 @@ def _pass(model: PreTrainedModel, rules: Mapping[AttentionLayer, AttentionRule])
 @contextmanager
 def _borrowed(
     model: PreTrainedModel, rules: Mapping[AttentionLayer, AttentionRule]
-) -> Iterator[None]:
+) -> Generator[None]:
     """Put rules on layers for a block."""
     register()
     config: Any = text_config(model)
@@ -162,12 +167,12 @@ class _HalfTurn:
     queries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
-        cos, sin = self.rotation.cos_sin(settings["positions"][0].double() / 2)
-        turned = self.rotation.turn(q, cos, sin)
+        phases = self.rotation.phases(settings["positions"][0].double() / 2)
+        turned = self.rotation.turn(q, phases)
         self.queries[self.index] = q, turned
         wanted = self.native[self.index]
         if _difference(turned, wanted) < _difference(q, wanted):
-            q, k = turned, self.rotation.turn(k, cos, sin)
+            q, k = turned, self.rotation.turn(k, phases)
         return _causal(q, k, v, settings["scaling"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attention_with_linear_bias"]
+__all__ = ["attention_at_distances", "attention_with_linear_bias"]
 
 
 def attention_with_linear_bias(
@@ -50,3 +50,48 @@ def attention_with_linear_bias(
         seen = seen & full[..., rows, :]
     logits = logits.masked_fill(~seen, -torch.inf)
     return logits.softmax(-1).nan_to_num(0.0) @ value
+
+
+def attention_at_distances(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    distances: Tensor,
+    inv_freq: Tensor,
+    *,
+    scaling: float | None = None,
+    neighbours: bool = False,
+) -> Tensor:
+    """softmax(scaling·(R(Δ)q)·k) v, each query turned anew for each key, in float64.
+
+    Args:
+        q: not turned, [B, H, S, D].
+        k: not turned, [B, K, N, D].
+        v: [B, K, N, D].
+        distances: Δ in tokens, [S, N]; NaN where a query does not see a key.
+        inv_freq: radians per token, [P]; the first 2·P channels turn, the others do not.
+        scaling: None for D^(−1/2).
+        neighbours: plane i is of channels 2i and 2i + 1, else of i and i + P.
+
+    Returns:
+        float64 [B, H, S, D]; 0 where a query sees nothing.
+    """
+    groups, width = q.shape[1] // k.shape[1], 2 * len(inv_freq)
+    scaling = float(q.shape[-1] ** -0.5 if scaling is None else scaling)
+    query = q.double()
+    key, value = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
+    pairs = [slice(0, width, 2), slice(1, width, 2)]
+    if not neighbours:
+        pairs = [slice(0, width // 2), slice(width // 2, width)]
+    (q_1, q_2), (k_1, k_2) = ([x[..., part] for part in pairs] for x in (query, key))
+    still = query[..., width:] @ key[..., width:].transpose(-1, -2)
+    rows: list[Tensor] = []
+    for row, distance in enumerate(distances.double()):
+        phase = distance.nan_to_num()[:, None] * inv_freq.double()  # [N, P]
+        one, other = q_1[:, :, row, None], q_2[:, :, row, None]
+        turned_1 = one * phase.cos() - other * phase.sin()
+        turned_2 = other * phase.cos() + one * phase.sin()
+        logits = scaling * ((turned_1 * k_1 + turned_2 * k_2).sum(-1) + still[:, :, row])
+        weights = logits.masked_fill(distance.isnan(), -torch.inf).softmax(-1)
+        rows.append((weights.nan_to_num(0.0)[:, :, None] @ value)[:, :, 0])
+    return torch.stack(rows, dim=2)

@@ -11,22 +11,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "Region", "band", "distances", "up_to"]
+__all__ = ["Plan", "Region", "band", "distances", "lengths", "up_to"]
+
+
+def lengths(parts: tuple[slice, ...]) -> list[int]:
+    """Tokens of each slice."""
+    return [len(range(part.start, part.stop, part.step or 1)) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
     """Queries that see keys, both turned the same way throughout."""
 
-    rows: slice
-    """Of the queries, with a step where they are strided."""
+    rows: tuple[slice, ...]
+    """Of the queries, one after the other, with a step where they are strided."""
     keys: tuple[slice, ...]
-    """Of the keys, one after the other."""
+    """Of the keys in the same way."""
     query_turn: int = 0
     """Which of the plan's `query_turns`."""
     key_turn: int = 0
@@ -39,9 +45,7 @@ class Region:
 
     def visible(self) -> Tensor:
         """Bool [rows, keys] of the region."""
-        rows = len(range(self.rows.start, self.rows.stop, self.rows.step or 1))
-        columns = sum(len(range(k.start, k.stop, k.step or 1)) for k in self.keys)
-        seen = torch.ones(rows, columns, dtype=torch.bool)
+        seen = torch.ones(sum(lengths(self.rows)), sum(lengths(self.keys)), dtype=torch.bool)
         if self.seen == "causal":
             return seen.tril()
         return seen.triu().tril(self.window - 1) if self.seen == "band" else seen
@@ -79,27 +83,28 @@ def up_to(
     if start >= rows.stop:
         return
     own = start + last
-    turns = {"query_turn": query_turn, "key_turn": key_turn}
+    region = partial(Region, query_turn=query_turn, key_turn=key_turn)
     if rows.stop - start == 1:
-        yield Region(slice(start, rows.stop), (slice(first_key, own + 1),), **turns)
+        yield region((slice(start, rows.stop),), (slice(first_key, own + 1),))
         return
     if own > first_key:
-        yield Region(slice(start, rows.stop), (slice(first_key, own),), **turns)
+        yield region((slice(start, rows.stop),), (slice(first_key, own),))
     square = slice(own, rows.stop + last)
-    yield Region(slice(start, rows.stop), (square,), **turns, seen="causal")
+    yield region((slice(start, rows.stop),), (square,), seen="causal")
 
 
 def band(
     rows: slice, last: int, window: int, *, query_turn: int = 0, key_turn: int = 0
 ) -> Iterator[Region]:
     """Regions in which query r sees the `window` keys up to r + last; arguments as in `up_to`."""
-    turns = {"query_turn": query_turn, "key_turn": key_turn}
+    region = partial(Region, query_turn=query_turn, key_turn=key_turn)
     full = min(max(rows.start, window - 1 - last), rows.stop)
-    yield from up_to(slice(rows.start, full), last, **turns)
+    before = slice(rows.start, full)
+    yield from up_to(before, last, query_turn=query_turn, key_turn=key_turn)
     if full < rows.stop:
         keys = slice(full + last - window + 1, rows.stop + last)
         kind = "all" if rows.stop - full == 1 else "band"
-        yield Region(slice(full, rows.stop), (keys,), **turns, seen=kind, window=window)
+        yield region((slice(full, rows.stop),), (keys,), seen=kind, window=window)
 
 
 def distances(plan: Plan, frame_of_queries: Tensor, frame_of_keys: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ def distances(plan: Plan, frame_of_queries: Tensor, frame_of_keys: Tensor) -> Te
         ):
             where += 0 if turn is None else turn.cpu()
         columns = torch.cat([torch.arange(len(key))[part] for part in region.keys])
-        rows = torch.arange(len(query))[region.rows]
+        rows = torch.cat([torch.arange(len(query))[part] for part in region.rows])
         visible = region.visible()
         if bool((visible & ~found[rows[:, None], columns].isnan()).any()):
             raise ValueError(f"{region} holds pairs that another region holds too.")

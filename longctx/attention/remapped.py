@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,11 +16,28 @@ from .merged import Turned, merged_attention
 from .once import Once
 from .regions import Plan
 from .spans import Span, spans_of
-from .turning import Rotation
+from .turning import Phases, Rotation
 
 __all__ = ["Planner", "RegionRule", "needs_consecutive_positions"]
 
-_Turns = tuple[tuple[Tensor, Tensor] | None, ...]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Turning:
+    """Turns of tokens from `first` to `last` − 1, which are all that any region uses."""
+
+    phases: Phases
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Planned:
+    """A span, its plan, and the phases of its turns, which all layers share."""
+
+    span: Span
+    plan: Plan
+    query_turns: tuple[_Turning | None, ...]
+    key_turns: tuple[_Turning | None, ...]
 
 
 def needs_consecutive_positions(model: nn.Module) -> bool:
@@ -52,9 +70,7 @@ class RegionRule:
     planner: Planner
     rotation: Rotation | None = field(default=None, compare=False, repr=False)
     """Turns queries and keys where the plan says so; None for plans without turns."""
-    _once: Once[list[tuple[Span, Plan, _Turns, _Turns]]] = field(
-        default_factory=Once, compare=False, repr=False
-    )
+    _once: Once[list[_Planned]] = field(default_factory=Once, compare=False, repr=False)
 
     def __call__(
         self,
@@ -82,68 +98,64 @@ class RegionRule:
             lambda: self._planned(spans_of(mask, where, batch, queries, keys), q.device),
             *(where, mask, batch, queries, keys),
         )
-        if len(planned) == 1 and planned[0][0].queries == slice(0, queries):
-            span, *rest = planned[0]
-            if len(span.rows) == batch:
-                return self._attend(q, k[:, :, span.keys], v[:, :, span.keys], *rest, scaling)
+        if len(planned) == 1 and planned[0].span.queries == slice(0, queries):
+            only = planned[0]
+            keys_seen = only.span.keys
+            if len(only.span.rows) == batch:
+                return self._attend(q, k[:, :, keys_seen], v[:, :, keys_seen], only, scaling)
         out = torch.zeros_like(q)
-        for span, *rest in planned:
-            rows = list(span.rows)
-            part = self._attend(
+        for part in planned:
+            span, rows = part.span, list(part.span.rows)
+            found = self._attend(
                 q[rows, :, span.queries],
                 k[rows, :, span.keys],
                 v[rows, :, span.keys],
-                *rest,
+                part,
                 scaling,
             )
             index = torch.arange(queries, device=q.device)[span.queries]
             place = torch.tensor(rows, device=q.device)[:, None], index
-            out = out.transpose(1, 2).index_put(place, part.transpose(1, 2)).transpose(1, 2)
+            out = out.transpose(1, 2).index_put(place, found.transpose(1, 2)).transpose(1, 2)
         return out
 
-    def _planned(
-        self, spans: list[Span], device: torch.device
-    ) -> list[tuple[Span, Plan, _Turns, _Turns]]:
-        found: list[tuple[Span, Plan, _Turns, _Turns]] = []
+    def _planned(self, spans: list[Span], device: torch.device) -> list[_Planned]:
+        found: list[_Planned] = []
         for span in spans:
             queries = span.queries.stop - span.queries.start
             keys = span.keys.stop - span.keys.start
             plan = self.planner.plan(span.first_position, queries, keys)
-            turns = [self._turns(turns, device) for turns in (plan.query_turns, plan.key_turns)]
-            found.append((span, plan, *turns))
+            rows: list[list[slice]] = [[] for _ in plan.query_turns]
+            seen: list[list[slice]] = [[] for _ in plan.key_turns]
+            for region in plan.regions:
+                rows[region.query_turn].extend(region.rows)
+                seen[region.key_turn].extend(region.keys)
+            found.append(
+                _Planned(
+                    span,
+                    plan,
+                    tuple(map(partial(self._turning, device), plan.query_turns, rows)),
+                    tuple(map(partial(self._turning, device), plan.key_turns, seen)),
+                )
+            )
         return found
 
-    def _turns(self, positions: tuple[Tensor | None, ...], device: torch.device) -> _Turns:
-        if self.rotation is None:
-            return tuple(None for _ in positions)
-        turn = self.rotation.cos_sin
-        return tuple(None if x is None else turn(x.to(device)) for x in positions)
+    def _turning(
+        self, device: torch.device, by: Tensor | None, used: list[slice]
+    ) -> _Turning | None:
+        """The phases of the tokens that any region uses, and no others."""
+        if by is None or self.rotation is None:
+            return None
+        first = min((part.start for part in used), default=0)
+        last = max((part.stop for part in used), default=0)
+        return _Turning(self.rotation.phases(by[first:last].to(device)), first, last)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: Plan,
-        query_turns: _Turns,
-        key_turns: _Turns,
-        scaling: float,
-    ) -> Tensor:
-        used_rows: list[list[slice]] = [[] for _ in query_turns]
-        used_keys: list[list[slice]] = [[] for _ in key_turns]
-        for region in plan.regions:
-            used_rows[region.query_turn].append(region.rows)
-            used_keys[region.key_turn].extend(region.keys)
-        queries = [self._turned(q, *pair) for pair in zip(query_turns, used_rows, strict=True)]
-        keys = [self._turned(k, *pair) for pair in zip(key_turns, used_keys, strict=True)]
-        return merged_attention(queries, keys, v, plan.regions, scaling, q.shape[2])
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, part: _Planned, scaling: float) -> Tensor:
+        queries = [self._turned(q, turning) for turning in part.query_turns]
+        keys = [self._turned(k, turning) for turning in part.key_turns]
+        return merged_attention(queries, keys, v, part.plan.regions, scaling, q.shape[2])
 
-    def _turned(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, used: list[slice]) -> Turned:
-        """Turn the tokens that any region uses, and no others."""
-        if turn is None or self.rotation is None:
+    def _turned(self, x: Tensor, turning: _Turning | None) -> Turned:
+        if turning is None or self.rotation is None:
             return Turned(x)
-        if not used:
-            return Turned(x[:, :, :0])
-        first, last = min(part.start for part in used), max(part.stop for part in used)
-        cos, sin = (part[first:last] for part in turn)
-        return Turned(self.rotation.turn(x[:, :, first:last], cos, sin), first)
+        part = x[:, :, turning.first : turning.last]
+        return Turned(self.rotation.turn(part, turning.phases), turning.first)

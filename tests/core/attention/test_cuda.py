@@ -13,11 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from longctx.attention import cuda
+from longctx.attention import cpu_flash, cuda, merged
 from longctx.attention.cpu_flash import KeyBias
 from longctx.attention.dispatch import attend
+from longctx.attention.merged import Turned, merged_attention
 from longctx.attention.reference import attention_with_linear_bias
+from longctx.attention.regions import Region
+from longctx.attention.remapped import Planner
 from longctx.patches.alibi import slopes
+from longctx.patches.block_sparse import BlocksPlanner
+from longctx.patches.rerope import ReRopePlanner
 
 from .test_dispatch import HALF_DTYPES, qkv
 
@@ -92,9 +97,14 @@ def test_blocks_are_those_of_the_whole_mask(data: st.DataObject) -> None:
         row[data.draw(st.lists(st.integers(0, keys - 1), max_size=5))] = 1
     masked, packed = data.draw(st.booleans()), data.draw(st.booleans())
     documents = cuts.cumsum(1) if packed else None
-    made = cuda.block_mask(queries, keys, torch.device("cpu"), mask if masked else None, documents)
+    window = data.draw(st.none() | st.integers(1, keys))
+    made = cuda.block_mask(
+        queries, keys, torch.device("cpu"), mask if masked else None, documents, window
+    )
     own = torch.arange(keys - queries, keys)
     seen = (torch.arange(keys) <= own[:, None]).expand(2, -1, -1)
+    if window is not None:
+        seen = seen & (torch.arange(keys) > own[:, None] - window)
     if masked:
         seen = seen & mask[:, None]
     if documents is not None:
@@ -176,3 +186,53 @@ def test_without_a_bias_the_last_query_stands_on_the_last_key(queries: int) -> N
     keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
     logits = (0.3 * q @ keys.mT).masked_fill(~visible, -torch.inf)
     torch.testing.assert_close(cuda.unbiased_attention(q, k, v, 0.3), logits.softmax(-1) @ values)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("seen", ["all", "causal", "band"])
+def test_a_region_by_flex_attention_uncompiled(seen: str) -> None:
+    keys = {"all": 90, "causal": 150, "band": 189}[seen]
+    q, k, v = qkv(6, 2, 150, keys, batch=2, dim=16)
+    region = Region((slice(0, 150),), (slice(0, keys),), seen=seen, window=40)  # pyright: ignore
+    out, lse = cuda.region_attention(q, k, v, seen, 40, 0.3)
+    exact_q, exact_k, exact_v = (x.double() for x in (q, k, v))
+    wanted, wanted_lse = merged._region_rows(exact_q, exact_k, exact_v, region, 0, 0.3)
+    torch.testing.assert_close(out.double(), wanted, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse.double(), wanted_lse, rtol=0, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("planner", [ReRopePlanner(40, None), BlocksPlanner(32, 2, 0, 3)])
+def test_regions_by_flex_attention_uncompiled(
+    monkeypatch: pytest.MonkeyPatch, planner: Planner
+) -> None:
+    q, k, v = qkv(6, 2, 200, batch=2, dim=16)
+    regions = planner.plan(0, 200, 200).regions
+    on_q, on_k = ([Turned(x), Turned(x.flip(2))] for x in (q, k))
+    wanted = merged_attention(on_q, on_k, v, regions, 0.3, 200)
+    monkeypatch.setattr(cpu_flash, "usable", lambda: False)
+    monkeypatch.setattr(cuda, "flex_applies", lambda q: True)
+    monkeypatch.setattr(cuda, "FEW_QUERIES", 64)
+    with torch.no_grad():
+        found = merged_attention(on_q, on_k, v, regions, 0.3, 200)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("planner", [ReRopePlanner(300, None), BlocksPlanner(128, 2, 0, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_regions_on_cuda(planner: Planner, dtype: torch.dtype) -> None:
+    found: list[tuple[Tensor, ...]] = []
+    regions = planner.plan(0, 1000, 1000).regions
+    for device in ("cpu", "cuda"):
+        exact = dtype if device == "cuda" else torch.float64
+        leaves = [x.to(dtype).to(device, exact) for x in qkv(6, 2, 1000)]
+        q, k, v = (x.requires_grad_() for x in leaves)
+        on_q, on_k = ([Turned(x), Turned(x.flip(2))] for x in (q, k))
+        out = merged_attention(on_q, on_k, v, regions, 0.125, 1000)
+        gradients = torch.autograd.grad(out.double().sin().sum(), (q, k, v))
+        found.append(tuple(x.detach().double().cpu() for x in (out, *gradients)))
+    for mine, wanted in zip(found[1], found[0], strict=True):
+        error = (mine - wanted).norm() / wanted.norm()
+        assert error < (2e-5 if dtype == torch.float32 else 2e-2)
