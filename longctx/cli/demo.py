@@ -24,7 +24,6 @@ _METHODS = (
     "dynamic:8",
     "alibi",
     "sink_window:window=192",
-    "self_extend:factor=4,window=64,group=8,log_n=True",
     "rerope:factor=8,window=64,log_n=True",
     "dual_chunk:factor=8,log_n=True",
 )
@@ -39,7 +38,7 @@ class Demo:
     """Extend and measure the embedded model in about three minutes.
 
     It has 0.9 M parameters and a window of 256 tokens. Frequency methods at several factors, alibi,
-    sinks with a window, and three methods that change distances, all without training, at 256 to
+    sinks with a window, and two methods that change distances, all without training, at 256 to
     2,048 tokens: passkey and perplexity, table and plot. Then the same model under linear:8 after
     fine-tuning to 2,048 tokens, which ships with the package, at up to 4,096 tokens, alone and with
     dual chunk attention on top; with --train it is trained before your eyes instead, which takes
