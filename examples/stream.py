@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.tokens < 1 or args.every < 1 or not 0 <= args.temperature < float("inf"):
+        parser.error("--tokens and --every: 1 or more; --temperature: 0 or more")
 
     torch.manual_seed(args.seed)
     model, tokenizer = longctx.load(args.model)

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,22 +14,33 @@ from longctx.attention.hook import ATTRIBUTE, NAME, SCALE, QueryScale
 from longctx.attention.layers import attention_in_use, put_rules, refuse_features
 from longctx.attention.probing import framings_on, probe_turning
 from longctx.attention.query_scale import LogNScale
+from longctx.attention.regions import distances
 from longctx.attention.remapped import Planner, RegionRule
 from longctx.attention.turning import Framing, Rotation
 from longctx.errors import MethodError
-from longctx.model import text_config
+from longctx.model import rotary_of, text_config
 from longctx.patch import Check, Patch
+from longctx.rope import STANDSTILL, frequencies_of
 
 from ._attention import AttentionMethod
-from ._scale import check_extent
+from ._scale import LONGEST, check_extent
 
-__all__ = ["RemappedMethod", "check_tokens", "refuse_scaled"]
+__all__ = ["RemappedMethod", "check_flag", "check_tokens", "refuse_scaled"]
 
 
 def check_tokens(method: str, field: str, value: object, *, least: int = 1) -> None:
     """Refuse anything but a whole number of at least so many tokens."""
-    if type(value) is not int or value < least:
-        raise MethodError(f"{method}: {field}={value!r}: expected a whole number ≥ {least}.")
+    if type(value) is not int or not least <= value <= LONGEST:
+        raise MethodError(
+            f"{method}: {field}={value!r}: expected a whole number ≥ {least}, such as "
+            f"{field}={max(least, 100)}, and at most {LONGEST:,}."
+        )
+
+
+def check_flag(method: str, field: str, value: object) -> None:
+    """Refuse anything but true and false."""
+    if type(value) is not bool:
+        raise MethodError(f"{method}: {field}={value!r}: expected True or False.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,7 @@ class RemappedMethod(AttentionMethod):
 
     def __post_init__(self) -> None:
         check_extent(self.name, self.factor, self.target)
+        check_flag(self.name, "log_n", self.log_n)
 
     @abstractmethod
     def planner(self, length: int) -> Planner:
@@ -78,10 +91,12 @@ class RemappedMethod(AttentionMethod):
         layers = self.layers(model, patch.rope)
         rotation = Rotation(model, patch.rope.layer_type, layers[0].module)
         found = probe_turning(model, layers, rotation)
-        if not found.turning:
+        frequencies, _ = frequencies_of(rotary_of(model), patch.rope.layer_type)
+        if not found.turning or not bool((frequencies > 2 * STANDSTILL).any()):
+            why = "have no rotary" if not found.turning else "turn nothing, all frequencies being 0"
             raise MethodError(
                 f"{self.name} changes layers that see all tokens and know positions; those of "
-                f"model type {model.config.model_type!r} that see all have no rotary."
+                f"model type {model.config.model_type!r} that see all {why}."
             )
         framing = Framing(rotation, planner.frame)
         rules = [(layer, RegionRule(planner)) for layer in found.still if planner.hides]
@@ -123,15 +138,29 @@ class RemappedMethod(AttentionMethod):
             Check("attention in use", used == NAME, f"attn_implementation is {used!r}"),
             Check(
                 "queries turn",
-                True,
+                bool(found.turning),
                 f"twice by half is once, to {found.difference:.0e} of a query, in "
                 f"{len(found.turning)} layers; {len(found.still)} have no rotary",
             ),
         ]
+        checks.append(_distance_check(wanted.planner, self._window(patch.window_below), patch))
         if wanted.planner.framed:
             framed = sum(bool(framings_on(x.module)) for x in found.turning)
             checks.append(Check("keys framed", framed == len(found.turning), f"{framed} layers"))
         return checks
+
+
+def _distance_check(planner: Planner, window: int, patch: Patch) -> Check:
+    """Is every distance one that the window below holds, seen from the declared window's end?"""
+    last = torch.tensor([window - 1.0], dtype=torch.float64)
+    keys = torch.arange(window, dtype=torch.float64)
+    found = distances(planner.plan(window - 1, 1, window), planner.frame(last), planner.frame(keys))
+    largest = float(found.nan_to_num(0.0).max())
+    return Check(
+        "distances trained",
+        largest <= patch.window_below,
+        f"up to {largest:,.0f} at {window:,} tokens; the window below holds {patch.window_below:,}",
+    )
 
 
 def refuse_scaled(module: nn.Module, who: str) -> None:

@@ -7,10 +7,11 @@ import math
 from longctx.errors import MethodError
 from longctx.rope import Rope
 
-__all__ = ["check_number", "extended_length", "scale"]
+__all__ = ["LONGEST", "check_number", "extended_length", "scale"]
 
 _LARGEST = 1e6
-_LONGEST = 2**40
+LONGEST = 2**40
+"""Tokens that no setting may exceed."""
 
 
 def check_number(method: str, field: str, value: object, *, minimum: float = 0.0) -> None:
@@ -38,9 +39,9 @@ def check_extent(method: str, factor: float | None, target: int | None) -> None:
             raise MethodError(f"{method}: factor={factor!r} is beyond reason; expected ≤ 1e6.")
     if target is not None:
         check_number(method, "target", target)
-        if target > _LONGEST:
+        if target > LONGEST:
             raise MethodError(
-                f"{method}: target={target!r} tokens is beyond reason; expected ≤ {_LONGEST:,}."
+                f"{method}: target={target!r} tokens is beyond reason; expected ≤ {LONGEST:,}."
             )
         if int(target) != target:
             raise MethodError(f"{method}: target={target!r} must be a whole number of tokens.")

@@ -94,13 +94,12 @@ class BlocksPlanner(Planner):
         start = first - last  # position of the first key
         rows = [self._part(n, first, queries) for n in self._blocks(first, first + queries)]
         regions: list[Region] = []
-        for residue in range(self.stride_blocks):
+        for residue in sorted({n % self.stride_blocks for n, _ in rows if self.stride_blocks}):
             alike = tuple(part for n, part in rows if n % self.stride_blocks == residue)
-            if alike:
-                own = alike[0].start + last
-                earlier = (self._part(n, start, own) for n in self._blocks(start, start + own))
-                before = tuple(part for n, part in earlier if n % self.stride_blocks == residue)
-                regions += _joined(alike, before, last)
+            own = alike[0].start + last
+            earlier = (self._part(n, start, own) for n in self._blocks(start, start + own))
+            before = tuple(part for n, part in earlier if n % self.stride_blocks == residue)
+            regions += _joined(alike, before, last)
         for own, part in rows:
             if not self.stride_blocks:
                 begin = max(0, own * self.block - start)
@@ -117,7 +116,7 @@ class BlocksPlanner(Planner):
 
     def _blocks(self, first: int, last: int) -> range:
         """Blocks that hold any of these positions."""
-        return range(first // self.block, -(-last // self.block))
+        return range(first // self.block, -(-last // self.block) if last > first else 0)
 
     def _part(self, number: int, first: int, tokens: int) -> tuple[int, slice]:
         """The number of a block, and which of so many tokens from position `first` on it holds."""

@@ -30,7 +30,7 @@ from longctx.errors import MethodError
 from longctx.patch import Method
 from longctx.rope import Rope
 
-from ._remapped import RemappedMethod, check_tokens
+from ._remapped import RemappedMethod, check_flag, check_tokens
 
 __all__ = ["METHOD", "DualChunk"]
 
@@ -85,6 +85,7 @@ class DualChunk(RemappedMethod):
 
     def __post_init__(self) -> None:
         super(DualChunk, self).__post_init__()
+        check_flag(self.name, "cap_below_chunk", self.cap_below_chunk)
         for field in ("chunk", "local"):
             if getattr(self, field) is not None:
                 check_tokens(self.name, field, getattr(self, field))

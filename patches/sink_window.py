@@ -34,7 +34,7 @@ from longctx.model import decoder_of
 from longctx.patch import Check, Method, Patch
 from longctx.rope import Rope
 
-from ._remapped import RemappedMethod, check_tokens
+from ._remapped import RemappedMethod, check_flag, check_tokens
 
 __all__ = ["METHOD", "SinkWindow"]
 
@@ -92,6 +92,7 @@ class SinkWindow(RemappedMethod):
 
     def __post_init__(self) -> None:
         super(SinkWindow, self).__post_init__()
+        check_flag(self.name, "evict", self.evict)
         check_tokens(self.name, "sinks", self.sinks, least=0)
         for field in ("window", "limit"):
             if getattr(self, field) is not None:

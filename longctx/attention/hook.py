@@ -36,6 +36,7 @@ __all__ = [
     "IdentityRotary",
     "QueryScale",
     "key_positions",
+    "positions_in_rows",
     "register",
     "visible",
 ]
@@ -160,7 +161,7 @@ def attention_forward(
         )
     scale: QueryScale | None = getattr(module, SCALE, None)
     if scale is not None:
-        query = _scaled(query, scale, position_ids)
+        query = _scaled(query, scale, position_ids, attention_mask)
     rule: AttentionRule | None = getattr(module, ATTRIBUTE, None)
     if rule is None:
         queries, keys = query.shape[2], key.shape[2]
@@ -194,10 +195,31 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _scaled(query: Tensor, scale: QueryScale, positions: Tensor | None) -> Tensor:
+def positions_in_rows(positions: Tensor, mask: Tensor | None) -> Tensor:
+    """Positions counted from each row's first real token, where a mask says which that is.
+
+    A model with RoPE reads a padded row right whatever number its first token has; what depends on
+    the number itself (chunks, groups, the logarithm of a position) would not.
+
+    Args:
+        positions: of the queries, in tokens, [B or 1, S].
+        mask: one of this file's four kinds; without padding in it positions stay as they are.
+
+    Returns:
+        [B or 1, S]; 0 for padding on the left.
+    """
+    if mask is None or mask.dtype != torch.bool or mask.shape[-3:-1] != (1, 1):
+        return positions
+    counted = mask[:, 0, 0].cumsum(-1) - 1
+    return counted[:, -positions.shape[1] :].clamp(min=0)
+
+
+def _scaled(
+    query: Tensor, scale: QueryScale, positions: Tensor | None, mask: Tensor | None
+) -> Tensor:
     if positions is None:
         raise ModelError("this model hands its attention no position_ids: nothing to scale by.")
-    factors = scale(positions.double())
+    factors = scale(positions_in_rows(positions, mask).double())
     precise = torch.promote_types(query.dtype, torch.float32)
     return (query.to(precise) * factors[:, None, :, None].to(precise)).to(query.dtype)
 

@@ -68,6 +68,7 @@ def merged_attention(
     Returns:
         [B, H, S, D] in the dtype of the values. A query in no region gets 0.
     """
+    regions = [region for region in regions if not region.empty]
     call = _Call(
         tuple(regions),
         tuple(x.first for x in queries),

@@ -43,12 +43,21 @@ class Region:
     window: int = 0
     """Keys that a row sees, for a band."""
 
+    @property
+    def empty(self) -> bool:
+        """Whether it holds no query or no key."""
+        return not (any(map(_tokens, self.rows)) and any(map(_tokens, self.keys)))
+
     def visible(self) -> Tensor:
         """Bool [rows, keys] of the region."""
         seen = torch.ones(sum(lengths(self.rows)), sum(lengths(self.keys)), dtype=torch.bool)
         if self.seen == "causal":
             return seen.tril()
         return seen.triu().tril(self.window - 1) if self.seen == "band" else seen
+
+
+def _tokens(part: slice) -> int:
+    return len(range(part.start, part.stop, part.step or 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -60,7 +60,14 @@ class Planner(ABC):
 
     @abstractmethod
     def plan(self, first: int, queries: int, keys: int) -> Plan:
-        """What `queries` tokens from position `first` on see of `keys`, themselves the last."""
+        """What `queries` tokens see of `keys`, themselves the last.
+
+        Args:
+            first: position of the first query, as keys are framed; without a frame its place,
+                counted from the first token of the text.
+            queries: S.
+            keys: N.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,8 @@ class RegionRule:
         for span in spans:
             queries = span.queries.stop - span.queries.start
             keys = span.keys.stop - span.keys.start
-            plan = self.planner.plan(span.first_position, queries, keys)
+            first = span.first_position if self.planner.framed else span.first_index
+            plan = self.planner.plan(first, queries, keys)
             rows: list[list[slice]] = [[] for _ in plan.query_turns]
             seen: list[list[slice]] = [[] for _ in plan.key_turns]
             for region in plan.regions:

@@ -28,7 +28,9 @@ class Span:
     queries: slice
     keys: slice
     first_position: int
-    """Of its first query, in tokens."""
+    """Of its first query in tokens, as its keys are cached (`hook.positions_in_rows`)."""
+    first_index: int
+    """Of its first query, counted from the span's first token, dropped ones included."""
 
 
 def spans_of(
@@ -59,22 +61,31 @@ def spans_of(
     keys = written - dropped
     offset = keys - queries
     places = positions.expand(batch, -1)
-    found: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    found: dict[tuple[int, int, int, int], list[int]] = defaultdict(list)
     if mask is None:
         for row, first in enumerate(places[:, 0].tolist()):
-            found[0, keys, int(first)].append(row)
+            # Where keys came before, their number does not tell how many were dropped.
+            index = 0 if queries == keys else int(first)
+            found[0, keys, int(first), index].append(row)
     else:
         ends = places.tolist()
         for row, kinds in enumerate(mask[:, 0, 0].expand(batch, -1)):
             for first, end in _stretches(kinds):
                 start, stop = max(0, first - dropped), end - dropped
                 if stop > offset:
-                    found[start, stop, int(ends[row][max(0, start - offset)])].append(row)
+                    index = max(0, written - queries - first)
+                    named = int(ends[row][max(0, start - offset)])
+                    position = index if kinds.dtype == torch.bool else named
+                    found[start, stop, position, index].append(row)
     spans = [
         Span(
-            tuple(rows), slice(max(0, start - offset), stop - offset), slice(start, stop), position
+            tuple(rows),
+            slice(max(0, start - offset), stop - offset),
+            slice(start, stop),
+            position,
+            index,
         )
-        for (start, stop, position), rows in found.items()
+        for (start, stop, position, index), rows in found.items()
     ]
     for span in spans:
         _refuse_skipping(places, span)

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from ..model import decoder_of, rotary_of
 from ..rope import frequencies_of, planes_of
+from .hook import positions_in_rows
 from .once import Once
 
 __all__ = ["Frame", "Framing", "Phases", "Rotation"]
@@ -229,7 +230,11 @@ class Framing:
                 "several dimensions (images, video) have no distances to change."
             )
         dtype = native[0].dtype
-        embeddings = self._once.get(lambda: self._embeddings(positions, dtype), positions, dtype)
+        mask: Any = kwargs.get("attention_mask")
+        embeddings = self._once.get(
+            lambda: self._embeddings(positions_in_rows(positions, mask), dtype),
+            *(positions, mask, dtype),
+        )
         return args, {**kwargs, "position_embeddings": embeddings}
 
     def _embeddings(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from longctx.patches.self_extend import SelfExtend
 
 from ..families import WINDOW, build, tokens
 
-REMAPPED = ("dual_chunk:2", "rerope:2", "self_extend:2", "string:2", "sink_window")
+REMAPPED = ("dual_chunk:2", "rerope:2", "self_extend:2", "string", "sink_window")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,11 @@ REMAPPED = ("dual_chunk:2", "rerope:2", "self_extend:2", "string:2", "sink_windo
         ("sink_window:sinks=-1", "sinks=-1: expected a whole number ≥ 0"),
         ("block_sparse:pattern=round", "expected blocks, banded or strided"),
         ("block_sparse:dense_every=1", "leaves every layer dense"),
+        ("string:8", "distances trained .up to 494 at 512 tokens"),
+        ("rerope:factor=8,leak=2", "distances trained"),
+        ("dual_chunk:log_n=yes", "log_n='yes': expected True or False"),
+        ("sink_window:evict=no", "evict='no': expected True or False"),
+        ("self_extend:group=10000000000000000", "at most 1,099,511,627,776"),
         ("log_n:kind=loud", "expected log_n, ssmax, llama4 or ministral"),
         ("log_n:kind=ssmax,s=0", "s=0 must be a finite number > 0"),
     ],
@@ -190,6 +195,52 @@ def test_skipped_positions_and_masks_of_another_kind_are_refused() -> None:
     hole[0, 5] = 0
     with pytest.raises(ModelError, match="padding inside its text"):
         model(ids, attention_mask=hole)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *REMAPPED,
+        "sink_window:window=20",
+        "sink_window:window=20,limit=60",
+        "block_sparse",
+        "block_sparse:pattern=strided",
+        "block_sparse:stride_blocks=1000000",
+        "log_n",
+        "log_n:kind=ssmax",
+    ],
+)
+@pytest.mark.parametrize("pad", [9, 200])
+def test_padding_that_only_the_mask_tells_of_changes_nothing(method: str, pad: int) -> None:
+    model, ids = build("llama"), tokens(150)
+    longctx.extend(model, method)
+    padded = torch.cat([torch.zeros(1, pad, dtype=torch.long), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, pad), torch.ones(1, 150)], dim=1).long()
+    wanted = model(ids).logits
+    found = model(padded, attention_mask=mask, use_cache=False).logits[:, pad:]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+    first = model(padded[:, : pad + 100], attention_mask=mask[:, : pad + 100], use_cache=True)
+    rest = model(
+        padded[:, pad + 100 :], attention_mask=mask, past_key_values=first.past_key_values
+    ).logits
+    torch.testing.assert_close(rest, wanted[:, 100:], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("method", ["block_sparse", "sink_window:window=20", "string"])
+def test_positions_that_begin_elsewhere_change_nothing(method: str) -> None:
+    model, ids = build("llama"), tokens(150)
+    longctx.extend(model, method)
+    wanted = model(ids).logits
+    for first in (3, 201):
+        found = model(ids, position_ids=torch.arange(first, first + 150)[None]).logits
+        torch.testing.assert_close(found, wanted, rtol=0, atol=5e-4)
+
+
+def test_changed_distances_need_positions() -> None:
+    model = build("llama")
+    longctx.extend(model, "drop")
+    with pytest.raises(MethodError, match="all frequencies being 0"):
+        longctx.extend(model, "dual_chunk:2")
 
 
 @pytest.mark.parametrize("method", [*REMAPPED, "block_sparse"])

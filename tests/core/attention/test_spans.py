@@ -24,22 +24,22 @@ def positions_of(mask: Tensor) -> Tensor:
 
 def test_no_mask_is_one_span() -> None:
     where = torch.arange(5, 8)[None]
-    assert spans_of(None, where, 2, 3, 8) == [Span((0, 1), slice(0, 3), slice(0, 8), 5)]
+    assert spans_of(None, where, 2, 3, 8) == [Span((0, 1), slice(0, 3), slice(0, 8), 5, 5)]
 
 
 def test_rows_that_begin_elsewhere_are_apart() -> None:
     where = torch.tensor([[0, 1, 2], [7, 8, 9], [0, 1, 2]])
     assert spans_of(None, where, 3, 3, 3) == [
-        Span((0, 2), slice(0, 3), slice(0, 3), 0),
-        Span((1,), slice(0, 3), slice(0, 3), 7),
+        Span((0, 2), slice(0, 3), slice(0, 3), 0, 0),
+        Span((1,), slice(0, 3), slice(0, 3), 7, 0),
     ]
 
 
 def test_left_padding() -> None:
     mask = padding("..xxx", "xxxxx", "..xxx")
     assert spans_of(mask, positions_of(mask), 3, 5, 5) == [
-        Span((0, 2), slice(2, 5), slice(2, 5), 0),
-        Span((1,), slice(0, 5), slice(0, 5), 0),
+        Span((0, 2), slice(2, 5), slice(2, 5), 0, 0),
+        Span((1,), slice(0, 5), slice(0, 5), 0, 0),
     ]
 
 
@@ -47,8 +47,8 @@ def test_right_padding() -> None:
     mask = padding("xxx..", "xxxxx")
     where = torch.arange(5)[None]
     assert spans_of(mask, where, 2, 5, 5) == [
-        Span((0,), slice(0, 3), slice(0, 3), 0),
-        Span((1,), slice(0, 5), slice(0, 5), 0),
+        Span((0,), slice(0, 3), slice(0, 3), 0, 0),
+        Span((1,), slice(0, 5), slice(0, 5), 0, 0),
     ]
 
 
@@ -56,32 +56,32 @@ def test_cached_keys_of_padded_rows() -> None:
     mask = padding("...xxxxx", "xxxxxxxx", "......xx")
     where = positions_of(mask)[:, -3:]
     assert spans_of(mask, where, 3, 3, 8) == [
-        Span((0,), slice(0, 3), slice(3, 8), 2),
-        Span((1,), slice(0, 3), slice(0, 8), 5),
-        Span((2,), slice(1, 3), slice(6, 8), 0),
+        Span((0,), slice(0, 3), slice(3, 8), 2, 2),
+        Span((1,), slice(0, 3), slice(0, 8), 5, 5),
+        Span((2,), slice(1, 3), slice(6, 8), 0, 0),
     ]
 
 
 def test_a_row_whose_text_is_all_in_the_cache_has_no_span() -> None:
     mask = padding("xxx...", "xxxxxx")
     found = spans_of(mask, torch.tensor([[0, 0], [4, 5]]), 2, 2, 6)
-    assert found == [Span((1,), slice(0, 2), slice(0, 6), 4)]
+    assert found == [Span((1,), slice(0, 2), slice(0, 6), 4, 4)]
 
 
 def test_a_row_of_nothing_but_padding_has_no_span() -> None:
     mask = padding("....", "xxxx")
     found = spans_of(mask, positions_of(mask), 2, 4, 4)
-    assert found == [Span((1,), slice(0, 4), slice(0, 4), 0)]
+    assert found == [Span((1,), slice(0, 4), slice(0, 4), 0, 0)]
 
 
 def test_packed_documents() -> None:
     mask = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 2, 2]])[:, None, None]
     where = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 0, 1]])
     assert spans_of(mask, where, 2, 5, 5) == [
-        Span((0,), slice(0, 3), slice(0, 3), 0),
-        Span((0, 1), slice(3, 5), slice(3, 5), 0),
-        Span((1,), slice(0, 2), slice(0, 2), 0),
-        Span((1,), slice(2, 3), slice(2, 3), 0),
+        Span((0,), slice(0, 3), slice(0, 3), 0, 0),
+        Span((0, 1), slice(3, 5), slice(3, 5), 0, 0),
+        Span((1,), slice(0, 2), slice(0, 2), 0, 0),
+        Span((1,), slice(2, 3), slice(2, 3), 0, 0),
     ]
 
 
@@ -138,3 +138,12 @@ def test_a_rule_needs_positions() -> None:
     x = torch.zeros(1, 1, 2, 8)
     with pytest.raises(ModelError, match="no position_ids: nothing to count by"):
         RegionRule(Everything())(x, x, x, mask=None, positions=None, scaling=1.0)
+
+
+def test_rows_are_counted_from_their_first_token_whatever_its_position() -> None:
+    mask = padding("..xxx", "xxxxx")
+    where = torch.arange(40, 45)[None]
+    assert spans_of(mask, where, 2, 5, 5) == [
+        Span((0,), slice(2, 5), slice(2, 5), 0, 0),
+        Span((1,), slice(0, 5), slice(0, 5), 0, 0),
+    ]
