@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from longctx.errors import RunError, nearest
+from longctx.errors import LongctxError, RunError, nearest
+from longctx.registry import parse_method
 
 from ..results.reader import SweepData, data_of, mismatch, read_sweep
 from ..results.sweep_result import Row, SweepResult
+from ..results.variants import label
 from ..tasks.shared.protocol import Observation
 
 __all__ = ["Cell", "Entry", "Source", "entries_of"]
@@ -85,11 +87,22 @@ def _open(source: Source) -> tuple[SweepData, tuple[str, ...]]:
     folder, mark, method = text.partition("#")
     sweep = _read(Path(folder))
     if mark and method not in sweep.methods:
+        method = _labelled(method)
+    if mark and method not in sweep.methods:
         raise RunError(
             f"{folder} holds no method {method!r}{nearest(method, sweep.methods)} (methods: "
             f"{', '.join(sweep.methods)})"
         )
     return sweep, ((method,) if mark else sweep.methods)
+
+
+def _labelled(method: str) -> str:
+    """A method as a sweep labels it, however it was typed; what is none stays as it is."""
+    try:
+        parsed = parse_method(method)
+    except LongctxError:
+        return method
+    return method if parsed is None else label(parsed)
 
 
 def _read(folder: Path) -> SweepData:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +50,10 @@ class Extend:
         refuse_taken(self.out, self.overwrite)
         model, tokenizer = self.device_options.load(self.model)
         print(extend(model, method, replace=self.replace).report())
-        print(save(model, tokenizer, self.out, overwrite=self.overwrite).message)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the message says it too
+            saved = save(model, tokenizer, self.out, overwrite=self.overwrite)
+        print(saved.message)
         return 0
 
 

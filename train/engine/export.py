@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def save_served(
         RunError: the disk refuses, or what was reloaded answers otherwise.
     """
     # Under its name it would pass for finished, whatever happened before it was looked at.
-    saved = save(model, tokenizer, folder.unchecked, overwrite=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the message that is returned says it
+        saved = save(model, tokenizer, folder.unchecked, overwrite=True)
     record = folder.read()
     off = _difference(model, saved)
     if not off <= 1e-4 * (1 if model.dtype == torch.float32 else 100):

@@ -502,6 +502,12 @@ def test_an_unknown_method_is_refused(folder: Path) -> None:
         compare({"a": folder, "b": f"{folder}#yarn:3"})
 
 
+def test_a_method_is_found_as_it_was_typed(folder: Path) -> None:
+    typed = compare({"a": f"{folder}#none", "b": f"{folder}#yarn:factor=2"})
+    labelled = compare({"a": f"{folder}#none", "b": f"{folder}#yarn:2"})
+    assert str(typed.rows) == str(labelled.rows)  # as text, since NaN is not itself
+
+
 def test_the_files_hold_the_same_figures(comparison: Comparison, tmp_path: Path) -> None:
     paths = write_comparison(comparison, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in paths}
