@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from longctx.attention.hook import ATTRIBUTE, NAME, AttentionRule
+from longctx.attention.hook import ATTRIBUTE, NAME, SCALE, AttentionRule, QueryScale
 from longctx.attention.layers import (
     AttentionLayer,
     attention_in_use,
@@ -18,12 +18,12 @@ from longctx.attention.layers import (
     put_rules,
     refuse_features,
 )
-from longctx.errors import ModelError
+from longctx.errors import MethodError, ModelError
 from longctx.model import text_config
 from longctx.patch import Check, Method, Patch
 from longctx.rope import Rope
 
-__all__ = ["AttentionMethod"]
+__all__ = ["AttentionMethod", "attention_check", "refuse_scaled", "refuse_soft_caps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,7 @@ class AttentionMethod(Method, ABC):
             ModelError: attention that cannot be reached or that rules do not compute (soft-capped
                 logits; where the method trains only, dropout), or no layer to put the rule on.
         """
-        refused = ["attn_logit_softcapping", *(["attention_dropout"] if self.trains_only else [])]
-        instead = "methods that change frequencies work"
-        refuse_features(model, *refused, who=self.name, instead=instead)
+        refuse_soft_caps(model, self.name, *(["attention_dropout"] if self.trains_only else []))
         rules = [
             (layer, self.rule(model, layer, patch)) for layer in self.layers(model, patch.rope)
         ]
@@ -86,12 +84,37 @@ class AttentionMethod(Method, ABC):
         found = [getattr(layer.module, ATTRIBUTE, None) for layer in layers]
         wanted = [self.rule(model, layer, patch) for layer in layers]
         there = sum(_same(one, other) for one, other in zip(found, wanted, strict=True))
-        used = attention_in_use(model)
         checks = [
             Check("rule in place", there == len(layers), f"{there} of {len(layers)}: {wanted[0]}"),
-            Check("attention in use", used == NAME, f"attn_implementation is {used!r}"),
+            attention_check(model),
         ]
         return [*checks, _mode_check(layers, found)] if self.trains_only else checks
+
+
+def refuse_soft_caps(model: PreTrainedModel, who: str, *also: str) -> None:
+    """Refuse what longctx's attention does not compute, and further features of the config.
+
+    Raises:
+        ModelError: it names what was found.
+    """
+    instead = "methods that change frequencies work"
+    refuse_features(model, "attn_logit_softcapping", *also, who=who, instead=instead)
+
+
+def refuse_scaled(module: nn.Module, who: str) -> None:
+    """Refuse a second factor on the queries of an attention module."""
+    scale: QueryScale | None = getattr(module, SCALE, None)
+    if scale is not None:
+        raise MethodError(
+            f"{who}: queries are scaled already ({scale}): scale them once, or call "
+            "longctx.patch_of(model).remove() first."
+        )
+
+
+def attention_check(model: PreTrainedModel) -> Check:
+    """Does the model run the attention that obeys rules?"""
+    used = attention_in_use(model)
+    return Check("attention in use", used == NAME, f"attn_implementation is {used!r}")
 
 
 def _same(one: object, other: object) -> bool:

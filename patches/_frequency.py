@@ -98,12 +98,10 @@ class FrequencyMethod(Method, ABC):
         """Install the rotary that a plain reload of the saved config would build."""
         rope = patch.rope
         self._check_count(rope)
-        if self.target is not None:
-            self.scale(rope)  # not every formula asks for it: a target below the window is refused
         parameters = self.native_rope(rope)
         if refusal(text_config(model), parameters):
             parameters = as_longrope(rope, self.frequencies(rope), self.scale(rope))
-        length = extended_length(self.factor, self.target, rope)
+        length = extended_length(self.name, self.factor, self.target, rope.length)
         install_rope(model, patch, parameters, length)
 
     def _check_count(self, rope: Rope) -> None:

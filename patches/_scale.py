@@ -1,4 +1,4 @@
-"""How far a method extends: `factor` or `target`, validated the same way everywhere."""
+"""Settings that are validated the same way everywhere, how far a method extends among them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import math
 from longctx.errors import MethodError
 from longctx.rope import Rope
 
-__all__ = ["LONGEST", "check_number", "extended_length", "scale"]
+__all__ = [
+    "check_extent",
+    "check_flag",
+    "check_number",
+    "check_tokens",
+    "extended_length",
+    "scale",
+]
 
 _LARGEST = 1e6
-LONGEST = 2**40
-"""Tokens that no setting may exceed."""
+_LONGEST = 2**40
 
 
 def check_number(method: str, field: str, value: object, *, minimum: float = 0.0) -> None:
@@ -20,6 +26,21 @@ def check_number(method: str, field: str, value: object, *, minimum: float = 0.0
     if not (0 < number < math.inf and number >= minimum):
         bound = f"≥ {minimum:g}" if minimum > 0 else "> 0"
         raise MethodError(f"{method}: {field}={value!r} must be a finite number {bound}.")
+
+
+def check_tokens(method: str, field: str, value: object, *, least: int = 1) -> None:
+    """Refuse anything but a whole number of at least so many tokens."""
+    if type(value) is not int or not least <= value <= _LONGEST:
+        raise MethodError(
+            f"{method}: {field}={value!r}: expected a whole number ≥ {least}, such as "
+            f"{field}={max(least, 100)}, and at most {_LONGEST:,}."
+        )
+
+
+def check_flag(method: str, field: str, value: object) -> None:
+    """Refuse anything but true and false."""
+    if type(value) is not bool:
+        raise MethodError(f"{method}: {field}={value!r}: expected True or False.")
 
 
 def check_extent(method: str, factor: float | None, target: int | None) -> None:
@@ -39,9 +60,9 @@ def check_extent(method: str, factor: float | None, target: int | None) -> None:
             raise MethodError(f"{method}: factor={factor!r} is beyond reason; expected ≤ 1e6.")
     if target is not None:
         check_number(method, "target", target)
-        if target > LONGEST:
+        if target > _LONGEST:
             raise MethodError(
-                f"{method}: target={target!r} tokens is beyond reason; expected ≤ {LONGEST:,}."
+                f"{method}: target={target!r} tokens is beyond reason; expected ≤ {_LONGEST:,}."
             )
         if int(target) != target:
             raise MethodError(f"{method}: target={target!r} must be a whole number of tokens.")
@@ -60,16 +81,20 @@ def scale(method: str, factor: float | None, target: int | None, rope: Rope) -> 
             f"{method} needs factor= (how many times longer) or target= (tokens); "
             f"the original window is {rope.length} tokens."
         )
-    if target < rope.length:
+    return extended_length(method, None, target, rope.length) / rope.length
+
+
+def extended_length(method: str, factor: float | None, target: int | None, length: int) -> int:
+    """The new window in whole tokens, from one of `length`.
+
+    Raises:
+        MethodError: the target lies below it.
+    """
+    if target is None:
+        return length if factor is None else int(length * factor + 1e-9)
+    if target < length:
         raise MethodError(
-            f"{method}: target={target} tokens is below the original window of {rope.length}; "
-            "a window can only be extended."
+            f"{method}: target={target} tokens is below the window of {length}; a window can only "
+            "be extended."
         )
-    return target / rope.length
-
-
-def extended_length(factor: float | None, target: int | None, rope: Rope) -> int:
-    """The new window in whole tokens."""
-    if target is not None:
-        return int(target)
-    return rope.length if factor is None else int(rope.length * factor + 1e-9)
+    return int(target)

@@ -80,7 +80,7 @@ class Alibi(AttentionMethod):
         rope = patch.rope
         rotary = IdentityRotary(rotary_of(model), rope.dim, rope.layer_type)
         patch.set(decoder_of(model), "rotary_emb", rotary)
-        window = extended_length(self.factor, self.target, rope)
+        window = extended_length(self.name, self.factor, self.target, rope.length)
         patch.set(text_config(model), "max_position_embeddings", window)
 
     def verify(self, model: PreTrainedModel, patch: Patch) -> list[Check]:

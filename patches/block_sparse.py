@@ -34,7 +34,7 @@ from longctx.patch import Patch
 from longctx.rope import Rope
 
 from ._attention import AttentionMethod
-from ._remapped import check_tokens
+from ._scale import check_tokens
 
 __all__ = ["METHOD", "BlockSparse"]
 

@@ -30,7 +30,8 @@ from longctx.errors import MethodError
 from longctx.patch import Method
 from longctx.rope import Rope
 
-from ._remapped import RemappedMethod, check_flag, check_tokens
+from ._remapped import RemappedMethod
+from ._scale import check_flag, check_tokens
 
 __all__ = ["METHOD", "DualChunk"]
 
@@ -47,6 +48,10 @@ class DualChunkPlanner(Planner):
     def frame(self, positions: Tensor) -> Tensor:
         """The place inside a chunk, n mod s."""
         return positions % self.stride
+
+    def furthest(self, tokens: int) -> float:
+        """Cut off at the cap."""
+        return min(tokens - 1, self.cap)
 
     def plan(self, first: int, queries: int, keys: int) -> Plan:
         """Three regions for each chunk of queries."""

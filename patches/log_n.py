@@ -20,21 +20,15 @@ from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
-from longctx.attention.hook import NAME, SCALE, QueryScale
-from longctx.attention.layers import (
-    AttentionLayer,
-    attention_in_use,
-    attention_layers,
-    put_rules,
-    refuse_features,
-)
+from longctx.attention.hook import SCALE, QueryScale
+from longctx.attention.layers import AttentionLayer, attention_layers, put_rules
 from longctx.attention.query_scale import LogNScale, SsmaxScale, TemperatureScale
 from longctx.errors import MethodError
 from longctx.patch import Check, Method, Patch
 from longctx.rope import Rope
 
-from ._remapped import check_tokens, refuse_scaled
-from ._scale import check_number
+from ._attention import attention_check, refuse_scaled, refuse_soft_caps
+from ._scale import check_number, check_tokens
 
 __all__ = ["METHOD", "LogN"]
 
@@ -86,8 +80,7 @@ class LogN(Method):
             ModelError: attention that cannot be reached or is soft-capped.
             MethodError: queries that are scaled already.
         """
-        instead = "methods that change frequencies work"
-        refuse_features(model, "attn_logit_softcapping", who=self.name, instead=instead)
+        refuse_soft_caps(model, self.name)
         scale = self.scale(patch.window_below)
         for layer in _layers(model):
             refuse_scaled(layer.module, self.name)
@@ -98,10 +91,9 @@ class LogN(Method):
         """Look for the factor in every layer, and for the attention in use."""
         scale, layers = self.scale(patch.window_below), _layers(model)
         there = sum(getattr(layer.module, SCALE, None) == scale for layer in layers)
-        used = attention_in_use(model)
         return [
             Check("factor in place", there == len(layers) > 0, f"{there} layers: {scale}"),
-            Check("attention in use", used == NAME, f"attn_implementation is {used!r}"),
+            attention_check(model),
         ]
 
 

@@ -26,8 +26,8 @@ from longctx.errors import MethodError
 from longctx.patch import Method
 from longctx.rope import Rope
 
-from ._remapped import RemappedMethod, check_tokens
-from ._scale import check_number
+from ._remapped import RemappedMethod
+from ._scale import check_number, check_tokens
 
 __all__ = ["METHOD", "ReRope"]
 
@@ -44,6 +44,11 @@ class ReRopePlanner(Planner):
     def frame(self, positions: Tensor) -> Tensor:
         """0, or n/k where it leaks."""
         return positions * (0.0 if self.leak is None else 1 / self.leak)
+
+    def furthest(self, tokens: int) -> float:
+        """Cut off at the window, or growing slowly from there."""
+        beyond = max(0, tokens - 1 - self.window)
+        return min(tokens - 1, self.window) + (0.0 if self.leak is None else beyond / self.leak)
 
     def plan(self, first: int, queries: int, keys: int) -> Plan:
         """Two regions: the last w keys, and those before them."""

@@ -26,7 +26,8 @@ from longctx.errors import MethodError
 from longctx.patch import Method
 from longctx.rope import Rope
 
-from ._remapped import RemappedMethod, check_tokens
+from ._remapped import RemappedMethod
+from ._scale import check_tokens
 
 __all__ = ["METHOD", "SelfExtend"]
 
@@ -43,6 +44,13 @@ class SelfExtendPlanner(Planner):
     def frame(self, positions: Tensor) -> Tensor:
         """The number of the group, ⌊n/G⌋."""
         return (positions / self.group).floor()
+
+    def furthest(self, tokens: int) -> float:
+        """That of the first token's group."""
+        if tokens <= self.window:
+            return tokens - 1
+        group = self.group
+        return (tokens - 1) // group + self.window - self.window // group
 
     def plan(self, first: int, queries: int, keys: int) -> Plan:
         """Two regions: the last W keys, and those before them."""

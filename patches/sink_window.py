@@ -34,7 +34,8 @@ from longctx.model import decoder_of
 from longctx.patch import Check, Method, Patch
 from longctx.rope import Rope
 
-from ._remapped import RemappedMethod, check_flag, check_tokens
+from ._remapped import RemappedMethod
+from ._scale import check_flag, check_tokens
 
 __all__ = ["METHOD", "SinkWindow"]
 
@@ -48,6 +49,14 @@ class SinkWindowPlanner(Planner):
     limit: int | None
 
     hides: ClassVar[bool] = True
+
+    def furthest(self, tokens: int) -> float:
+        """That of the first sink, or of the window's first token."""
+        near = min(tokens, self.window) - 1
+        if not self.sinks or tokens <= self.window:
+            return near
+        slot = min(tokens - 1, self.sinks + self.window - 1)
+        return max(near, slot if self.limit is None else self.limit)
 
     def plan(self, first: int, queries: int, keys: int) -> Plan:
         """Two regions: the window, and the sinks where it does not reach them."""
@@ -82,7 +91,6 @@ class SinkWindow(RemappedMethod):
     model's window together with the sinks."""
     limit: int | None = None
     """Distance in tokens at which all sinks stand (LM-Infinite); None for cache slots."""
-
     evict: bool = True
     """Let caches drop the keys that no later token sees. False keeps them all, for decoding that
     takes tokens back (assisted, prompt lookup) and for caches that you crop."""

@@ -23,7 +23,8 @@ from longctx.errors import MethodError
 from longctx.patch import Method
 from longctx.rope import Rope
 
-from ._remapped import RemappedMethod, check_tokens
+from ._remapped import RemappedMethod
+from ._scale import check_tokens
 
 __all__ = ["METHOD", "String"]
 
@@ -34,6 +35,12 @@ class StringPlanner(Planner):
 
     shift: int
     window: int
+
+    def furthest(self, tokens: int) -> float:
+        """That of the first token, or of the last one before the shift."""
+        if tokens <= self.shift:
+            return tokens - 1
+        return max(self.shift - 1, tokens - 1 - self.shift + self.window)
 
     def plan(self, first: int, queries: int, keys: int) -> Plan:
         """Two regions: distances below the shift, and those from it on."""

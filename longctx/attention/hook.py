@@ -38,6 +38,7 @@ __all__ = [
     "key_positions",
     "positions_in_rows",
     "register",
+    "text_positions",
     "visible",
 ]
 
@@ -154,11 +155,6 @@ def attention_forward(
                 f"{type(module).__name__} asks for {meaning}, which longctx's attention does not "
                 f"compute ({name}={kwargs[name]!r}); use a method that changes frequencies only."
             )
-    if position_ids is not None and position_ids.ndim != 2:
-        raise ModelError(
-            f"position_ids of shape {[*position_ids.shape]}: expected [batch, seq]; positions in "
-            "several dimensions (images, video) have no distance."
-        )
     scale: QueryScale | None = getattr(module, SCALE, None)
     if scale is not None:
         query = _scaled(query, scale, position_ids, attention_mask)
@@ -195,6 +191,28 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def text_positions(positions: Tensor | None) -> Tensor:
+    """The positions of a text, for whatever cannot do without them.
+
+    Args:
+        positions: as the model names them.
+
+    Raises:
+        ModelError: it names none, or positions in several dimensions.
+    """
+    if positions is None:
+        raise ModelError(
+            "this model hands its attention no position_ids: there is nothing to count by. Methods "
+            "that change frequencies may work."
+        )
+    if positions.ndim != 2:
+        raise ModelError(
+            f"position_ids of shape {[*positions.shape]}: expected [batch, seq]; positions in "
+            "several dimensions (images, video) have no distance."
+        )
+    return positions
+
+
 def positions_in_rows(positions: Tensor, mask: Tensor | None) -> Tensor:
     """Positions counted from each row's first real token, where a mask says which that is.
 
@@ -217,9 +235,7 @@ def positions_in_rows(positions: Tensor, mask: Tensor | None) -> Tensor:
 def _scaled(
     query: Tensor, scale: QueryScale, positions: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    if positions is None:
-        raise ModelError("this model hands its attention no position_ids: nothing to scale by.")
-    factors = scale(positions_in_rows(positions, mask).double())
+    factors = scale(positions_in_rows(text_positions(positions), mask).double())
     precise = torch.promote_types(query.dtype, torch.float32)
     return (query.to(precise) * factors[:, None, :, None].to(precise)).to(query.dtype)
 
@@ -239,13 +255,14 @@ def key_positions(
         [B or 1, N]; None where they are consecutive, or there are keys before the first query.
 
     Raises:
-        ModelError: they go backwards without a mask that keeps documents apart.
+        ModelError: they have several dimensions, or go backwards without a mask that keeps
+            documents apart.
     """
     queries = query.shape[2]
     keys = key.shape[2] if mask is None else mask.shape[-1]
     if position_ids is None or queries == 1 or queries != keys:
         return None
-    steps = position_ids.diff(dim=1)
+    steps = text_positions(position_ids).diff(dim=1)
     if mask is not None and mask.shape[-2] == 1:
         # Steps between documents, and those of padding, are not distances.
         kind = mask[:, 0, 0]

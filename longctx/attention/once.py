@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 __all__ = ["Once"]
@@ -22,13 +23,15 @@ class Once(Generic[T]):
         self._last: tuple[tuple[object, ...], T] | None = None
 
     def get(self, make: Callable[[], T], *inputs: object) -> T:
-        """The value for these inputs: tensors by identity and version, the rest by equality."""
+        """The value for these inputs: tensors by identity and version, the rest by equality.
+
+        A tensor of inference mode has no version, so its value is compared.
+        """
         last = self._last
-        key = tuple((x, _version(x)) if isinstance(x, Tensor) else x for x in inputs)
-        if last is not None and _same(last[0], key):
+        if last is not None and len(last[0]) == len(inputs) and all(map(_same, last[0], inputs)):
             return last[1]
         value = make()
-        self._last = (key, value)
+        self._last = tuple(map(_seen, inputs)), value
         return value
 
     def __deepcopy__(self, memo: object) -> Once[T]:
@@ -38,17 +41,19 @@ class Once(Generic[T]):
         return Once, ()
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _seen(value: object) -> object:
+    """What an input is remembered by."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value.clone(), None) if value.is_inference() else (value, value._version)
 
 
-def _same(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
-    if len(one) != len(other):
+def _same(seen: object, value: object) -> bool:
+    if not isinstance(value, Tensor):
+        return not isinstance(seen, tuple) and seen == value
+    if not isinstance(seen, tuple):
         return False
-    for a, b in zip(one, other, strict=True):
-        if isinstance(a, tuple) and isinstance(b, tuple):
-            if a[0] is not b[0] or a[1] != b[1]:
-                return False
-        elif isinstance(a, tuple) or isinstance(b, tuple) or a != b:
-            return False
-    return True
+    before, version = seen
+    if version is None:
+        return before.device == value.device and torch.equal(before, value)
+    return before is value and not value.is_inference() and version == value._version

@@ -46,7 +46,7 @@ class Region:
     @property
     def empty(self) -> bool:
         """Whether it holds no query or no key."""
-        return not (any(map(_tokens, self.rows)) and any(map(_tokens, self.keys)))
+        return 0 in (sum(lengths(self.rows)), sum(lengths(self.keys)))
 
     def visible(self) -> Tensor:
         """Bool [rows, keys] of the region."""
@@ -54,10 +54,6 @@ class Region:
         if self.seen == "causal":
             return seen.tril()
         return seen.triu().tril(self.window - 1) if self.seen == "band" else seen
-
-
-def _tokens(part: slice) -> int:
-    return len(range(part.start, part.stop, part.step or 1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,8 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
-from .hook import ATTRIBUTE
+from .hook import ATTRIBUTE, text_positions
 from .merged import Turned, merged_attention
 from .once import Once
 from .regions import Plan
@@ -45,6 +44,16 @@ def needs_consecutive_positions(model: nn.Module) -> bool:
     return any(isinstance(getattr(x, ATTRIBUTE, None), RegionRule) for x in model.modules())
 
 
+def _put_together(pieces: list[tuple[int, Tensor]], q: Tensor) -> Tensor:
+    """A row [H, S, D] of its spans, each with its first query; 0 where there is none."""
+    parts: list[Tensor] = []
+    done = 0
+    for first, piece in sorted(pieces, key=lambda pair: pair[0]):
+        parts += [q.new_zeros(q.shape[1], first - done, q.shape[3]), piece]
+        done = first + piece.shape[1]
+    return torch.cat([*parts, q.new_zeros(q.shape[1], q.shape[2] - done, q.shape[3])], dim=1)
+
+
 @dataclass(frozen=True, slots=True)
 class Planner(ABC):
     """The formula of a method: which keys a query sees and at which distance."""
@@ -57,6 +66,10 @@ class Planner(ABC):
     def frame(self, positions: Tensor) -> Tensor:
         """Where the keys at these positions are cached, float64 both, any shape."""
         return positions
+
+    def furthest(self, tokens: int) -> float:
+        """The largest distance at which a text of so many tokens sees a key."""
+        return tokens - 1
 
     @abstractmethod
     def plan(self, first: int, queries: int, keys: int) -> Plan:
@@ -94,13 +107,11 @@ class RegionRule:
         Raises:
             ModelError: as in `spans_of`, or no positions at all.
         """
-        if positions is None:
-            raise ModelError("this model hands its attention no position_ids: nothing to count by.")
+        where = text_positions(positions)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast only v has been cast
         if mask is not None:
             k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
         batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
-        where = positions
         planned = self._once.get(
             lambda: self._planned(spans_of(mask, where, batch, queries, keys), q.device),
             *(where, mask, batch, queries, keys),
@@ -110,7 +121,7 @@ class RegionRule:
             keys_seen = only.span.keys
             if len(only.span.rows) == batch:
                 return self._attend(q, k[:, :, keys_seen], v[:, :, keys_seen], only, scaling)
-        out = torch.zeros_like(q)
+        pieces: list[list[tuple[int, Tensor]]] = [[] for _ in range(batch)]
         for part in planned:
             span, rows = part.span, list(part.span.rows)
             found = self._attend(
@@ -120,10 +131,9 @@ class RegionRule:
                 part,
                 scaling,
             )
-            index = torch.arange(queries, device=q.device)[span.queries]
-            place = torch.tensor(rows, device=q.device)[:, None], index
-            out = out.transpose(1, 2).index_put(place, found.transpose(1, 2)).transpose(1, 2)
-        return out
+            for row, piece in zip(rows, found, strict=True):
+                pieces[row].append((span.queries.start, piece))
+        return torch.stack([_put_together(row, q) for row in pieces])
 
     def _planned(self, spans: list[Span], device: torch.device) -> list[_Planned]:
         found: list[_Planned] = []

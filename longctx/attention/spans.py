@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from .hook import positions_in_rows
 
 __all__ = ["Span", "spans_of"]
 
@@ -68,14 +69,13 @@ def spans_of(
             index = 0 if queries == keys else int(first)
             found[0, keys, int(first), index].append(row)
     else:
-        ends = places.tolist()
+        counted = positions_in_rows(positions, mask).expand(batch, -1)
         for row, kinds in enumerate(mask[:, 0, 0].expand(batch, -1)):
             for first, end in _stretches(kinds):
                 start, stop = max(0, first - dropped), end - dropped
                 if stop > offset:
                     index = max(0, written - queries - first)
-                    named = int(ends[row][max(0, start - offset)])
-                    position = index if kinds.dtype == torch.bool else named
+                    position = int(counted[row, max(0, start - offset)])
                     found[start, stop, position, index].append(row)
     spans = [
         Span(
@@ -93,7 +93,7 @@ def spans_of(
 
 
 def _stretches(kinds: Tensor) -> list[tuple[int, int]]:
-    """First and last-but-one key of each stretch in a row: what is real, or each document."""
+    """Where each stretch of a row begins and ends (exclusive): what is real, or each document."""
     values, counts = torch.unique_consecutive(kinds, return_counts=True)
     stops = counts.cumsum(0)
     found = [

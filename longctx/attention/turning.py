@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from ..errors import ModelError
 from ..model import decoder_of, rotary_of
 from ..rope import frequencies_of, planes_of
-from .hook import positions_in_rows
+from .hook import NAME, positions_in_rows, text_positions
 from .once import Once
 
 __all__ = ["Frame", "Framing", "Phases", "Rotation"]
@@ -224,11 +224,14 @@ class Framing:
                 "position_ids by name: methods that change distances cannot reach its keys. "
                 "Methods that change frequencies may work."
             )
-        if positions.ndim != 2:
+        used: Any = self.rotation.decoder.config
+        if used._attn_implementation != NAME:
             raise ModelError(
-                f"position_ids of shape {[*positions.shape]}: expected [batch, seq]; positions in "
-                "several dimensions (images, video) have no distances to change."
+                f"the model's keys are turned for longctx's attention, and its attention is "
+                f"{used._attn_implementation!r} now: call "
+                f"model.set_attn_implementation({NAME!r}), or remove the patch."
             )
+        positions = text_positions(positions)
         dtype = native[0].dtype
         mask: Any = kwargs.get("attention_mask")
         embeddings = self._once.get(

@@ -52,7 +52,7 @@ def test_a_name_an_instance_and_a_command_line_word_are_the_same() -> None:
         ("yarn:target=10000000000000", {}, "is beyond reason; expected ≤"),
         ("resonance:4,over=5", {}, "5"),
         ("yarn", {"factor": float("nan")}, "factor=nan"),
-        ("yarn", {"target": 8}, "target=8 tokens is below the original window of 64"),
+        ("yarn", {"target": 8}, "target=8 tokens is below the window of 64"),
         (Yarn(2), {"factor": 3}, "set factor on it instead"),
         (Yarn, {}, "expected a method instance"),
         ("yarn", {}, "needs factor="),

@@ -12,12 +12,17 @@ import longctx
 from longctx.attention.hook import ATTRIBUTE, SCALE
 from longctx.attention.layers import attention_layers
 from longctx.attention.probing import probe_turning
+from longctx.attention.regions import distances
+from longctx.attention.remapped import Planner
 from longctx.attention.turning import Rotation
 from longctx.errors import MethodError, ModelError
 from longctx.model import rope_of
 from longctx.patches.dual_chunk import DualChunk
 from longctx.patches.log_n import LogN
+from longctx.patches.rerope import ReRope
 from longctx.patches.self_extend import SelfExtend
+from longctx.patches.sink_window import SinkWindow
+from longctx.patches.string import String
 
 from ..families import WINDOW, build, tokens
 
@@ -67,6 +72,53 @@ def test_the_group_is_as_small_as_the_window_allows() -> None:
     reach = (64 - planner.window) * planner.group + planner.window
     shorter = (64 - planner.window) * (planner.group - 1) + planner.window
     assert shorter < 1000 <= reach
+
+
+@pytest.mark.parametrize(
+    "planner",
+    [
+        DualChunk(chunk=12, local=2).planner(16),
+        DualChunk(chunk=12, local=2, cap_below_chunk=True).planner(16),
+        ReRope(window=8).planner(16),
+        ReRope(window=8, leak=3).planner(16),
+        SelfExtend(window=7, group=3).planner(16),
+        String(shift=6, window=2).planner(16),
+        SinkWindow(sinks=3, window=9).planner(16),
+        SinkWindow(sinks=3, window=5, limit=11).planner(16),
+        SinkWindow(sinks=0, window=5).planner(16),
+    ],
+)
+def test_the_largest_distance_is_that_of_all_pairs(planner: Planner) -> None:
+    for tokens_seen in range(1, 60):
+        places = torch.arange(tokens_seen, dtype=torch.float64)
+        frames = planner.frame(places)
+        found = distances(planner.plan(0, tokens_seen, tokens_seen), frames, frames)
+        assert planner.furthest(tokens_seen) == pytest.approx(found.nan_to_num(0).max().item())
+
+
+def test_a_window_of_a_billion_tokens_is_declared_without_writing_it_out() -> None:
+    assert longctx.extend(build("llama"), "rerope:target=1000000000").report().ok
+
+
+def test_another_attention_under_turned_keys_is_refused() -> None:
+    model, ids = build("llama"), tokens(20)
+    longctx.extend(model, "dual_chunk:2")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ModelError, match="its attention is 'sdpa' now"):
+        model(ids)
+
+
+def test_positions_changed_in_place_in_inference_mode_are_seen() -> None:
+    model, ids = build("llama"), tokens(20)
+    longctx.extend(model, "dual_chunk:2")
+    with torch.inference_mode():
+        places = torch.arange(20)[None]
+        first = model(ids, position_ids=places).logits
+        places += 30
+        moved = model(ids, position_ids=places).logits
+        wanted = model(ids, position_ids=torch.arange(30, 50)[None]).logits
+    assert torch.equal(moved, wanted)
+    assert not torch.equal(moved, first)
 
 
 @pytest.mark.parametrize("method", ["dual_chunk", "self_extend:2", "string", "log_n"])

@@ -251,6 +251,6 @@ def test_what_a_model_cannot_take_is_refused_with_the_next_step() -> None:
 def test_a_target_below_the_window_is_refused_by_formulas_without_a_factor_too(name: str) -> None:
     model = build("llama")
     config = model.config.to_dict()
-    with pytest.raises(MethodError, match=f"{name}: target=32 tokens is below the original window"):
+    with pytest.raises(MethodError, match=f"{name}: target=32 tokens is below the window"):
         longctx.extend(model, name, target=32)
     assert model.config.to_dict() == config

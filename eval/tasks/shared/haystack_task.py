@@ -140,6 +140,8 @@ class HaystackTask(Retrieval):
             )
 
         prompt = build(needles)
+        if ordered:  # the answer is in several of them, and no one distance is the prompt's
+            prompt = dataclasses.replace(prompt, needle_stop=None)
         starts = prompt.needle_starts[:ordered]
         ranks = [sorted(starts).index(start) for start in starts]
         if ranks == sorted(ranks):
@@ -147,7 +149,7 @@ class HaystackTask(Retrieval):
         # The places depend on the sum of the needles' tokens alone, so swapping keeps them.
         prompt = build([*(needles[rank] for rank in ranks), *needles[ordered:]])
         starts = (*sorted(prompt.needle_starts[:ordered]), *prompt.needle_starts[ordered:])
-        return dataclasses.replace(prompt, needle_starts=starts)
+        return dataclasses.replace(prompt, needle_starts=starts, needle_stop=None)
 
     def _haystacks(self) -> list[Haystack]:
         kinds: list[Haystack] = []

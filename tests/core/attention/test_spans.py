@@ -136,7 +136,7 @@ def test_a_rule_gives_each_row_what_it_gets_alone(rows: tuple[str, ...], queries
 
 def test_a_rule_needs_positions() -> None:
     x = torch.zeros(1, 1, 2, 8)
-    with pytest.raises(ModelError, match="no position_ids: nothing to count by"):
+    with pytest.raises(ModelError, match="no position_ids: there is nothing to count by"):
         RegionRule(Everything())(x, x, x, mask=None, positions=None, scaling=1.0)
 
 

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from longctx.attention import turning
+from longctx.attention.hook import NAME
 from longctx.attention.layers import attention_layers
 from longctx.attention.probing import probe_turning
 from longctx.attention.turning import Framing, Rotation
@@ -173,8 +174,15 @@ def test_phases_far_away_are_of_float64(position: float) -> None:
             assert abs(sin[0, channel].item() - math.sin(phase)) < 1e-7
 
 
+def under_our_attention(rotation: Rotation) -> Rotation:
+    """The same of a model that runs the attention which a frame is made for."""
+    config: Any = rotation.decoder.config
+    config._attn_implementation_internal = NAME
+    return rotation
+
+
 def test_a_frame_stands_in_for_positions() -> None:
-    rotation = rotation_of("llama")
+    rotation = under_our_attention(rotation_of("llama"))
     framing = Framing(rotation, lambda positions: (positions / 3).floor())
     ids = torch.arange(9)[None]
     native = rotary_of(build("llama"))(torch.zeros(1), ids)
@@ -202,7 +210,7 @@ def test_a_frame_stands_in_for_positions() -> None:
     ],
 )
 def test_a_frame_needs_what_the_layer_is_handed(passed: dict[str, Any], message: str) -> None:
-    framing = Framing(rotation_of("llama"), lambda positions: positions)
+    framing = Framing(under_our_attention(rotation_of("llama")), lambda positions: positions)
     with pytest.raises(ModelError, match=message):
         framing(nn.Module(), (), passed)
 
