@@ -99,6 +99,13 @@ def test_files_are_short_and_documented(path: Path) -> None:
     assert ast.get_docstring(ast.parse(text))
 
 
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "examples"])
+def test_files_beside_the_four_folders_are_short_too(folder: str) -> None:
+    lengths = {path.name: path.read_text().count("\n") for path in (ROOT / folder).rglob("*.py")}
+    assert lengths
+    assert max(lengths.values()) <= LONGEST
+
+
 def test_no_file_outside_imports_the_folders_by_their_place() -> None:
     for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
