@@ -142,10 +142,16 @@ class Patch:
         self.undo.append((obj, name, _own(obj, name)))
         setattr(obj, name, value)
 
-    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Register a forward pre-hook that takes keyword arguments, which `remove` takes away."""
-        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-        self.undo.append((module, "forward pre-hook", handle))
+    def hook(self, module: nn.Module, hook: Callable[..., Any], *, after: bool = False) -> None:
+        """Register a hook before or after forward, which `remove` takes away.
+
+        Args:
+            module: whose forward it is.
+            hook: takes keyword arguments, as torch says it of `with_kwargs=True`.
+            after: register a forward hook instead of a forward pre-hook.
+        """
+        register = module.register_forward_hook if after else module.register_forward_pre_hook
+        self.undo.append((module, "forward hook", register(hook, with_kwargs=True)))
 
     @property
     def active(self) -> bool:

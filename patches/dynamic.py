@@ -4,7 +4,7 @@
 
 Inside the original window nothing changes. T is settled before the first token of a request is
 read and kept to its end, so that every cached key was turned by the base its queries use;
-`generate` does this by itself. transformers' own `dynamic` lets the base grow while older keys
+`generate` does this by itself. Each row of a batch is a request, and its T belongs to the cache. transformers' own `dynamic` lets the base grow while older keys
 keep the former one, and never scales once `max_position_embeddings` is raised; it agrees with
 this where a whole input is read in one pass.
 
@@ -13,15 +13,17 @@ Source: emozilla 2023 ("Dynamically scaled RoPE"); YaRN (arXiv:2309.00071), appe
 
 from __future__ import annotations
 
-import types
+import functools
+import inspect
+import logging
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longctx.errors import MethodError
@@ -34,33 +36,50 @@ from ._scale import check_extent, scale
 
 __all__ = ["METHOD", "Dynamic", "reserve"]
 
+_BEGUN = "longctx_requests"
+"""The attribute of a cache that holds T of each of its rows."""
+_log = logging.getLogger(__name__)
+
 
 class RequestRotary(ScaledRotary):
-    """A rotary whose base is fixed for one request: from a position 0 to the next one."""
+    """A rotary whose base is fixed for each request, a row of a batch, from its first token on.
+
+    What a request was begun for is kept on its cache, so that requests may take turns, and a cache
+    may be copied, cropped or handed to a later call.
+    """
 
     def __init__(self, native: nn.Module, layer_type: str | None, window: int) -> None:
         super().__init__(native, layer_type)
         self.window = window
         self.reserved = window
+        """Tokens that every request is begun for at least."""
+        self.total: int | None = None
+        """Tokens of the longest row inside `generate`, prompt and answer together."""
+        self.requests: tuple[int, ...] = (window,)
+        """T of each row that is being read; of all rows where there is one number."""
         self.length = 0
 
     def forward(
         self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, [batch, seq, d], at the request's base."""
-        if self.layer_type is None or self.layer_type in (*args, *kwargs.values()):
-            self._follow(int(position_ids.min()), int(position_ids.max()) + 1)
-        return super().forward(x, position_ids, *args, **kwargs)
-
-    def _follow(self, first: int, end: int) -> None:
-        if first == 0:
-            self.settle(max(end, self.reserved))
-        elif end > self.length:
-            raise MethodError(
-                f"dynamic: this request was begun for {self.length} tokens and its cached keys are "
-                f"turned for that length; position {end - 1} lies beyond. Use model.generate, or "
-                "`with longctx.patches.dynamic.reserve(model, tokens):` around the whole request."
+        """Return cos and sin, [batch, seq, d], each row at its request's base."""
+        native = super().forward
+        if self.layer_type is not None and self.layer_type not in (*args, *kwargs.values()):
+            return native(x, position_ids, *args, **kwargs)
+        lengths = sorted(set(self.requests))
+        if len(lengths) == 1:
+            self.settle(lengths[0])
+            return native(x, position_ids, *args, **kwargs)
+        rows = torch.tensor(self.requests, device=x.device)[:, None, None]
+        cos, sin = x.new_zeros(()), x.new_zeros(())
+        for length in lengths:
+            self.settle(length)
+            turned = native(x, position_ids, *args, **kwargs)
+            cos, sin = (
+                torch.where(rows == length, its, other)
+                for its, other in zip(turned, (cos, sin), strict=True)
             )
+        return cos, sin
 
     def settle(self, length: int) -> None:
         """Compute the frequencies for T = `length` tokens, as transformers does for one pass."""
@@ -76,10 +95,105 @@ class RequestRotary(ScaledRotary):
         self.native.register_buffer(f"{prefix}inv_freq", inv_freq, persistent=False)
         self.length = length
 
+    def begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the requests that this call of the decoder reads; a forward pre-hook."""
+        call = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        batch, tokens = (embeds if ids is None else ids).shape[:2]
+        cache: Cache | None = call.get("past_key_values")
+        read = 0 if cache is None else int(cache.get_seq_length())
+        positions: Tensor | None = call.get("position_ids")
+        if positions is None:
+            positions = torch.arange(read, read + tokens)[None]
+        mask: Tensor | None = call.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            mask = None
+        if read:
+            assert cache is not None
+            self.requests = _for_rows(_begun(cache, read), batch)
+            if self.total is None:  # generate discards what it tries beyond its end
+                self._refuse_outgrown(positions, mask)
+        else:
+            self.requests = self._begin(positions, mask)
+
+    def _begin(self, positions: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+        ends, padding = _ends(positions, mask)
+        if self.total is not None:
+            ends = [max(end, self.total - own) for end, own in zip(ends, padding, strict=True)]
+        return tuple(max(end, self.reserved) for end in ends)
+
+    def _refuse_outgrown(self, positions: Tensor, mask: Tensor | None) -> None:
+        last = mask[:, -positions.shape[-1] :] if mask is not None else None
+        ends, _ = _ends(positions, last)
+        for end, length in zip(_for_rows(tuple(ends), len(self.requests)), self.requests):  # noqa: B905
+            if end > length:
+                raise MethodError(
+                    f"dynamic: this request was begun for {length} tokens and its cached keys are "
+                    f"turned for that length; position {end - 1} lies beyond. Use model.generate, "
+                    "or `with longctx.patches.dynamic.reserve(model, tokens):` around the first "
+                    "call that fills the cache."
+                )
+
+    def remember(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Keep on the cache what its requests were begun for; a forward hook."""
+        del decoder, args, kwargs
+        found = [output.get("past_key_values")] if isinstance(output, dict) else output
+        for cache in found:
+            if isinstance(cache, Cache):
+                setattr(cache, _BEGUN, self.requests)
+
+
+def _ends(positions: Tensor, mask: Tensor | None) -> tuple[list[int], list[int]]:
+    """For each row: tokens up to its last real one, and how much padding the row has.
+
+    Args:
+        positions: in tokens, [batch or 1, seq]; of several dimensions, [dims, batch or 1, seq].
+        mask: true for real tokens, [batch, seq]; None where all are.
+    """
+    if positions.ndim == 3:
+        positions = positions.amax(0)
+    if mask is None or mask.shape[-1] != positions.shape[-1]:
+        ends = positions.amax(-1) + 1
+        return ends.tolist(), [0] * len(ends)
+    real = mask.bool().to(positions.device)
+    positions = positions.expand(len(real), -1)
+    first = positions.gather(1, real.int().argmax(1, keepdim=True))[:, 0]
+    shift = first.where(~real[:, 0], 0)  # padding on the left may count as positions, or not
+    ends = positions.masked_fill(~real, -1).amax(-1) + 1 - shift
+    return ends.tolist(), (~real).sum(1).tolist()
+
+
+def _for_rows(requests: tuple[int, ...], batch: int) -> tuple[int, ...]:
+    """One T for each of `batch` rows, where beams or answers multiply the rows of a prompt."""
+    if len(set(requests)) == 1:
+        return requests[:1]
+    copies, rest = divmod(batch, len(requests))
+    if rest or not copies:
+        raise MethodError(
+            f"dynamic: the cache holds {len(requests)} requests begun for {min(requests)} to "
+            f"{max(requests)} tokens, and the call has {batch} rows: expected as many rows."
+        )
+    return tuple(length for length in requests for _ in range(copies))
+
+
+def _begun(cache: Cache, read: int) -> tuple[int, ...]:
+    begun: tuple[int, ...] | None = getattr(cache, _BEGUN, None)
+    if begun is None:
+        raise MethodError(
+            f"dynamic: nothing is known of the {read} tokens in this {type(cache).__name__}: it "
+            "was filled before the model was extended, or put together by hand. Pass an empty "
+            "cache."
+        )
+    return begun
+
 
 @contextmanager
 def reserve(model: PreTrainedModel, tokens: int) -> Generator[None]:
     """Begin requests inside the block for at least `tokens` tokens (prompt and answer together).
+
+    A chat that is to keep its cache from turn to turn is begun for all its turns in this way.
 
     Raises:
         MethodError: the model is not under `dynamic`.
@@ -101,16 +215,55 @@ def _rotary(model: PreTrainedModel) -> RequestRotary:
 
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """`generate` with T settled first; bound to the model instance in place of its own."""
+    """`generate` with T settled first; it stands in place of the model instance's own."""
     config = kwargs.get("generation_config") or model.generation_config
     named = (kwargs.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))
     prompt = next((x for x in (*args[:1], *named) if isinstance(x, Tensor)), None)
     read = 1 if prompt is None else prompt.shape[1]
     new = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
     end = kwargs.get("max_length", getattr(config, "max_length", None)) or read + 20
-    with reserve(model, read + new if new is not None else max(end, read)):
-        plain: Any = type(model)
-        return plain.generate(model, *args, **kwargs)
+    total = read + new if new is not None else max(end, read)
+    rotary = _rotary(model)
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, Cache) and cache.get_seq_length():
+        kwargs["past_key_values"] = _fitting(model, cache, total, kwargs.get("attention_mask"))
+    draft = kwargs.get("assistant_model")
+    before = rotary.total
+    rotary.total = total
+    try:
+        with ExitStack() as begun:
+            if draft is not None and isinstance(rotary_of(draft), RequestRotary):
+                begun.enter_context(reserve(draft, total))  # else every guess begins a request
+            plain: Any = type(model)
+            return plain.generate(model, *args, **kwargs)
+    finally:
+        rotary.total = before
+
+
+def _fitting(model: PreTrainedModel, cache: Cache, total: int, mask: Tensor | None) -> Cache:
+    """The cache if its requests were begun for this length, else an empty one of its kind.
+
+    Raises:
+        MethodError: a cache that cannot be begun anew.
+    """
+    rotary, read = _rotary(model), int(cache.get_seq_length())
+    padding = [0] if mask is None else (mask == 0).sum(1).tolist()
+    wanted = tuple(max(total - own, rotary.reserved) for own in padding)
+    begun = _begun(cache, read)
+    if begun == wanted or set(begun) == set(wanted) and len(set(begun)) == 1:
+        return cache
+    if type(cache) is not DynamicCache:
+        raise MethodError(
+            f"dynamic: the {read} tokens in this {type(cache).__name__} were begun for "
+            f"{max(begun)} tokens, and this call needs {max(wanted)}: pass an empty cache, or "
+            "begin the first call inside `with longctx.patches.dynamic.reserve(model, tokens):`."
+        )
+    _log.warning(
+        "dynamic: the cache was begun for %d tokens and this call needs %d: its %d tokens are read "
+        "anew. `longctx.patches.dynamic.reserve` around the first call keeps it.",
+        *(max(begun), max(wanted), read),
+    )
+    return DynamicCache(config=text_config(model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +310,14 @@ class Dynamic(Method):
         """Install the per-request rotary and a `generate` that settles the length first."""
         static = install_rope(model, patch, self.native_rope(patch.rope), patch.rope.length)
         rotary = RequestRotary(static.native, patch.rope.layer_type, patch.rope.length)
-        patch.set(decoder_of(model), "rotary_emb", rotary)
+        decoder = decoder_of(model)
+        patch.set(decoder, "rotary_emb", rotary)
         rotary.settle(patch.rope.length)
+        patch.hook(decoder, rotary.begin)
+        patch.hook(decoder, rotary.remember, after=True)
         if hasattr(model, "generate"):
-            patch.set(model, "generate", types.MethodType(_generate, model))
+            # A partial object is pickled with the model; a bound method would look for its name.
+            patch.set(model, "generate", functools.partial(_generate, model))
 
     def reserve(self, model: PreTrainedModel, tokens: int) -> AbstractContextManager[None]:
         """Settle the base for that many tokens; see the function of this name."""
@@ -169,17 +326,17 @@ class Dynamic(Method):
     def verify(self, model: PreTrainedModel, patch: Patch) -> list[Check]:
         """Settle for twice the window, compare with the formula, and settle back."""
         rope, rotary = patch.rope, _rotary(model)
-        before, reserved = rotary.length, rotary.reserved
+        before = rotary.requests
         probe = 2 * rope.length
         wanted = self.frequencies(rope, probe)
-        rotary.reserved = rope.length
+        rotary.requests = (probe,)
         rotary.settle(probe)
         try:
             checks = frequency_checks(rotary, rope, wanted)
             checks.append(position_check(rotary, rope, wanted, probe))
         finally:
-            rotary.settle(before)
-            rotary.reserved = reserved
+            rotary.requests = before
+            rotary.settle(before[0])
         held = int(text_config(model).max_position_embeddings)
         checks.append(
             Check("window kept", held == rope.length, f"max_position_embeddings is {held} = L")
