@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import torch
 from msgspec import Meta, Struct
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,10 +26,11 @@ from .core import extend
 from .errors import ModelError
 from .folders import new_folder
 from .gguf import convert_gguf
-from .model import build_rotary, decoder_of, rope_entry, text_config
+from .model import build_rotary, decoder_of, rope_entry, text_config, unwrapped
 from .patch import patch_of
 from .registry import make_method
 from .schema import conform
+from .twin import build_twin, differences
 
 __all__ = ["Saved", "load", "load_tokenizer", "local_folder", "locate", "save"]
 
@@ -198,7 +200,7 @@ def locate(source: str | os.PathLike[str]) -> str | Path:
 
 
 def save(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     out: str | os.PathLike[str],
     *,
@@ -207,19 +209,22 @@ def save(
     """Write a self-describing checkpoint, in transformers' own terms where it has them.
 
     Args:
-        model: extended or not.
+        model: extended or not; `torch.compile` and data-parallel wrappers are looked through.
         tokenizer: saved beside it, with `model_max_length` raised to the window where it was the
             original window.
         out: a folder that does not exist yet, or is empty.
         overwrite: replace what is there, once the new checkpoint is complete.
 
     Returns:
-        Where it is and whether plain transformers loads it to identical logits. Where it cannot, a
-        UserWarning says so too.
+        Where it is and whether plain transformers loads it to identical logits: the written config
+        was compared with the model, buffer by buffer. Where it cannot, a UserWarning says so too.
 
     Raises:
         RunError: the folder is taken, or cannot be written.
+        ModelError: adapters that are not merged.
     """
+    model = unwrapped(model)
+    _refuse_adapters(model)
     patch = patch_of(model)
     beyond: list[str] = []
     while patch is not None:
@@ -228,6 +233,14 @@ def save(
         patch = patch.below
     with new_folder(Path(out), overwrite=overwrite) as folder:
         _write(model, tokenizer, folder)
+        otherwise = [] if beyond else _differences(model, folder)
+    if otherwise:
+        message = (
+            f"{out} does not load to this model's logits, since its config cannot say that "
+            f"{'; '.join(otherwise[:3])}{' and more' if otherwise[3:] else ''}."
+        )
+        warnings.warn(message, stacklevel=2)
+        return Saved(Path(out), False, message)
     if not beyond:
         return Saved(Path(out), True, f"{out} loads in plain transformers to the same logits.")
     message = (
@@ -236,6 +249,25 @@ def save(
     )
     warnings.warn(message, stacklevel=2)
     return Saved(Path(out), False, message)
+
+
+def _refuse_adapters(model: PreTrainedModel) -> None:
+    """Adapters that wrap layers: what would be written is neither the model nor the adapter."""
+    if any("base_layer" in module._modules for module in model.modules()):  # pyright: ignore[reportPrivateUsage]
+        raise ModelError(
+            "the model has adapters (PEFT) on it: merge them first (model.merge_and_unload() gives "
+            "the model to save), or write the adapter alone (model.save_pretrained)."
+        )
+
+
+def _differences(model: PreTrainedModel, folder: Path) -> list[str]:
+    """What plain transformers would build otherwise from the config that was written."""
+    config = type(model.config).from_pretrained(folder)
+    found = differences(model, build_twin(model, config))
+    patch = patch_of(model)
+    if patch is None or patch.method.length_invariant:
+        return found
+    return [words for words in found if "inv_freq" not in words]  # those of the last request
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -250,8 +282,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         model.save_pretrained(folder)
     finally:
         tokenizer.model_max_length = declared
-    if record:
-        _add_legacy_keys(folder / "config.json")
+    _add_legacy_keys(folder / "config.json")
 
 
 def _add_legacy_keys(path: Path) -> None:

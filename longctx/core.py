@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NoReturn
 
-from transformers import PreTrainedModel
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from .errors import MethodError
-from .model import decoder_of, rope_of, scaled_rope, text_config
-from .patch import HANDLE, Method, Patch, patch_of, roll_back, slot_holder
+from .errors import LongctxError, MethodError, ModelError
+from .model import (
+    declare_window,
+    decoder_of,
+    rope_of,
+    rotary_of,
+    scaled_rope,
+    text_config,
+    unwrapped,
+    window,
+)
+from .patch import HANDLE, Check, Method, Patch, patch_of, roll_back, slot_holder
+from .proof import can_run, prove, run_passes
 from .registry import make_method, parse_method
+from .rope import frequencies_of
+from .twin import derived_changes
 
 __all__ = ["extend"]
 
 
 def extend(
-    model: PreTrainedModel, method: Method | str, *, replace: bool = False, **fields: Any
+    model: nn.Module,
+    method: Method | str,
+    *,
+    replace: bool = False,
+    prove_effect: bool = True,
+    **fields: Any,
 ) -> Patch:
     """Give `model` a longer window, in place and reversibly.
 
     Args:
-        model: a transformers decoder; its weights are not touched.
+        model: a transformers decoder, also inside PEFT, `torch.compile` or data-parallel
+            wrappers; its weights are not touched.
         method: an instance (`Yarn(factor=4)`), a name with its fields as keywords
             (`"yarn", factor=4`) or as the command line writes it (`"yarn:4"`).
         replace: allow replacing the RoPE scaling that a checkpoint ships with (llama3, yarn, …);
             its `rope_theta` and original window are kept.
+        prove_effect: run the model on 48 tokens before and after, with and without a cache, and
+            refuse a method that changes no logits or gives others with a cache. A model on the
+            meta device is not run.
         **fields: the method's own fields, with a name only.
 
     Returns:
@@ -34,8 +59,9 @@ def extend(
     Raises:
         MethodError: unknown method or field, an impossible setting, a slot already taken, or
             scaled RoPE in place without `replace`.
-        ModelError: a model type that the method cannot reach.
+        ModelError: a model type that the method cannot reach or serve.
     """
+    model = unwrapped(model)
     method = _resolve(method, fields)
     decoder_of(model)  # refuses what cannot be reached, before anything else is asked
     below = patch_of(model)
@@ -45,20 +71,94 @@ def extend(
     if "rotary" in method.slots:
         _refuse_scaled(model, method, replace)
     patch = Patch(model, method, below.rope if below else rope_of(model), below)
+    rotary, config = rotary_of(model), copy.deepcopy(text_config(model))
+    before = run_passes(model, patch) if prove_effect and can_run(model) else None
     try:
-        method.apply(model, patch)
+        _apply(model, method, patch)
+        _follow(model, patch, config)
+        _refuse_continuous_batching(model, patch)
         patch.set(model.config, "longctx", _record(model, patch))
         patch.set(model, HANDLE, patch)
-        failed = [check for check in patch.report().checks if not check.ok]
-        if failed:
-            raise MethodError(
-                f"{method.name} did not take effect on {model.config.model_type!r} and was undone: "
-                + "; ".join(f"{c.name} ({c.detail})" for c in failed)
-            )
+        _refuse_failed(patch, patch.report().checks)
+        if before is not None:
+            changed = _turns_otherwise(model, patch, rotary)
+            patch.proven = tuple(prove(model, patch, before, rotary_changed=changed))
+            _refuse_failed(patch, patch.proven)
     except BaseException:
         roll_back(patch)
         raise
     return patch
+
+
+def _apply(model: PreTrainedModel, method: Method, patch: Patch) -> None:
+    try:
+        method.apply(model, patch)
+    except LongctxError:
+        raise
+    except Exception as error:  # a family whose config or rotary is another than those we know
+        raise ModelError(
+            f"{method.name} cannot serve model type {model.config.model_type!r}: its rotary or its "
+            f"config is of a form that longctx does not know ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _follow(model: PreTrainedModel, patch: Patch, before: PreTrainedConfig) -> None:
+    """Let everything else that says the window or is derived from the rotary's settings follow."""
+    config = text_config(model)
+    declare_window(model, before, patch.set)
+    if config.to_dict() == before.to_dict():
+        return
+    whole = type(config) is type(model.config)
+    if not whole:  # a text model inside a multimodal one, which is built from the whole
+        return
+    for name, attribute, value in derived_changes(model, before, config):
+        module = model.get_submodule(name)
+        if attribute in vars(module):
+            patch.set(module, attribute, value)
+
+
+_CONTINUOUS = (
+    "generate_batch",
+    "init_continuous_batching",
+    "continuous_batching_context_manager",
+)
+
+
+def _refuse_continuous_batching(model: PreTrainedModel, patch: Patch) -> None:
+    """Paged caches put several requests into one row, which only fixed frequencies do not mind."""
+    if patch.method.length_invariant and set(patch.method.slots) == {"rotary"}:
+        return
+    for name in _CONTINUOUS:
+        if hasattr(model, name):
+            patch.set(model, name, functools.partial(_no_continuous_batching, patch.method.name))
+
+
+def _no_continuous_batching(method: str, *args: Any, **kwargs: Any) -> NoReturn:
+    """Stands in place of a model instance's methods; pickled with it."""
+    del args, kwargs
+    raise MethodError(
+        f"{method} does not work with continuous batching (generate_batch), whose paged cache puts "
+        "requests of different lengths into one row: use model.generate, or a method that changes "
+        "frequencies only (yarn, ntk, linear)."
+    )
+
+
+def _turns_otherwise(model: PreTrainedModel, patch: Patch, before: nn.Module) -> bool:
+    """Whether the rotary in place turns in another way than the one that was there."""
+    if not patch.method.length_invariant:
+        return True
+    kind = patch.rope.layer_type
+    (one, scaling), (other, own) = frequencies_of(rotary_of(model), kind), frequencies_of(before, kind)
+    return scaling != own or not torch.equal(one.float(), other.float())
+
+
+def _refuse_failed(patch: Patch, checks: tuple[Check, ...]) -> None:
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        raise MethodError(
+            f"{patch.method.name} did not take effect on {patch.model.config.model_type!r} and was "
+            "undone: " + "; ".join(f"{c.name} ({c.detail})" for c in failed)
+        )
 
 
 def _resolve(method: Method | str, fields: dict[str, Any]) -> Method:

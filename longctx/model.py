@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import ModelError
-from .rope import Rope, ScaledRotary, frequencies_of
+from .rope import YARN_EXTRAS, Rope, ScaledRotary, carried_entries, frequencies_of
 
 __all__ = [
     "attention_modules",
     "build_rotary",
+    "declare_window",
     "decoder_of",
     "learned_positions",
     "refusal",
@@ -23,11 +25,44 @@ __all__ = [
     "rotary_of",
     "scaled_rope",
     "text_config",
+    "unwrapped",
     "window",
     "with_rope_entry",
 ]
 
 _FULL = "full_attention"
+_WINDOW_KEYS = (
+    "max_sequence_length",
+    "max_seq_length",
+    "max_seq_len",
+    "seq_length",
+    "seq_len",
+    "n_positions",
+    "n_ctx",
+    "model_max_length",
+    "max_length",
+)
+"""Other names that configs and servers have for `max_position_embeddings`."""
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT, `torch.compile` and data-parallel wrappers."""
+    while not isinstance(model, PreTrainedModel):
+        # PEFT: PeftModel.base_model is a tuner, whose `model` is ours.
+        inner = next(
+            (
+                module
+                for name in ("_orig_mod", "module", "base_model", "model")
+                if isinstance(module := vars(model).get("_modules", {}).get(name), nn.Module)
+            ),
+            None,
+        )
+        if inner is None:
+            raise ModelError(
+                f"expected a transformers model (PreTrainedModel), got {type(model).__name__}."
+            )
+        model = inner
+    return model
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -137,6 +172,8 @@ def rope_of(model: PreTrainedModel) -> Rope:
         length=length,
         partial_rotary_factor=None if proportional else entry.get("partial_rotary_factor"),
         layer_type=layer_type,
+        carried=carried_entries(entry),
+        yarn={k: entry[k] for k in YARN_EXTRAS if k in entry and entry.get("rope_type") == "yarn"},
     )
     if entry.get("rope_type", "default") == "default":
         # Loose, since a model that was cast has rounded frequencies; another formula is far off.
@@ -186,6 +223,28 @@ def attention_modules(model: PreTrainedModel) -> list[tuple[int, nn.Module, str 
             "frequencies may (`longctx methods`)."
         )
     return [(index, module, kind) for index, module, kind in found if module is not None]
+
+
+def declare_window(
+    model: PreTrainedModel, before: PreTrainedConfig, put: Callable[[Any, str, Any], None]
+) -> None:
+    """Let further keys that say the old window follow `max_position_embeddings`.
+
+    Servers take the smallest of them (vLLM), and `generate` stops at its config's `max_length`.
+
+    Args:
+        model: with the new window in its config.
+        before: the text config as it was.
+        put: sets an attribute and remembers what was there, as `Patch.set` does.
+    """
+    old, new = (getattr(c, "max_position_embeddings", None) for c in (before, text_config(model)))
+    if old == new:
+        return
+    generation: Any = getattr(model, "generation_config", None)
+    for config in (text_config(model), model.config, generation):
+        for key in _WINDOW_KEYS:
+            if config is not None and vars(config).get(key) == old:
+                put(config, key, new)
 
 
 def window(model: PreTrainedModel) -> int | None:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .errors import MethodError
-from .model import text_config
+from .model import text_config, unwrapped
 from .rope import Rope
 
 __all__ = ["HANDLE", "Check", "Method", "Patch", "Report", "patch_of", "roll_back", "slot_holder"]
@@ -45,6 +45,9 @@ class Method(Protocol):
     """Whether plain transformers loads a saved model to the same logits."""
     trains_only: ClassVar[bool] = False
     """Whether it acts in train mode alone, and the model in eval mode is as without it."""
+    changes_far_logits: ClassVar[bool] = True
+    """Whether a few tokens show it, half of them at positions beyond the window; False where it
+    takes an input longer than the window, or training."""
     unbounded: ClassVar[bool] = False
     """Whether inputs of any length may be trained on, whatever window the config names."""
 
@@ -130,6 +133,8 @@ class Patch:
     """The patch that this one was put on top of."""
     undo: list[tuple[Any, str, Any]] = field(default_factory=list)
     """(object, attribute, what was there) in the order of the changes."""
+    proven: tuple[Check, ...] = ()
+    """What the model's logits showed when it was put on; empty where that was not asked for."""
     window_below: int = field(init=False)
     """Tokens that the model promises without this patch: on top of a frequency method that
     method's window, so that extensions multiply."""
@@ -188,7 +193,7 @@ class Patch:
             original_window=self.rope.length,
             window=self.window,
             plain_loadable=self.method.plain_loadable,
-            checks=tuple(self.method.verify(self.model, self)),
+            checks=(*self.method.verify(self.model, self), *self.proven),
         )
 
     def remove(self) -> None:
@@ -251,6 +256,9 @@ def slot_holder(model: PreTrainedModel, slot: str) -> Method | None:
     return None
 
 
-def patch_of(model: PreTrainedModel) -> Patch | None:
-    """The patch in place on `model` (the topmost where two are stacked), None if there is none."""
-    return model.__dict__.get(HANDLE)
+def patch_of(model: nn.Module) -> Patch | None:
+    """The patch in place on `model` (the topmost where two are stacked), None if there is none.
+
+    Wrappers (PEFT, `torch.compile`, DistributedDataParallel) are looked through.
+    """
+    return unwrapped(model).__dict__.get(HANDLE)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,13 +20,25 @@ from .errors import ModelError
 
 __all__ = [
     "STANDSTILL",
+    "YARN_EXTRAS",
     "Frequencies",
     "Rope",
     "ScaledRotary",
     "as_longrope",
+    "carried_entries",
     "frequencies_of",
     "planes_of",
 ]
+
+YARN_EXTRAS = ("mscale", "mscale_all_dim", "truncate")
+"""Entries of yarn that DeepSeek (attention scaling) and GPT-OSS (whole planes or not) add to it."""
+_OF_SCALING = {
+    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
+    *("partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow"),
+    *("short_factor", "long_factor", "short_mscale", "long_mscale"),
+    *("low_freq_factor", "high_freq_factor", "apply_yarn_scaling", *YARN_EXTRAS),
+}
+"""Entries that say how frequencies are scaled, which a method replaces."""
 
 STANDSTILL = 2.0**-100
 """A frequency that turns nothing, in radians per token: at token 2⁴⁰ cos is 1 and sin 9e-19, far
@@ -49,6 +61,11 @@ class Rope:
     """Share of the head that is rotated, None where the config does not mention it (all)."""
     layer_type: str | None = None
     """The entry of nested `rope_parameters` ("full_attention"), None where they are flat."""
+    carried: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Entries of `rope_parameters` that other parts of the model read (`mrope_section`,
+    `llama_4_scaling_beta`): every method keeps them."""
+    yarn: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What the checkpoint's own yarn says beside factor and betas (`YARN_EXTRAS`)."""
 
     def inv_freq(self, theta: float | None = None) -> Tensor:
         """θᵢ = b^(−2i/d), float64, shape [d/2], radians per token; `theta` replaces b."""
@@ -60,7 +77,14 @@ class Rope:
         complete: dict[str, Any] = {"rope_type": rope_type, "rope_theta": self.theta, **entries}
         if self.partial_rotary_factor is not None:
             complete["partial_rotary_factor"] = self.partial_rotary_factor
-        return complete
+        if self.carried:  # whoever reads them counts from the original window too (Ministral-3)
+            complete.setdefault("original_max_position_embeddings", self.length)
+        return {**complete, **self.carried}
+
+
+def carried_entries(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `rope_parameters` that say something else than a scaling of frequencies."""
+    return {key: value for key, value in entry.items() if key not in _OF_SCALING}
 
 
 @dataclass(frozen=True, slots=True)

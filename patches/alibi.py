@@ -78,7 +78,7 @@ class Alibi(AttentionMethod):
         """Put the biases on the layers and the identity in the rotary's place."""
         super(Alibi, self).apply(model, patch)
         rope = patch.rope
-        rotary = IdentityRotary(rotary_of(model), rope.dim, rope.layer_type)
+        rotary = IdentityRotary(rotary_of(model), rope.layer_type)
         patch.set(decoder_of(model), "rotary_emb", rotary)
         window = extended_length(self.name, self.factor, self.target, rope.length)
         patch.set(text_config(model), "max_position_embeddings", window)
@@ -92,7 +92,8 @@ def _rotary_check(model: PreTrainedModel, rope: Rope) -> Check:
     rotary = rotary_of(model)
     x = torch.zeros(1, 1, 1, device=next(model.parameters()).device)
     where = torch.tensor([[rope.length]], device=x.device)
-    cos, sin = rotary(x, where, *([] if rope.layer_type is None else [rope.layer_type]))
+    turned = rotary(x, where, *([] if rope.layer_type is None else [rope.layer_type]))
+    cos, sin = (turned.real, turned.imag) if isinstance(turned, torch.Tensor) else turned
     identity = bool((cos == 1).all()) and bool((sin == 0).all())
     return Check("no rotation", identity, f"cos 1 and sin 0 at position {rope.length}")
 

@@ -99,8 +99,11 @@ class RequestRotary(ScaledRotary):
         """Find the requests that this call of the decoder reads; a forward pre-hook."""
         call = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        batch, tokens = (embeds if ids is None else ids).shape[:2]
-        cache: Cache | None = call.get("past_key_values")
+        read_now: Tensor | None = embeds if ids is None else ids
+        if read_now is None:  # the head alone is run, with hidden states that were kept
+            return
+        batch, tokens = read_now.shape[:2]
+        cache: Cache | None = call.get("past_key_values", call.get("cache"))
         read = 0 if cache is None else int(cache.get_seq_length())
         positions: Tensor | None = call.get("position_ids")
         if positions is None:
@@ -125,7 +128,9 @@ class RequestRotary(ScaledRotary):
     def _refuse_outgrown(self, positions: Tensor, mask: Tensor | None) -> None:
         last = mask[:, -positions.shape[-1] :] if mask is not None else None
         ends, _ = _ends(positions, last)
-        for end, length in zip(_for_rows(tuple(ends), len(self.requests)), self.requests):  # noqa: B905
+        rows = max(len(ends), len(self.requests))
+        every = (row if len(row) == rows else [*row] * rows for row in (ends, self.requests))
+        for end, length in zip(*every, strict=True):
             if end > length:
                 raise MethodError(
                     f"dynamic: this request was begun for {length} tokens and its cached keys are "
@@ -139,8 +144,7 @@ class RequestRotary(ScaledRotary):
     ) -> None:
         """Keep on the cache what its requests were begun for; a forward hook."""
         del decoder, args, kwargs
-        found = [output.get("past_key_values")] if isinstance(output, dict) else output
-        for cache in found:
+        for cache in output.values() if isinstance(output, dict) else output:
             if isinstance(cache, Cache):
                 setattr(cache, _BEGUN, self.requests)
 

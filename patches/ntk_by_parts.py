@@ -69,6 +69,7 @@ class NtkByParts(FrequencyMethod):
             attention_factor=attention_factor,
             beta_fast=float(self.beta_fast),
             beta_slow=float(self.beta_slow),
+            **{key: rope.yarn[key] for key in ("truncate",) if key in rope.yarn},
         )
 
     def _kept(self, rope: Rope) -> Tensor:
@@ -78,8 +79,10 @@ class NtkByParts(FrequencyMethod):
             span = rope.length / (turns * 2 * math.pi)
             return rope.dim * math.log(span) / (2 * math.log(rope.theta))
 
-        low = max(math.floor(plane(self.beta_fast)), 0)
-        high = min(math.ceil(plane(self.beta_slow)), rope.dim - 1)
+        low, high = plane(self.beta_fast), plane(self.beta_slow)
+        if rope.yarn.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, rope.dim - 1)
         index = torch.arange(rope.dim // 2, dtype=torch.float64)
         return 1 - ((index - low) / max(high - low, 1e-3)).clamp(0, 1)
 

@@ -27,7 +27,8 @@ class Yarn(NtkByParts):
     """NTK-by-parts with YaRN's attention scaling."""
 
     attention_factor: float | None = None
-    """Factor on cos and sin; None for the paper's 0.1 ln s + 1."""
+    """Factor on cos and sin; None for the paper's 0.1 ln s + 1, or for what the `mscale` entries
+    of a checkpoint with yarn of its own say."""
 
     name: ClassVar[str] = "yarn"
 
@@ -40,7 +41,10 @@ class Yarn(NtkByParts):
         """√(1/t) of the paper."""
         if self.attention_factor is not None:
             return float(self.attention_factor)
-        return 0.1 * math.log(self.scale(rope)) + 1.0
+        log, extra = math.log(self.scale(rope)), rope.yarn
+        if extra.get("mscale") and extra.get("mscale_all_dim"):  # DeepSeek scales attention itself
+            return (0.1 * extra["mscale"] * log + 1.0) / (0.1 * extra["mscale_all_dim"] * log + 1.0)
+        return 0.1 * log + 1.0
 
     def frequencies(self, rope: Rope) -> Frequencies:
         """NTK-by-parts' with the attention scaling."""
@@ -52,7 +56,7 @@ class Yarn(NtkByParts):
         parameters = self._yarn(rope, self.attention_scaling(rope))
         if self.attention_factor is None:
             del parameters["attention_factor"]
-        return parameters
+        return {**parameters, **rope.yarn}
 
 
 METHOD = Yarn

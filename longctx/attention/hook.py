@@ -90,15 +90,14 @@ class IdentityRotary(nn.Module):
     """A rotary that turns nothing: cos 1 and sin 0, for methods that apply positions in attention.
 
     Args:
-        native: the model's own rotary, which still serves the other layer types.
-        dim: rotated channels of a head.
+        native: the model's own rotary, which says the form of cos and sin and still serves the
+            other layer types.
         layer_type: the layer type that is not turned, None where there is only one.
     """
 
-    def __init__(self, native: nn.Module, dim: int, layer_type: str | None) -> None:
+    def __init__(self, native: nn.Module, layer_type: str | None) -> None:
         super().__init__()
         self.native = native
-        self.dim = dim
         self.layer_type = layer_type
 
     def __getattr__(self, name: str) -> Any:
@@ -106,7 +105,7 @@ class IdentityRotary(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("native", "dim", "layer_type"):  # not built yet
+            if name in ("native", "layer_type"):  # not built yet
                 raise
         prefix = "" if self.layer_type is None else f"{self.layer_type}_"
         if name == f"{prefix}attention_scaling":
@@ -114,14 +113,15 @@ class IdentityRotary(nn.Module):
         value: Any = getattr(self.native, name)
         return torch.zeros_like(value) if name == f"{prefix}inv_freq" else value
 
-    def forward(
-        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, [batch, seq, dim], in the dtype of `x`."""
-        if self.layer_type is not None and layer_type != self.layer_type:
-            return self.native(x, position_ids, layer_type)
-        shape = (*position_ids.shape[-2:], self.dim)
-        return x.new_ones(shape), x.new_zeros(shape)
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return cos and sin [batch, seq, dim] in the native form, also as complex numbers."""
+        turned: Any = self.native(x, position_ids, *args, **kwargs)
+        if self.layer_type is not None and self.layer_type not in (*args, *kwargs.values()):
+            return turned
+        if isinstance(turned, Tensor):
+            return torch.ones_like(turned)
+        cos, sin = turned
+        return torch.ones_like(cos), torch.zeros_like(sin)
 
 
 def register() -> None:

@@ -182,5 +182,5 @@ def test_the_report_reads_as_proof() -> None:
     text = str(longctx.extend(model, "yarn", factor=4).report())
     assert "window 64 → 256 tokens" in text
     assert "plain transformers" in text
-    assert text.count("ok  ") == 5
+    assert text.count("ok  ") == 8
     assert "FAIL" not in text

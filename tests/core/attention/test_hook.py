@@ -248,7 +248,7 @@ def test_a_whole_model_under_the_name_is_the_native_model() -> None:
 def test_the_identity_rotary_turns_one_layer_type_only() -> None:
     model = build("gemma3")
     native: Any = model.model.rotary_emb
-    rotary = IdentityRotary(native, 16, "full_attention")
+    rotary = IdentityRotary(native, "full_attention")
     x, where = torch.zeros(2, 3, 64, dtype=torch.bfloat16), torch.arange(3)[None]
     cos, sin = rotary(x, where, "full_attention")
     assert cos.shape == sin.shape == (1, 3, 16)

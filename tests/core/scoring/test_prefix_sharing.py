@@ -122,7 +122,7 @@ def test_a_method_that_depends_on_the_length_is_run_whole() -> None:
     scores = check(model, prompts, starts, length_invariant=False)
     assert scores.how == "whole prompts (length-dependent method)"
     assert scores.tokens == sum(map(len, prompts))
-    with pytest.raises(MethodError, match="this request was begun for"):
+    with pytest.raises(MethodError, match="dynamic: nothing is known of"):
         score_prompts(model, prompts, starts, batch_tokens=BUDGET)  # sharing would be wrong
 
 

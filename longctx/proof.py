@@ -1,0 +1,171 @@
+"""Proof of effect: a patched model is run, and its logits say whether the patch did what it says.
+
+A method may be in place in every module and yet change nothing (a family that reads its rotary
+somewhere else), or fail in the first forward. So a few tokens are read before and after it, half of
+them inside the old window and half beyond it, which positions reach without a long input; then once
+more in two pieces with a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .before_transformers_5_24 import cache_argument
+from .errors import LongctxError, ModelError
+from .model import text_config
+from .patch import Check, Patch
+
+__all__ = ["Passes", "can_run", "prove", "run_passes"]
+
+_NEAR = _FAR = 24
+_CACHED = 40
+"""Tokens that are read before the others continue from the cache."""
+_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_SHORT_TOLERANCE = 0.1
+"""Largest rms difference over the rms of the logits, cached against whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Logits [1, seq, vocabulary] of one model state, float32 on the CPU."""
+
+    consecutive: Tensor
+    """At positions from 0 on."""
+    far: Tensor | None
+    """Half of the tokens beyond the old window; None where positions are not to be jumped over."""
+
+
+def can_run(model: PreTrainedModel) -> bool:
+    """Whether the model has its weights: one on the meta device is only looked at."""
+    return not any(parameter.is_meta for parameter in model.parameters())
+
+
+def run_passes(model: PreTrainedModel, patch: Patch) -> Passes:
+    """Read the tokens of the proof on the model as it is, with or without the patch."""
+    consecutive = torch.arange(_NEAR + _FAR)
+    far = consecutive.clone()
+    far[_NEAR:] += 2 * patch.window_below
+    with _evaluating(model):
+        return Passes(
+            _logits(model, consecutive),
+            _logits(model, far) if patch.method.changes_far_logits else None,
+        )
+
+
+def prove(
+    model: PreTrainedModel, patch: Patch, before: Passes, *, rotary_changed: bool
+) -> list[Check]:
+    """Read the same tokens under the patch and compare.
+
+    Args:
+        model: with the patch in place.
+        patch: of it.
+        before: what the model gave without it.
+        rotary_changed: whether its rotary turns otherwise than before.
+
+    Raises:
+        ModelError: a forward fails under the patch, which the message names.
+    """
+    name = patch.method.name
+    try:
+        after = run_passes(model, patch)
+        with _evaluating(model):
+            cached = _cached(model, patch)
+    except LongctxError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{name} cannot serve model type {model.config.model_type!r}: with it in place a "
+            f"forward fails ({type(error).__name__}: {error})."
+        ) from error
+    checks: list[Check] = []
+    if after.far is not None and before.far is not None:
+        moved = _difference(after.far, before.far)
+        wanted = rotary_changed or "rotary" not in patch.method.slots
+        detail = f"by {moved:.2g} of their size beyond position {2 * patch.window_below:,}"
+        if not moved:
+            detail = (
+                "the layers do not read the rotary that was replaced" if wanted else
+                "not: the rotary is as it was"
+            )
+        checks.append(Check("logits change", moved > 0 or not wanted, detail))
+    if before.consecutive.isfinite().all():
+        finite = bool(after.consecutive.isfinite().all())
+        checks.append(Check("logits finite", finite, f"{after.consecutive.numel():,} of them"))
+    if cached is not None:
+        off = _difference(cached, after.consecutive[:, _CACHED:])
+        limit = _TOLERANCE.get(next(model.parameters()).dtype, _SHORT_TOLERANCE)
+        checks.append(
+            Check("cached as uncached", off <= limit, f"to {off:.1e} of the logits' size")
+        )
+    return checks
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Generator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _ids(model: PreTrainedModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    high = text_config(model).vocab_size
+    embedding: Any = model.get_input_embeddings()
+    return torch.randint(high, (1, _NEAR + _FAR), generator=generator).to(embedding.weight.device)
+
+
+def _logits(model: PreTrainedModel, positions: Tensor) -> Tensor:
+    ids = _ids(model)
+    # The mask says that the tokens are one text, although their positions make a step.
+    output: Any = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=positions[None].to(ids.device),
+        use_cache=False,
+    )
+    return output.logits.float().cpu()
+
+
+def _cached(model: PreTrainedModel, patch: Patch) -> Tensor | None:
+    """Logits of the last tokens, read after a cache of those before; None without such a cache."""
+    argument = cache_argument(model.base_model.forward)
+    if argument is None:
+        return None
+    ids = _ids(model)
+    with _reserved(model, patch, ids.shape[1]):
+        first: Any = model(input_ids=ids[:, :_CACHED], use_cache=True)
+        last: Any = model(
+            input_ids=ids[:, _CACHED:],
+            attention_mask=torch.ones_like(ids),
+            use_cache=True,
+            **{argument: first[argument]},
+        )
+    return last.logits.float().cpu()
+
+
+@contextmanager
+def _reserved(model: PreTrainedModel, patch: Patch, tokens: int) -> Generator[None]:
+    with ExitStack() as begun:
+        below: Patch | None = patch
+        while below is not None:
+            begun.enter_context(below.method.reserve(model, tokens))
+            below = below.below
+        yield

@@ -1,0 +1,105 @@
+"""A model built from a config without its weights, to see what the config says of each module.
+
+Beside its rotary a family may derive other things from `rope_parameters` when it is built
+(DeepSeek: the scaling of attention). What a config means is read off such a twin: parameters on
+the meta device, buffers that no checkpoint holds as they would be loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+__all__ = ["build_twin", "derived_changes", "differences"]
+
+_Plain = int | float | str | None
+_OF_A_RUN = ("training", "gradient_checkpointing", "name_or_path")
+"""Attributes that say what is done with a model, not what it computes."""
+
+
+def build_twin(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the same class from `config`, weights on the meta device.
+
+    Buffers that are not saved are on the CPU; those that the family cannot compute without
+    weights are all NaN.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # pyright: ignore[reportPrivateUsage]
+    build: Any = type(model)
+    with torch.device("meta"):
+        twin: PreTrainedModel = build(config)
+    for module in twin.modules():
+        unsaved = module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+        for name in unsaved:
+            buffer = getattr(module, name)
+            if buffer is not None and buffer.is_floating_point():
+                setattr(module, name, torch.full_like(buffer, torch.nan, device="cpu"))
+            elif buffer is not None:
+                setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+        if unsaved and not any(True for _ in module.parameters()):
+            with torch.no_grad():
+                twin._init_weights(module)  # pyright: ignore[reportPrivateUsage]
+    return twin
+
+
+def derived_changes(
+    model: PreTrainedModel, before: PreTrainedConfig, after: PreTrainedConfig
+) -> list[tuple[str, str, _Plain]]:
+    """Plain attributes of modules that another config gives another value.
+
+    Returns:
+        (name of the module, attribute, its value by `after`), rotaries apart.
+    """
+    old, new = build_twin(model, before), build_twin(model, after)
+    known = {(name, key): value for name, key, value in _plain_attributes(old)}
+    return [
+        (name, key, value)
+        for name, key, value in _plain_attributes(new)
+        if "rotary" not in name and known.get((name, key), value) != value
+    ]
+
+
+def differences(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]:
+    """Buffers and plain attributes of `model` that its twin has otherwise, each in words.
+
+    A patch's rotary is compared by the native one inside it.
+    """
+    found: list[str] = []
+    own = {_native(name): buffer for name, buffer in model.named_buffers()}
+    for name, buffer in twin.named_buffers():
+        mine = own.get(name)
+        if mine is None or buffer.is_meta or mine.is_meta or _unknown(buffer):
+            continue
+        if mine.dtype != buffer.dtype and "inv_freq" not in name:
+            buffer = buffer.to(mine.dtype)
+        if mine.shape != buffer.shape:
+            found.append(f"{name} has shape {[*mine.shape]}, as saved {[*buffer.shape]}")
+        elif not torch.equal(mine.cpu().to(buffer.dtype), buffer):
+            off = (mine.cpu().double() - buffer.double()).abs().max().item()
+            found.append(f"{name} differs by {off:.1e}")
+    attributes = {(_native(name), key): value for name, key, value in _plain_attributes(model)}
+    for name, key, value in _plain_attributes(twin):
+        mine = attributes.get((name, key), value)
+        if key != "rope_type" and mine != value:
+            found.append(f"{name}.{key} is {mine!r}, as saved {value!r}")
+    return found
+
+
+def _native(name: str) -> str:
+    return name.replace("rotary_emb.native", "rotary_emb")
+
+
+def _unknown(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and bool(buffer.isnan().all())
+
+
+def _plain_attributes(model: nn.Module) -> Iterator[tuple[str, str, _Plain]]:
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if not key.startswith("_") and key not in _OF_A_RUN and isinstance(value, _Plain):
+                yield name, key, value
