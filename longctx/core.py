@@ -20,7 +20,6 @@ from .model import (
     scaled_rope,
     text_config,
     unwrapped,
-    window,
 )
 from .patch import HANDLE, Check, Method, Patch, patch_of, roll_back, slot_holder
 from .proof import can_run, prove, run_passes
@@ -74,7 +73,7 @@ def extend(
     rotary, config = rotary_of(model), copy.deepcopy(text_config(model))
     before = run_passes(model, patch) if prove_effect and can_run(model) else None
     try:
-        _apply(model, method, patch)
+        method.apply(model, patch)
         _follow(model, patch, config)
         _refuse_continuous_batching(model, patch)
         patch.set(model.config, "longctx", _record(model, patch))
@@ -84,22 +83,15 @@ def extend(
             changed = _turns_otherwise(model, patch, rotary)
             patch.proven = tuple(prove(model, patch, before, rotary_changed=changed))
             _refuse_failed(patch, patch.proven)
-    except BaseException:
+    except BaseException as error:
         roll_back(patch)
-        raise
-    return patch
-
-
-def _apply(model: PreTrainedModel, method: Method, patch: Patch) -> None:
-    try:
-        method.apply(model, patch)
-    except LongctxError:
-        raise
-    except Exception as error:  # a family whose config or rotary is another than those we know
-        raise ModelError(
+        if isinstance(error, LongctxError) or not isinstance(error, Exception):
+            raise
+        raise ModelError(  # a family whose config or rotary is another than those we know
             f"{method.name} cannot serve model type {model.config.model_type!r}: its rotary or its "
             f"config is of a form that longctx does not know ({type(error).__name__}: {error})."
         ) from error
+    return patch
 
 
 def _follow(model: PreTrainedModel, patch: Patch, before: PreTrainedConfig) -> None:
@@ -148,7 +140,10 @@ def _turns_otherwise(model: PreTrainedModel, patch: Patch, before: nn.Module) ->
     if not patch.method.length_invariant:
         return True
     kind = patch.rope.layer_type
-    (one, scaling), (other, own) = frequencies_of(rotary_of(model), kind), frequencies_of(before, kind)
+    (one, scaling), (other, own) = (
+        frequencies_of(rotary_of(model), kind),
+        frequencies_of(before, kind),
+    )
     return scaling != own or not torch.equal(one.float(), other.float())
 
 

@@ -103,8 +103,14 @@ def rope_entry(config: PreTrainedConfig) -> tuple[dict[str, Any], str | None]:
     the sliding ones never see further than their window.
     """
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    if _nested(parameters):
+    if _nested(parameters) and parameters[_FULL]:
         return parameters[_FULL], _FULL
+    if _nested(parameters):
+        raise ModelError(
+            f"the full-attention layers of {config.model_type!r} have no rotary, and the others "
+            f"slide over {getattr(config, 'sliding_window', None)} tokens: there are no positions "
+            "to extend. It can still be measured."
+        )
     if "rope_theta" not in parameters or parameters["rope_theta"] is None:
         raise ModelError(
             f"config.rope_parameters of {config.model_type!r} is {parameters!r}: expected at least "
@@ -128,7 +134,7 @@ def refusal(config: PreTrainedConfig, entry: dict[str, Any]) -> str | None:
     trial.rope_parameters = with_rope_entry(config, entry)
     try:
         trial.validate_rope()
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         return str(error)
     return None
 
@@ -152,6 +158,12 @@ def rope_of(model: PreTrainedModel) -> Rope:
     rotary = rotary_of(model)
     config = text_config(model)
     entry, layer_type = rope_entry(config)
+    if layer_type is not None and layer_type not in (getattr(config, "layer_types", None) or ()):
+        raise ModelError(
+            f"all layers of this {config.model_type!r} model slide over "
+            f"{getattr(config, 'sliding_window', None)} tokens: none sees further, whatever is "
+            "done to the positions. It cannot be extended; it can still be measured."
+        )
     try:
         inv_freq, _ = frequencies_of(rotary, layer_type)
     except AttributeError as error:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import MethodError
 from .model import text_config, unwrapped
@@ -144,6 +144,8 @@ class Patch:
 
     def set(self, obj: Any, name: str, value: Any) -> None:
         """Set `obj.name` and remember what was there, so that `remove` can put it back."""
+        if isinstance(obj, PreTrainedConfig):
+            name = obj.attribute_map.get(name, name)  # some keep the window under another name
         self.undo.append((obj, name, _own(obj, name)))
         setattr(obj, name, value)
 

@@ -176,10 +176,11 @@ def frequencies_of(rotary: nn.Module, layer_type: str | None) -> tuple[Tensor, f
 def planes_of(rotary: nn.Module, layer_type: str | None) -> Tensor:
     """Which plane each channel of cos and sin belongs to, int [d], read off a copy of the rotary.
 
-    Most rotaries say cos of all planes twice; some say each plane twice in a row (Cohere).
+    Most rotaries say cos of all planes twice; some say each plane twice in a row (Cohere), or once
+    (GPT-OSS, and those that give complex numbers).
 
     Raises:
-        ModelError: a rotary that gives no cos and sin (complex numbers, several rotaries).
+        ModelError: a rotary that gives neither cos and sin nor complex numbers.
     """
     twin = copy.deepcopy(rotary.native if isinstance(rotary, ScaledRotary) else rotary)
     prefix = "" if layer_type is None else f"{layer_type}_"
@@ -189,14 +190,31 @@ def planes_of(rotary: nn.Module, layer_type: str | None) -> Tensor:
     setattr(twin, f"{prefix}attention_scaling", 1.0)
     x = torch.zeros(1, 1, 1, dtype=torch.float32, device=inv_freq.device)
     where = torch.ones(1, 1, dtype=torch.long, device=inv_freq.device)
-    found: Any = twin(x, where, *([] if layer_type is None else [layer_type]))
-    if not isinstance(found, tuple) or len(found) != 2 or found[1].is_complex():
+    cos, sin = _cos_sin(twin, x, where, layer_type)
+    planes = (
+        torch.atan2(sin[0, 0].double(), cos[0, 0].double()) / _TELLING
+    ).round().long().cpu() - 1
+    if not bool(((planes >= 0) & (planes < inv_freq.numel())).all()):
         raise ModelError(
-            f"{type(twin).__name__} gives no cos and sin: its planes cannot be told apart. Methods "
-            "that replace the rotary (alibi) may work."
+            f"{type(twin).__name__} computes its frequencies anew at every call (from the length "
+            "of the input, or its config): what a method installs would not be used."
         )
-    sin: Tensor = found[1]
-    return (sin[0, 0].double().asin() / _TELLING).round().long().cpu() - 1
+    return planes
+
+
+def _cos_sin(
+    rotary: nn.Module, x: Tensor, positions: Tensor, layer_type: str | None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine as a rotary gives them, whether as two tensors or as a complex one."""
+    found: Any = rotary(x, positions, *([] if layer_type is None else [layer_type]))
+    if isinstance(found, Tensor) and found.is_complex():
+        return found.real, found.imag
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ModelError(
+            f"{type(rotary).__name__} gives neither cos and sin nor complex numbers: its planes "
+            "cannot be told apart. Methods that replace the rotary (alibi) may work."
+        )
+    return found
 
 
 def phase_error(rotary: nn.Module, rope: Rope, wanted: Frequencies, position: int) -> float:
@@ -204,8 +222,7 @@ def phase_error(rotary: nn.Module, rope: Rope, wanted: Frequencies, position: in
     inv_freq, _ = frequencies_of(rotary, rope.layer_type)
     x = torch.zeros(1, 1, 1, device=inv_freq.device)
     where = torch.tensor([[position]], device=inv_freq.device)
-    extra = () if rope.layer_type is None else (rope.layer_type,)
-    cos, sin = rotary(x, where, *extra)
+    cos, sin = _cos_sin(rotary, x, where, rope.layer_type)
     phase = position * wanted.inv_freq[planes_of(rotary, rope.layer_type)]
     error_cos = cos[0, 0].double().cpu() - phase.cos() * wanted.attention_scaling
     error_sin = sin[0, 0].double().cpu() - phase.sin() * wanted.attention_scaling

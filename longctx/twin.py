@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .errors import ModelError
+
 __all__ = ["build_twin", "derived_changes", "differences"]
 
 _Plain = int | float | str | None
@@ -27,12 +29,26 @@ def build_twin(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
 
     Buffers that are not saved are on the CPU; those that the family cannot compute without
     weights are all NaN.
+
+    Raises:
+        ModelError: the class builds no model from this config.
     """
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"  # pyright: ignore[reportPrivateUsage]
     build: Any = type(model)
-    with torch.device("meta"):
-        twin: PreTrainedModel = build(config)
+    try:
+        with torch.device("meta"):
+            twin: PreTrainedModel = build._from_config(config)
+        _fill_unsaved(twin)
+    except Exception as error:
+        raise ModelError(
+            f"{build.__name__} cannot be built from its config ({type(error).__name__}: {error})."
+        ) from error
+    return twin
+
+
+def _fill_unsaved(twin: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint holds, as loading does."""
     for module in twin.modules():
         unsaved = module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
         for name in unsaved:
@@ -44,7 +60,6 @@ def build_twin(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
         if unsaved and not any(True for _ in module.parameters()):
             with torch.no_grad():
                 twin._init_weights(module)  # pyright: ignore[reportPrivateUsage]
-    return twin
 
 
 def derived_changes(

@@ -4,9 +4,10 @@
 
 Inside the original window nothing changes. T is settled before the first token of a request is
 read and kept to its end, so that every cached key was turned by the base its queries use;
-`generate` does this by itself. Each row of a batch is a request, and its T belongs to the cache. transformers' own `dynamic` lets the base grow while older keys
-keep the former one, and never scales once `max_position_embeddings` is raised; it agrees with
-this where a whole input is read in one pass.
+`generate` does this by itself. Each row of a batch is a request, and its T belongs to the cache.
+transformers' own `dynamic` lets the base grow while older keys keep the former one, and never
+scales once `max_position_embeddings` is raised; it agrees with this where a whole input is read in
+one pass.
 
 Source: emozilla 2023 ("Dynamically scaled RoPE"); YaRN (arXiv:2309.00071), appendix B.1.
 """
@@ -254,7 +255,7 @@ def _fitting(model: PreTrainedModel, cache: Cache, total: int, mask: Tensor | No
     padding = [0] if mask is None else (mask == 0).sum(1).tolist()
     wanted = tuple(max(total - own, rotary.reserved) for own in padding)
     begun = _begun(cache, read)
-    if begun == wanted or set(begun) == set(wanted) and len(set(begun)) == 1:
+    if begun == wanted or (set(begun) == set(wanted) and len(set(begun)) == 1):
         return cache
     if type(cache) is not DynamicCache:
         raise MethodError(

@@ -153,7 +153,7 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise ModelError(
                 f"{type(module).__name__} asks for {meaning}, which longctx's attention does not "
-                f"compute ({name}={kwargs[name]!r}); use a method that changes frequencies only."
+                f"compute ({name}); use a method that changes frequencies only."
             )
     scale: QueryScale | None = getattr(module, SCALE, None)
     if scale is not None:
@@ -180,6 +180,9 @@ def attention_forward(
     if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
         # A static cache on its first use: transformers drops the mask, the keys beyond are empty.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    width = value.shape[-1]
+    if width < key.shape[-1]:  # multi-head latent attention: what is zero adds nothing
+        value = nn.functional.pad(value, (0, key.shape[-1] - width))
     out = rule(
         query,
         key,
@@ -188,7 +191,7 @@ def attention_forward(
         positions=position_ids,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out[..., :width].transpose(1, 2).contiguous(), None
 
 
 def text_positions(positions: Tensor | None) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +81,101 @@ def test_the_window_is_what_it_claims_to_read() -> None:
     patch = longctx.extend(model, "dynamic", factor=4)
     assert model.config.max_position_embeddings == WINDOW
     assert patch.report().window == patch.window == 4 * WINDOW
+
+
+@torch.no_grad()
+def test_a_request_between_two_others_changes_neither() -> None:
+    model, ids = build("llama"), tokens(WINDOW + 36)
+    longctx.extend(model, Dynamic(factor=4))
+    wanted = model(ids[:, :50]).logits[:, 40:]
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :40], past_key_values=cache)
+    longer = model(ids).logits
+    kept = copy.deepcopy(cache)
+    for one in (cache, kept):
+        got = model(ids[:, 40:50], past_key_values=one).logits
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(ids).logits, longer, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_does_not_depend_on_its_batch(side: str) -> None:
+    model = build("llama")
+    longctx.extend(model, Dynamic(factor=4))
+    rows = [tokens(length, seed=length) for length in (90, 70, 30)]
+    ids, mask = torch.zeros(3, 90, dtype=torch.long), torch.zeros(3, 90, dtype=torch.long)
+    places = [slice(90 - x.shape[1], 90) if side == "left" else slice(x.shape[1]) for x in rows]
+    for row, (x, place) in enumerate(zip(rows, places, strict=True)):
+        ids[row, place], mask[row, place] = x[0], 1
+    together = model(ids, attention_mask=mask).logits
+    for row, (x, place) in enumerate(zip(rows, places, strict=True)):
+        alone = model(x).logits[0]
+        torch.testing.assert_close(together[row, place], alone, rtol=0, atol=2e-4)
+    if side == "left":
+        call: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+        both = model.generate(ids, attention_mask=mask, **call)[:, 90:]
+        for row, x in enumerate(rows):
+            assert torch.equal(both[row], model.generate(x, **call)[0, x.shape[1] :])
+        beams = model.generate(ids[:2], attention_mask=mask[:2], num_beams=2, **call)[:, 90:]
+        for row, x in enumerate(rows[:2]):
+            alone = model.generate(x, num_beams=2, **call)
+            assert torch.equal(beams[row], alone[0, x.shape[1] :])
+
+
+def test_the_next_turn_on_a_returned_cache_is_read_as_without_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, ids = build("llama"), tokens(100)
+    longctx.extend(model, Dynamic(factor=4))
+    call: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    first = model.generate(ids[:, :50], return_dict_in_generate=True, **call)
+    turn = torch.cat([first.sequences, ids[:, :30]], 1)
+    wanted = model.generate(turn, **call)
+    assert torch.equal(model.generate(turn, past_key_values=first.past_key_values, **call), wanted)
+    assert "read anew" in caplog.text
+    caplog.clear()
+    with reserve(model, 100):  # begun for both turns, so that the cache is kept
+        first = model.generate(ids[:, :50], return_dict_in_generate=True, **call)
+        turn = torch.cat([first.sequences, ids[:, :30]], 1)
+        wanted = model.generate(turn, **call)
+        assert torch.equal(
+            model.generate(turn, past_key_values=first.past_key_values, **call), wanted
+        )
+    assert not caplog.text
+
+
+def test_a_cache_of_unknown_origin_is_refused() -> None:
+    model, ids = build("llama"), tokens(40)
+    cache = model(ids, use_cache=True).past_key_values
+    longctx.extend(model, Dynamic(factor=4))
+    with pytest.raises(MethodError, match="filled before the model was extended"):
+        model(ids, past_key_values=cache)
+
+
+def test_assisted_decoding_gives_greedy_tokens() -> None:
+    model, draft = build("llama"), build("llama", num_hidden_layers=1)
+    for each in (model, draft):
+        longctx.extend(each, Dynamic(factor=4))
+    ids = tokens(20, seed=3).repeat(1, 3)
+    call: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    wanted = model.generate(ids, **call)
+    assert torch.equal(model.generate(ids, assistant_model=draft, **call), wanted)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=8, **call), wanted)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=16, **call), wanted)
+
+
+def test_a_pickled_model_comes_back_with_its_patch() -> None:
+    model, ids = build("llama"), tokens(WINDOW + 20)
+    longctx.extend(model, Dynamic(factor=4))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for again in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        patch = longctx.patch_of(again)
+        assert patch is not None
+        assert patch.report().ok
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        call: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(again.generate(ids, **call), model.generate(ids, **call))
+        patch.remove()
+        assert torch.equal(again(ids).logits, build("llama")(ids).logits)

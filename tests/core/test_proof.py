@@ -1,0 +1,133 @@
+"""A patch is proven by the model's logits, and refused where they speak against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import longctx
+from longctx.errors import LongctxError, MethodError, ModelError
+from longctx.model import decoder_of
+from longctx.patch import Patch
+from longctx.patches.linear import Linear
+
+from ..families import WINDOW, build, tokens
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": WINDOW,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def granite_swa() -> PreTrainedModel:
+    """It keeps a rotary for each base, and one more that no layer reads."""
+    types = ["sliding_attention", "full_attention"]
+    return made(
+        transformers.GraniteSWAForCausalLM,
+        transformers.GraniteSWAConfig,
+        layer_types=types,
+        sliding_window=24,
+    )
+
+
+def gpt_oss() -> PreTrainedModel:
+    """It has sinks, and cos and sin of half the width."""
+    more = {"head_dim": 16, "sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 1}
+    return made(transformers.GptOssForCausalLM, transformers.GptOssConfig, **more)
+
+
+def made(model: Any, config: Any, **settings: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return model(config(**SMALL | settings)).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "found"),
+    [
+        (granite_swa, "yarn:4", "do not read the rotary that was replaced"),
+        (gpt_oss, "alibi:4", "attention sinks"),
+    ],
+)
+def test_what_a_family_cannot_serve_is_refused_and_undone(
+    model: Any, method: str, found: str
+) -> None:
+    patched = model()
+    before, config = patched(tokens(60)).logits, patched.config.to_dict()
+    with pytest.raises(LongctxError, match=found):
+        longctx.extend(patched, method, replace=True)
+    assert torch.equal(patched(tokens(60)).logits, before)
+    assert patched.config.to_dict() == config
+    assert longctx.patch_of(patched) is None
+
+
+def test_the_report_says_what_was_seen() -> None:
+    model = build("llama").train()
+    report = longctx.extend(model, "linear", factor=4).report()
+    assert {"logits change", "logits finite", "cached as uncached"} <= {
+        c.name for c in report.checks
+    }
+    assert all(module.training for module in model.modules())
+
+
+def test_it_is_left_out_on_request_and_for_a_model_without_weights() -> None:
+    assert longctx.extend(build("llama"), Linear(factor=4), prove_effect=False).proven == ()
+    with torch.device("meta"):
+        sketch = build("llama")
+    sketch.model.rotary_emb = build("llama").model.rotary_emb
+    assert longctx.extend(sketch, "linear:4").proven == ()
+
+
+@dataclass(frozen=True, slots=True)
+class Forgetful(Linear):
+    """Reads every call as if nothing stood before it."""
+
+    def apply(self, model: PreTrainedModel, patch: Patch) -> None:
+        """Take the cache away from the decoder."""
+        super(Forgetful, self).apply(model, patch)
+        patch.hook(decoder_of(model), _without_cache)
+
+
+def _without_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    del module
+    if kwargs.get("past_key_values") is not None:
+        kwargs = {**kwargs, "past_key_values": None, "attention_mask": None}
+    return args, kwargs
+
+
+def test_a_cache_that_gives_other_logits_is_found() -> None:
+    with pytest.raises(MethodError, match="cached as uncached"):
+        longctx.extend(build("llama"), Forgetful(factor=4))
+
+
+def test_a_setting_that_changes_nothing_needs_no_change() -> None:
+    model, ids = build("llama"), tokens(100)
+    before = model(ids).logits
+    longctx.extend(model, "linear:1")
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("method", ["alibi:4", "dual_chunk:4", "dynamic:4"])
+def test_continuous_batching_is_refused_before_it_starts(method: str) -> None:
+    model = build("llama")
+    with longctx.extend(model, method), pytest.raises(MethodError, match="continuous batching"):
+        model.generate_batch([[3, 4, 5]])
+    assert "generate_batch" not in vars(model)
+
+
+def test_layers_that_all_slide_are_named() -> None:
+    with pytest.raises(ModelError, match="all layers of this 'gemma3_text' model slide"):
+        longctx.extend(build("gemma3", layer_types=["sliding_attention"] * 2), "linear:4")
