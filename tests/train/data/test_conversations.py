@@ -76,7 +76,7 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "a"}]}
         ({"prompt": "a"}, "has the fields 'prompt': expected 'conversations'"),
         ({"conversations": "a"}, "is 'a', expected a list of turns"),
         ({"conversations": [{"from": "asistant", "value": "a"}]}, "did you mean 'assistant'"),
-        ({"conversations": [{"from": "tool", "value": "a"}]}, "role 'tool', known are human, user"),
+        ({"conversations": [{"from": "judge", "value": "a"}]}, "role 'judge', known are human, user"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "turn 1 is None, expected text"),
         ({"conversations": [{"from": "gpt", "value": "x\ud83d"}]}, "half a surrogate pair"),
     ],
