@@ -148,9 +148,7 @@ def test_every_file_that_is_not_python_is_installed() -> None:
             assert any(matches), f"{path} is in no package-data"
 
 
-@pytest.mark.parametrize(
-    "name", ["longctx", "longctx.prompts", "longctx.train", "longctx.eval"]
-)
+@pytest.mark.parametrize("name", ["longctx", "longctx.prompts", "longctx.train", "longctx.eval"])
 def test_every_public_name_is_there(name: str) -> None:
     module = importlib.import_module(name)
     for public in module.__all__:

@@ -60,6 +60,13 @@ REASONS = {
 }
 """Why turns are left out."""
 
+# Arguments of `apply_chat_template` that are not the template's own.
+_TAKEN = (
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length"),
+    *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("sanitize_control_tokens", "strftime_now", "raise_exception"),
+)
 _SYSTEM = ("system", "system_prompt")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -286,8 +293,7 @@ def _variables(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         found[key] = value
     own = decoded(record.get("chat_template_kwargs"))
     if not is_missing(own):
-        taken = ("messages", "conversation", "add_generation_prompt", "chat_template", "tokenize")
-        if not isinstance(own, Mapping) or any(key in taken or key in found for key in own):
+        if not isinstance(own, Mapping) or any(key in _TAKEN or key in found for key in own):
             raise BadRecordError(
                 f"{where} has 'chat_template_kwargs' of {shown(own)}: expected an object of "
                 "settings that the chat template has itself, such as enable_thinking.",

@@ -82,7 +82,8 @@ class Records:
                 raise record
             yield cast(Record, record)
         if not count:
-            raise DataError(f"{self.name} holds no records: pass a file with conversations.")
+            notes = "".join(f" ({note})" for note in self.notes)
+            raise DataError(f"{self.name} holds no records{notes}: pass a file with conversations.")
 
     def _records(self) -> Iterator[Any]:
         if self.source == SAMPLE:

@@ -25,7 +25,7 @@ __all__ = ["COMPRESSED", "LONGEST", "Stream", "not_utf8", "open_stream"]
 
 LONGEST = 1 << 28
 """Most bytes of a text and characters of a record."""
-_PIECE = 1 << 22  # bytes that are decompressed at a time
+_PIECE = 1 << 16  # bytes that are decompressed at a time
 _RATIO, _HARMLESS = 200, 1 << 26
 
 
@@ -53,6 +53,7 @@ class Stream:
         self._raw = raw
         self._name = path.name
         self._salvage = salvage
+        self._some: Callable[[int], bytes] = getattr(raw, "read1", raw.read)
         self._read = 0
         compressed = path.suffix.lower() in COMPRESSED
         self._most = max(_HARMLESS, _RATIO * path.stat().st_size) if compressed else None
@@ -73,7 +74,7 @@ class Stream:
         while count > 0 and not self.broken:
             try:
                 # One read of the file at a time, so that what came before a fault is not lost.
-                piece = (getattr(self._raw, "read1", None) or self._raw.read)(min(count, _PIECE))
+                piece = self._some(min(count, _PIECE))
             except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise

@@ -62,6 +62,7 @@ ROLES: dict[str, Role] = {
 WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale")
 """Fields that say whether a turn is learnt: OpenAI's, axolotl's, ms-swift's and their kin."""
 _PARTIAL = ("train_detail", "training_detail", "mask", "loss_mask")
+_DEEPEST = 100
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 60, 60
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call
@@ -276,12 +277,30 @@ def written(value: object, where: str) -> str:
     Raises:
         BadRecordError: what JSON or a tokenizer cannot take.
     """
+    if _is_deep(value):
+        raise BadRecordError(
+            f"{where} has fields nested more than {_DEEPEST} deep: remove them.", "deep fields"
+        )
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
         text.encode()
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise BadRecordError(
             f"{where} has fields that cannot be written as JSON text ({error}): remove them.",
             "fields that JSON cannot hold",
         ) from error
     return text
+
+
+def _is_deep(value: object) -> bool:
+    """Whether a value is nested deeper than templates and JSON can follow in any call."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner: list[Any] = []
+        for each in level:
+            if isinstance(each, Mapping):
+                inner += cast(Mapping[Any, Any], each).values()
+            elif isinstance(each, list):
+                inner += cast(list[Any], each)
+        level = inner
+    return bool(level)

@@ -91,6 +91,11 @@ def _rows(
     note: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     count = len(next(columns[key] for key in columns if key in FIELDS))
+    columns = columns | {
+        key: cast(list[Any], value)
+        for key, value in record.items()
+        if isinstance(value, list) and len(value) == count
+    }
     short = {key: len(column) for key, column in columns.items() if len(column) != count}
     if short:
         raise DataError(
