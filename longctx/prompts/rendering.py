@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -143,7 +143,7 @@ class _TooLongError(BaseException):
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
+def _limited() -> Generator[None]:
     """Raise `_TooLongError` in the block after `SECONDS` of CPU time, MemoryError at `MEMORY`."""
     main = threading.current_thread() is threading.main_thread()
     if not main or not sys.platform.startswith("linux"):

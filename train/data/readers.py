@@ -134,8 +134,8 @@ class Records:
                 record, window.at = decoder.raw_decode(window.text, window.at)
             except (ValueError, RecursionError) as error:
                 whole = not isinstance(error, json.JSONDecodeError)
-                at = window.at if whole else cast(json.JSONDecodeError, error).pos
-                said = str(error) if whole else cast(json.JSONDecodeError, error).msg
+                at = window.at if whole else error.pos
+                said = str(error) if whole else error.msg
                 rest = len(window.text) - at
                 if whole or (rest > _NEAR_THE_END and not said.startswith("Unterminated string")):
                     bad = BadRecordError(

@@ -322,24 +322,23 @@ class Encoder:
         """A sample for each answer, after as many of the exchanges before it as fit."""
         size, overflow = self.settings.max_length, self.settings.overflow
         job.counts["single"] += 1
+        first = 0  # exchange of the sample before: the next has no more room
         for index in cast(list[int], job.answers):
             system, exchanges = _exchanges(job.turns[: index + 1])
-            for first in range(len(exchanges)):
+            whole = sample = self._encode(job.turns[: index + 1], job.variables, last=True)
+            job.counts["tokens"] += len(whole.ids)
+            while overflow == "continue" and len(sample.ids) > size and first < len(exchanges):
                 part = (*system, *chain.from_iterable(exchanges[first:]))
-                sample = self._encode(part, job.variables, last=True)
-                if first == 0:
-                    job.counts["tokens"] += len(sample.ids)
-                    whole = len(sample.ids)
-                if len(sample.ids) <= size or overflow != "continue":
-                    break
+                sample = self._encode(part, job.variables, last=True) if first else whole
+                first += len(sample.ids) > size
             if len(sample.ids) <= size:
-                job.counts["dropped"] += whole - len(sample.ids)
+                job.counts["dropped"] += len(whole.ids) - len(sample.ids)
                 yield sample.ids, sample.labels
             elif overflow == "cut":
                 yield from self._cut(sample.ids, sample.labels, job.counts)
             else:
                 job.counts["too_long"] += 1
-                job.counts["dropped"] += whole
+                job.counts["dropped"] += len(whole.ids)
 
     def _encode(
         self, turns: tuple[Turn, ...], variables: dict[str, Any], *, last: bool = False
