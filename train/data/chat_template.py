@@ -304,7 +304,14 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None = Non
                 f"the tokenizer of {name} has no chat template, as base models do: pass "
                 'template="vicuna" (--template vicuna), or the path of a Jinja file.'
             )
-        return ChatTemplate(tokenizer, tokenizer.get_chat_template(), name)
+        try:
+            own = tokenizer.get_chat_template()
+        except ValueError as error:  # several templates, none of them the default
+            raise DataError(
+                f"the tokenizer of {name} names no default among its chat templates: pass one of "
+                "them as a Jinja file (--template)."
+            ) from error
+        return ChatTemplate(tokenizer, own, name)
     if template == "vicuna":
         return ChatTemplate(tokenizer, vicuna(tokenizer), template)
     if not Path(template).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,13 @@ def test_a_base_model_needs_a_template_by_name(tmp_path: Path) -> None:
         chat_template(base)
     with pytest.raises(DataError, match="template='vicunna': expected 'vicuna' or the path"):
         chat_template(base, "vicunna")
+    several = copy.deepcopy(base)
+    several.chat_template = {"rag": chats.CHATML, "tool_use": chats.CHATML}
+    with pytest.raises(DataError, match="names no default among its chat templates"):
+        chat_template(several)
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="expected a Jinja file in UTF-8"):
+        chat_template(base, str(tmp_path / "bytes.jinja"))
     file = tmp_path / "chatml.jinja"
     file.write_text(chats.CHATML)
     said = chats.turns("q", "a")
