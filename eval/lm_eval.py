@@ -33,6 +33,7 @@ from longctx.errors import RunError, nearest
 from longctx.files import write_whole
 from longctx.fingerprint import identity_of, json_digest
 from longctx.patch import Method
+from longctx.prompts.rendering import templates
 from longctx.schema import conform, parse
 
 from .results.records import Record
@@ -228,9 +229,11 @@ def _evaluate(
     harness: Any = lm_eval  # its annotations do not hold
     wrap: Any = huggingface.HFLM
     generates = all(task.OUTPUT_TYPE == "generate_until" for task in tasks)
+    own = copy.deepcopy(tokenizer)  # it is given a padding token
+    own.chat_template = templates(tokenizer)  # the same prompts on any day
     wrapped = wrap(
         pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
+        tokenizer=own,
         # Prompts beyond this lose their beginning, without an error. It is the size of the windows
         # in which rolling perplexity is measured, too.
         max_length=max(length, variant.window or 0) + (_ROOM if generates else 0),

@@ -13,13 +13,40 @@ Every message names the value, what was expected, and the next step.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
-__all__ = ["DataError", "LongctxError", "MethodError", "ModelError", "RunError", "nearest"]
+__all__ = [
+    "DataError",
+    "LongctxError",
+    "MethodError",
+    "ModelError",
+    "RunError",
+    "nearest",
+    "printable",
+]
+
+# Control characters but for line breaks and tabs, line separators, and those that reorder a line.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters spelt out: data cannot steer a terminal.
+
+    >>> printable("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class LongctxError(ValueError):
     """Base of the errors that a user can mend."""
+
+    def __str__(self) -> str:
+        """The message, in which control characters of the data are spelt out."""
+        return printable(super().__str__())
 
 
 class MethodError(LongctxError):

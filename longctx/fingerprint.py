@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .attention.hook import ATTRIBUTE
 from .errors import ModelError
 from .model import attention_modules, rotary_of
+from .prompts.rendering import templates
 
 __all__ = ["effect_digest", "identity_of", "json_digest", "model_digest", "tokenizer_digest"]
 
@@ -33,7 +34,7 @@ def identity_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> d
     return {
         "model": model_digest(model),
         "tokenizer": tokenizer_digest(tokenizer),
-        "chat template": json_digest(tokenizer.chat_template),
+        "chat template": json_digest(templates(tokenizer)),
         "attention implementation": str(getattr(model.config, "_attn_implementation", None)),
     }
 

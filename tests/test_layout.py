@@ -83,7 +83,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 def test_packages_keep_nothing_but_public_names() -> None:
     """No module of a folder imports what its package offers: the package imports the module."""
-    public = {"longctx", "longctx.train", "longctx.eval"}
+    public = {"longctx", "longctx.prompts", "longctx.train", "longctx.eval"}
     for name, path in MODULES.items():
         if path.name != "__init__.py":
             used = {module for module, _ in imports(path)} & public
@@ -148,7 +148,7 @@ def test_every_file_that_is_not_python_is_installed() -> None:
             assert any(matches), f"{path} is in no package-data"
 
 
-@pytest.mark.parametrize("name", ["longctx", "longctx.train", "longctx.eval"])
+@pytest.mark.parametrize("name", ["longctx", "longctx.prompts", "longctx.train", "longctx.eval"])
 def test_every_public_name_is_there(name: str) -> None:
     module = importlib.import_module(name)
     for public in module.__all__:

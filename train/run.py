@@ -63,7 +63,9 @@ class Run:
     salvage: bool = False
     """Go on with the whole records of a file that breaks off."""
     split: str = "train"
-    """Of a hub id."""
+    """Of a hub id, a folder, or a file with a list for each split."""
+    skip_bad: bool = False
+    """Leave out records that cannot be used, and count them by reason."""
     workers: int = 1
     """Processes that tokenise."""
 
@@ -81,7 +83,11 @@ class Run:
         )
         if not self.data:
             raise RunError("no data: pass files, folders or hub ids, or sample.")
-        options: dict[str, Any] = {"salvage": self.salvage, "split": self.split}
+        options: dict[str, Any] = {
+            "salvage": self.salvage,
+            "split": self.split,
+            "skip_bad": self.skip_bad,
+        }
         return [
             prepare(source, tokenizer, settings, workers=self.workers, **options)
             for source in self.data

@@ -40,7 +40,9 @@ class Inspect:
     strict: bool = False
     """Refuse conversations out of order instead of tidying them."""
     split: str = "train"
-    """Of a hub id."""
+    """Of a hub id, a folder, or a file with a list for each split."""
+    skip_bad: bool = False
+    """Leave out records that cannot be used, and count them by reason."""
 
     def run(self) -> int:
         """Prepare and print."""
@@ -54,7 +56,11 @@ class Inspect:
             raise RunError(f"--count {self.count}: expected 1 or more samples.")
         tokenizer = load_tokenizer(self.model)
         settings = TokenizeSettings(self.max_length, self.overflow, self.template, self.strict)
-        options: dict[str, Any] = {"salvage": self.salvage, "split": self.split}
+        options: dict[str, Any] = {
+            "salvage": self.salvage,
+            "split": self.split,
+            "skip_bad": self.skip_bad,
+        }
         prepared = prepare(self.data, tokenizer, settings, **options)
         print(prepared.report)
         rows: Any = prepared.dataset

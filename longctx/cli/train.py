@@ -121,7 +121,9 @@ class Train:
     strict: bool = False
     """Refuse conversations out of order instead of tidying them."""
     split: str = "train"
-    """Of a hub id."""
+    """Of a hub id, a folder, or a file with a list for each split."""
+    skip_bad: bool = False
+    """Leave out records that cannot be used, and count them by reason."""
 
     max_steps: int | None = None
     """Updates; default: as many as the epochs take."""
@@ -189,7 +191,11 @@ class Train:
         first = os.environ.get("RANK", "0") == "0"
         model, tokenizer = self._loaded(recipe)
         old = window(model) if patch_of(model) is None else None
-        options: dict[str, Any] = {"salvage": self.salvage, "strict": self.strict}
+        options: dict[str, Any] = {
+            "salvage": self.salvage,
+            "strict": self.strict,
+            "skip_bad": self.skip_bad,
+        }
         run = Run(recipe, self.data, self.output_dir, self.template, split=self.split, **options)
         run.extend(model, replace=self.replace)
         patch = patch_of(model)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .haystacks import Grass, Haystack, decode, encode, tokenise
+from .rendering import render_chat
 
 __all__ = ["Prompt", "answer_after", "assemble", "frame"]
 
@@ -155,7 +156,8 @@ def frame(
     """Return the ids of all that stands before the haystack, and the text after it.
 
     Raises:
-        DataError: a chat template that is asked for and not there, or that drops the message.
+        DataError: a chat template that is asked for and not there, that fails, drops the message
+            or is not the same twice.
     """
     intro = f"{intro}\n" if intro else ""
     if chat is None:
@@ -166,8 +168,13 @@ def frame(
     if not tokenizer.chat_template:
         raise DataError("chat=True, but the tokenizer has no chat template; pass chat=False.")
     message = [{"role": "user", "content": _USER_TEXT}]
-    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    before, found, after = str(rendered).partition(_USER_TEXT)
+    rendered = render_chat(tokenizer, message, generation=True)
+    if rendered != render_chat(tokenizer, message, generation=True):
+        raise DataError(
+            "The chat template writes something else each time: prompts could not be compared. "
+            "Pass chat=False."
+        )
+    before, found, after = rendered.partition(_USER_TEXT)
     if not found:
         raise DataError("The chat template drops the user's message; pass chat=False.")
     return encode(tokenizer, before + intro), f"\n{question}{after}{answer_prefix}"

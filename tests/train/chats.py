@@ -34,6 +34,25 @@ FORGETFUL = (
     "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As DeepSeek-R1's: it asks for a thought, and writes answers without one.
+HASTY = (
+    "{% for message in messages %}{{ message['role'] + ':' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:<think>{% endif %}"
+)
+VICUNISH = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ 'U: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'A: ' + message['content'] + '<|im_end|>' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message.tool_calls or [] %}{{ call.function.name }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 ENDLESS = (
     "{% for message in messages %}{{ '### ' + message['role'] + ': ' + message['content'] + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '### assistant:' }}{% endif %}"

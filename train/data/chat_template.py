@@ -6,25 +6,36 @@ r"""A conversation as the tokenizer's chat template writes it, and where the mod
 
 A span runs from the end of the generation prompt to the end of the rendered turn: the difference of
 two renderings, so that the template needs no `{% generation %}`. This holds only where a rendering
-of the first turns begins the rendering of all; a template that does otherwise is refused.
+of the first turns begins the rendering of all. Templates that write an answer otherwise once
+another follows it (Qwen3's, which drops earlier thoughts) raise `PrefixError`: with those, every
+answer is rendered on its own by `render_last`, after what stood before it when it was given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from longctx.errors import DataError
 from longctx.prompts.haystacks import bos_of
+from longctx.prompts.rendering import render_chat
 
-from .conversations import Turn
+from .turns import Turn
 
-__all__ = ["ChatTemplate", "Rendered", "chat_template", "vicuna"]
+__all__ = ["ChatTemplate", "PrefixError", "Rendered", "chat_template", "vicuna"]
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers gives each for the other
+_MARK = "\u241f"
+
+
+class PrefixError(DataError):
+    """A template that writes the first turns otherwise once others follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,40 +67,48 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._layouts: dict[bool, _Layout | None] = {}
 
-    def render(self, turns: Sequence[Turn]) -> Rendered:
+    def render(self, turns: Sequence[Turn], variables: Mapping[str, Any] | None = None) -> Rendered:
         """Render tidied turns: an optional system turn, then questions and answers.
 
         Equals `render_by_prefixes`, in time linear in the conversation: what the template puts
         around contents is learnt once, by prefixes, and each text is compared with the rendering.
 
+        Args:
+            turns: what is said.
+            variables: what else the template is given: tools, say.
+
         Raises:
             DataError: see `render_by_prefixes`.
         """
         system = turns[0].role == "system"
-        if system not in self._layouts:
-            self._layouts[system] = self._learn(system)
-        layout = self._layouts[system]
-        predicted = _lay_out(turns, layout) if layout else None
-        if predicted and predicted.text == self._string(_messages(turns)):
-            return predicted
-        return self.render_by_prefixes(turns)
+        in_turn = not variables and len(turns) % 2 == int(system)
+        if in_turn and all(turn.role != "tool" and not turn.fields for turn in turns):
+            if system not in self._layouts:
+                self._layouts[system] = self._learn(system)
+            layout = self._layouts[system]
+            predicted = _lay_out(turns, layout) if layout else None
+            if predicted and predicted.text == self._string(turns):
+                return predicted
+        return self.render_by_prefixes(turns, variables)
 
-    def render_by_prefixes(self, turns: Sequence[Turn]) -> Rendered:
+    def render_by_prefixes(
+        self, turns: Sequence[Turn], variables: Mapping[str, Any] | None = None
+    ) -> Rendered:
         """Render the turns before each answer, those with it, and all.
 
         Raises:
-            DataError: the template refuses the turns, or does not preserve prefixes.
+            PrefixError: the template does not preserve prefixes.
+            DataError: the template refuses the turns, or fails.
         """
-        messages = _messages(turns)
-        text = self._string(messages)
+        text = self._string(turns, variables)
         spans: list[tuple[int, int]] = []
         for index, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            prompt = self._string(messages[:index], generation=True)
-            upto = self._string(messages[: index + 1])
+            prompt = self._string(turns[:index], variables, generation=True)
+            upto = self._string(turns[: index + 1], variables)
             if not (upto.startswith(prompt) and text.startswith(upto)):
-                raise DataError(
+                raise PrefixError(
                     f"the chat template of {self.name} does not preserve prefixes: up to turn "
                     f"{index + 1} of {len(turns)} it writes …{upto[-40:]!r}, with all turns "
                     f"…{text[max(0, len(upto) - 40) : len(upto)]!r}. Labels would fall on the "
@@ -98,31 +117,84 @@ class ChatTemplate:
             spans.append((len(prompt), len(upto)))
         return Rendered(text, tuple(spans))
 
-    def _string(self, messages: list[dict[str, str]], *, generation: bool = False) -> str:
-        try:
-            text: Any = self._tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.source,
-                tokenize=False,
-                add_generation_prompt=generation,
+    def render_last(
+        self, turns: Sequence[Turn], variables: Mapping[str, Any] | None = None
+    ) -> Rendered:
+        """Render turns that end with an answer, with a span for this answer alone.
+
+        Raises:
+            DataError: the template refuses the turns, or does not begin the answer as it is served.
+        """
+        text = self._string(turns, variables)
+        prompt = self._string(turns[:-1], variables, generation=True)
+        if not text.startswith(prompt):
+            raise DataError(
+                f"the chat template of {self.name} does not write an answer as it is served: it "
+                f"asks for one with …{prompt[-40:]!r} and writes "
+                f"…{text[max(0, len(prompt) - 40) :][:80]!r}. Labels would fall on the wrong "
+                "tokens. Pass a template that does (--template vicuna, or a Jinja file)."
             )
-        except TemplateSyntaxError as error:
-            raise DataError(
-                f"{self.name} is not a chat template: {error} (line {error.lineno}). Mend it, or "
-                "pass another (--template vicuna, or a Jinja file)."
-            ) from error
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages[:6])
-            raise DataError(
-                f"the chat template of {self.name} refuses the roles {roles}…: {error}. Leave such "
-                "turns out, or pass another template (--template vicuna, or a Jinja file)."
-            ) from error
-        return cast(str, text)
+        return Rendered(text, ((len(prompt), len(text)),))
+
+    def unused(
+        self, turns: Sequence[Turn], variables: Mapping[str, Any], text: str
+    ) -> Iterator[str]:
+        """Which fields the template does not write: its text is the same without them.
+
+        Yields names of turns' fields and of variables, "system" and "tool" for a turn of this role
+        that is not written, and "call" for a call that is not written in a turn without a text.
+        """
+        names = dict.fromkeys(name for turn in turns for name in turn.extra)
+        for name in names:
+            fewer = [_without(turn, name) for turn in turns]
+            if not self._reads(name) or self._safely(fewer, variables) == text:
+                yield name
+                calls = [turn for turn in turns if name in turn.extra and not turn.text.strip()]
+                if name == "tool_calls" and calls:
+                    yield "call"
+        for name in variables:
+            rest = {key: value for key, value in variables.items() if key != name}
+            if not self._reads(name) or self._safely(turns, rest) == text:
+                yield name
+        for index, turn in enumerate(turns):
+            if turn.role in ("system", "tool") and turn.text.strip() not in text:
+                other = replace(turn, text=f"{_MARK}{turn.text}{_MARK}")
+                if self._safely([*turns[:index], other, *turns[index + 1 :]], variables) == text:
+                    yield turn.role
+
+    def _reads(self, name: str) -> bool:
+        """Whether the template names a field at all."""
+        names = _REASONING if name in _REASONING else (name,)
+        return re.search(rf"\b({'|'.join(map(re.escape, names))})\b", self.source) is not None
+
+    def _safely(self, turns: Sequence[Turn], variables: Mapping[str, Any]) -> str | None:
+        """The rendering; None where the template cannot do without what was left out."""
+        try:
+            return self._string(turns, variables)
+        except DataError:
+            return None
+
+    def _string(
+        self,
+        turns: Sequence[Turn],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        generation: bool = False,
+    ) -> str:
+        messages = [turn.message for turn in turns]
+        how: dict[str, Any] = {"source": self.source, "name": self.name, "generation": generation}
+        try:
+            return render_chat(self._tokenizer, messages, variables=variables, **how)
+        except DataError:
+            spelt = [_spelt(message) for message in messages]
+            if spelt == messages:
+                raise
+            return render_chat(self._tokenizer, spelt, variables=variables, **how)
 
     def _learn(self, system: bool) -> _Layout | None:
         """Find the layout with marks for contents; None where it is not always the same."""
         roles = ["system"] * system + ["user", "assistant"] * 3
-        turns = [Turn(cast(Any, role), f"\u241f{i}\u241f") for i, role in enumerate(roles)]
+        turns = [Turn(cast(Any, role), f"{_MARK}{i}{_MARK}") for i, role in enumerate(roles)]
         try:
             rendered = self.render_by_prefixes(turns)
         except DataError:  # prefixes may yet hold for shorter conversations, without system turns
@@ -149,8 +221,23 @@ class ChatTemplate:
         return _Layout(tuple(pieces[: first + 1]), gap, lead, between, rest)
 
 
-def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.text} for turn in turns]
+def _without(turn: Turn, name: str) -> Turn:
+    extra = {key: value for key, value in turn.extra.items() if key != name}
+    return replace(turn, fields=json.dumps(extra, ensure_ascii=False) if extra else "")
+
+
+def _spelt(message: Mapping[str, Any]) -> dict[str, Any]:
+    """With the arguments of calls as JSON text, which some templates (DeepSeek's) ask for."""
+    calls: Any = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return dict(message)
+    made: list[Any] = []
+    for call in cast(list[Any], calls):
+        inner = call.get("function", call)
+        if isinstance(inner, Mapping) and isinstance(inner.get("arguments"), Mapping):
+            inner = {**inner, "arguments": json.dumps(inner["arguments"], ensure_ascii=False)}
+        made.append({**call, "function": inner} if "function" in call else inner)
+    return {**message, "tool_calls": made}
 
 
 def _lay_out(turns: Sequence[Turn], layout: _Layout) -> Rendered:
@@ -217,9 +304,21 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: str | None = Non
                 f"the tokenizer of {name} has no chat template, as base models do: pass "
                 'template="vicuna" (--template vicuna), or the path of a Jinja file.'
             )
-        return ChatTemplate(tokenizer, tokenizer.get_chat_template(), name)
+        try:
+            own = tokenizer.get_chat_template()
+        except ValueError as error:  # several templates, none of them the default
+            raise DataError(
+                f"the tokenizer of {name} names no default among its chat templates: pass one of "
+                "them as a Jinja file (--template)."
+            ) from error
+        return ChatTemplate(tokenizer, own, name)
     if template == "vicuna":
         return ChatTemplate(tokenizer, vicuna(tokenizer), template)
     if not Path(template).is_file():
         raise DataError(f"template={template!r}: expected 'vicuna' or the path of a Jinja file.")
-    return ChatTemplate(tokenizer, Path(template).read_text(encoding="utf-8"), template)
+    try:
+        return ChatTemplate(tokenizer, Path(template).read_text(encoding="utf-8"), template)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"template={template!r} cannot be read ({error}): expected a Jinja file in UTF-8."
+        ) from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from longctx.errors import printable
+
 from .conversations import REASONS
 
 __all__ = ["COUNTS", "DataReport"]
@@ -47,10 +49,21 @@ class DataReport:
     """Turns left out: answers without a question before them."""
     misplaced_system: int
     """Turns left out: system turns that are not the first."""
+    stray_tool: int
+    """Turns left out: results of tools that belong to no answer."""
     blank: int
     """Turns left out: empty, or the counterpart of an empty one."""
     special: int
     """Turns left out: they spell a special token, or are the counterpart of one that does."""
+    masked: int
+    """Answers that are context only, as their weight of 0 says."""
+    single: int
+    """Conversations that became a sample per answer: the template writes an answer otherwise once
+    another follows. Their tokens are those of all samples."""
+    unwritten: int
+    """Conversations left out: the template does not write the tools that they use."""
+    refused: int
+    """Conversations left out under skip_bad: the template fails, or strict refuses them."""
     notes: tuple[str, ...] = ()
     """What the reader had to say: a salvaged file, a report of the beginning alone."""
 
@@ -79,11 +92,18 @@ class DataReport:
         if any(lengths.values()):
             said = "; ".join(f"{count:,} {what}" for what, count in lengths.items() if count)
             lines.append(f"  over-length: {said}")
+        for count, what in (
+            (self.single, "conversations became a sample for each answer, as the template has it"),
+            (self.masked, "answers are context only (weight 0)"),
+            (self.unwritten, "conversations left out, the template does not write their tools"),
+            (self.refused, "conversations left out, refused by the template or by strict"),
+        ):
+            lines += [f"  {count:,} {what}"] * bool(count)
         if self.untaught:
             lines.append(f"  conversations left out: {self.untaught:,}, no answered question")
         turns = {what: getattr(self, reason) for reason, what in REASONS.items()}
         lines += [f"  turns left out: {n:,} × {what}" for what, n in turns.items() if n]
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+        return printable("\n".join([*lines, *(f"  {note}" for note in self.notes)]))
 
 
 COUNTS = tuple(

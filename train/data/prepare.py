@@ -12,20 +12,23 @@ Sources are files (.json, .jsonl, .parquet, .txt, also compressed), folders of s
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from longctx.errors import DataError
+from longctx.errors import DataError, printable
 
 from .chat_template import chat_template
-from .conversations import Schema, parse, schema_of
+from .conversations import Conversation, Schema, read_record, schema_of
 from .data_report import COUNTS, DataReport
 from .readers import SAMPLE, Records
 from .tokenize import Encoder, Overflow, TokenizeSettings
+from .turns import BadRecordError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +44,8 @@ __all__ = [
 
 Row: TypeAlias = dict[str, Any]
 
+_BATCH = 64  # conversations that are tokenised at once
+_SHOWN = 20  # names of fields in a note
 _CHUNK = 1 << 26  # characters of the conversations that become one Arrow table
 
 
@@ -62,6 +67,7 @@ def prepare(
     *,
     salvage: bool = False,
     split: str = "train",
+    skip_bad: bool = False,
     workers: int = 1,
 ) -> Prepared:
     """Read, render, tokenise and label a source, whole.
@@ -71,7 +77,9 @@ def prepare(
         tokenizer: fast, with a chat template unless `settings.template` names one.
         settings: length, over-length policy, template, strictness.
         salvage: go on with the whole records of a file that breaks off.
-        split: of a hub id or folder.
+        split: of a hub id, a folder, or a file with one list for each split.
+        skip_bad: leave out records that cannot be used, and count them by reason, instead of
+            refusing the source at the first.
         workers: processes that tokenise.
 
     Raises:
@@ -79,55 +87,110 @@ def prepare(
             sample is left.
     """
     settings = settings or TokenizeSettings()
-    records = Records(source, salvage=salvage, split=split)
-    raw = _table(_rows(records))
-    encoder = _encoder(tokenizer, settings, document=raw[0]["roles"] == ["document"])
+    records = Records(source, salvage=salvage, split=split, skip_bad=skip_bad)
+    told = _Told()
+    raw = _table(_rows(records, told, skip_bad=skip_bad))
+    if raw is None:
+        raise DataError(f"{records.name}: no record is left. {'; '.join(told.notes())}.")
+    document = raw[0]["roles"] == ["document"]
+    encoder = _encoder(tokenizer, settings, document=document, skip_bad=skip_bad)
     try:
         encoded = raw.map(
             encoder,
             batched=True,
-            batch_size=64,
+            batch_size=_BATCH,
             num_proc=workers if workers > 1 else None,
             remove_columns=raw.column_names,
             features=_features(),
-            desc=f"tokenising {records.name}",
+            desc=printable(f"tokenising {records.name}"),
             # Hashing a tokenizer takes longer than tokenising many a file, and nothing is cached.
             new_fingerprint=f"longctx-{os.urandom(8).hex()}",
         )
     except DataError as error:
         raise DataError(f"{records.name}, {error}") from error
     arrays: Any = encoded.with_format("numpy")
-    totals = sum(
-        (np.sum(part["counts"], axis=0) for part in arrays.select_columns("counts").iter(10_000)),
-        np.zeros(len(COUNTS), dtype=np.int64),
-    )
-    report = _report(records, settings, totals, records.notes)
+    totals = np.zeros(len(COUNTS), dtype=np.int64)
+    for part in encoded.select_columns(["counts", "unused"]).iter(10_000):
+        columns: Any = part
+        totals += np.sum(columns["counts"], axis=0, dtype=np.int64)
+        told.unused.update(chain.from_iterable(columns["unused"]))
+    report = _report(records, settings, totals, [*records.notes, *told.notes()])
     _refuse_nothing(report)
     full = np.flatnonzero(np.asarray(arrays["length"][:]))
     rows = encoded if len(full) == len(encoded) else encoded.select(full)
-    return Prepared(rows.remove_columns("counts"), report)
+    rows = rows.remove_columns(["counts", "unused"])
+    return Prepared(rows, report)
 
 
-def _rows(records: Records) -> Iterator[Row]:
+@dataclass(slots=True)
+class _Told:
+    """What is told of records: those left out, and fields that nothing was made of."""
+
+    bad: Counter[str] = field(default_factory=Counter[str])
+    first: dict[str, int] = field(default_factory=dict[str, int])
+    unused: Counter[str] = field(default_factory=Counter[str])
+
+    def notes(self) -> list[str]:
+        """Lines for the report."""
+        made = [
+            f"record left out: {reason} (record {self.first[reason]:,})"
+            if count == 1
+            else f"records left out: {count:,} × {reason} (record {self.first[reason]:,} the first)"
+            for reason, count in self.bad.most_common()
+        ]
+        if self.unused:
+            shown = [f"{name!r:.40} ({count:,})" for name, count in self.unused.most_common(_SHOWN)]
+            more = len(self.unused) - _SHOWN
+            shown += [f"and {more:,} more"] * (more > 0)
+            made.append(f"fields that are not used: {', '.join(shown)}")
+        return made
+
+
+def _rows(records: Records, told: _Told, *, skip_bad: bool) -> Iterator[Row]:
     """Records as rows of the encoder."""
     schema: Schema | None = None
     for number, record in enumerate(records, 1):
         where = f"{records.name}, record {number:,}"
-        schema = schema or schema_of(record, where)
-        turns = parse(record, schema, where) if schema else ()
+        try:
+            if isinstance(record, BadRecordError):
+                raise record
+            schema = schema or schema_of(record, where)
+            found = read_record(record, schema, where) if schema else Conversation(())
+        except BadRecordError as error:
+            if not skip_bad:
+                raise
+            told.bad[error.reason] += 1
+            told.first.setdefault(error.reason, number)
+            continue
+        told.unused.update(found.unused)
+        turns = found.turns
         yield {
             "record": number,
             "roles": [turn.role for turn in turns],
             "texts": [turn.text for turn in turns],
+            "learnt": [] if all(t.learnt for t in turns) else [turn.learnt for turn in turns],
+            "fields": [turn.fields for turn in turns] if any(t.fields for t in turns) else [],
+            "variables": found.variables,
+            "unused": [],
         }
 
 
-def _table(rows: Iterable[Row]) -> Dataset:
-    """Rows in memory as Arrow, a chunk at a time."""
+def _table(rows: Iterable[Row]) -> Dataset | None:
+    """Rows in memory as Arrow, a chunk at a time; None for no rows."""
     from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     text = List(Value("large_string"))
-    features = Features({"record": Value("int64"), "roles": text, "texts": text})
+    features = Features(
+        {
+            "record": Value("int64"),
+            "roles": text,
+            "texts": text,
+            "learnt": List(Value("bool")),
+            "fields": text,
+            "variables": Value("large_string"),
+            "unused": text,
+        }
+    )
     chunks: list[Dataset] = []
     chunk: list[Row] = []
     size = 0
@@ -139,14 +202,18 @@ def _table(rows: Iterable[Row]) -> Dataset:
             chunk, size = [], 0
     if chunk:
         chunks.append(Dataset.from_list(chunk, features=features))
-    return concatenate_datasets(chunks)
+    return concatenate_datasets(chunks) if chunks else None
 
 
 def _encoder(
-    tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings, *, document: bool
+    tokenizer: PreTrainedTokenizerBase,
+    settings: TokenizeSettings,
+    *,
+    document: bool,
+    skip_bad: bool,
 ) -> Encoder:
     template = None if document else chat_template(tokenizer, settings.template)
-    return Encoder(tokenizer, template, settings)
+    return Encoder(tokenizer, template, settings, skip_bad=skip_bad)
 
 
 def _features() -> Any:
@@ -160,6 +227,7 @@ def _features() -> Any:
             "labels": ids,
             "length": number,
             "counts": List(number),
+            "unused": List(Value("string")),
         }
     )
 

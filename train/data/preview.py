@@ -3,8 +3,8 @@
     inspect_samples(prepare("chats.json", tokenizer).dataset, tokenizer, count=3)
 
 What the model learns to write is bold green and stands in ⟦ ⟧, which tells it apart where there are
-no colours; special tokens are spelt out. Long stretches are shortened in the middle, and say by how
-much.
+no colours; special tokens and control characters are spelt out. Long stretches are shortened in the
+middle, and say by how much.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from longctx.errors import printable
 from longctx.prompts.haystacks import decode
 
 from .tokenize import IGNORED
@@ -62,7 +63,7 @@ def _sample(
     pairs = zip(ids, learnt, strict=True)
     for supervised, group in groupby(pairs, key=lambda pair: pair[1]):
         tokens = tuple(token for token, _ in group)
-        written = _shortened(decode(tokenizer, tokens), stretch)
+        written = _shortened(printable(decode(tokenizer, tokens)), stretch)
         if supervised:
             text.append("⟦", style="green")
             text.append(written, style="bold green")

@@ -1,35 +1,34 @@
 """Records from files, folders and the hub, one at a time, and never fewer than there are.
 
-    records = Records("chats.json")                  # .json .jsonl .parquet .txt, also .gz .xz .bz2
+    records = Records("chats.json")           # .json .jsonl .parquet .txt, also .gz .xz .bz2 .zst
     records = Records("org/name", split="train")     # a hub id; a folder of shards likewise
     for record in records: ...
     records.notes                                    # what a reader of the report must know
 
-JSON is decoded through a window that grows with its longest record, so that memory does not grow
-with the file. A file that breaks off is refused with the byte and the number of whole records;
-`salvage` goes on with those, and says so in the notes. Byte offsets count decompressed bytes.
+JSON is decoded through a window that grows with its longest record (256 MiB at most), so that
+memory does not grow with the file. A file that breaks off is refused with the byte and the number
+of whole records; `salvage` goes on with those, and says so in the notes. Byte offsets count
+decompressed bytes.
 """
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
-import io
 import json
-import lzma
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from longctx.errors import DataError
 
 from .passkeys import training_text
+from .streams import COMPRESSED, LONGEST, Stream, not_utf8, open_stream
+from .turns import BadRecordError, shown
+from .unwrapping import unwrapped
 
 __all__ = ["MANUAL", "SAMPLE", "Records"]
 
@@ -43,7 +42,6 @@ Record: TypeAlias = dict[str, Any]
 _JSON = (".json", ".jsonl", ".ndjson")
 _CHUNK = 1 << 22  # bytes
 _NEAR_THE_END = 16  # characters; an escape or a literal that is cut off is shorter
-_OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,9 @@ class Records:
     salvage: bool = False
     """Go on with the whole records of a file that breaks off."""
     split: str = "train"
-    """Which split of a hub id or folder."""
+    """Which split of a hub id or folder, or of a file that holds a list for each."""
+    skip_bad: bool = False
+    """Yield a `BadRecordError` for what is not a record, instead of raising it."""
     notes: list[str] = field(default_factory=list, compare=False)
     """Filled while iterating."""
 
@@ -72,14 +72,18 @@ class Records:
         """
         count = 0
         for count, record in enumerate(self._records(), 1):
-            if not isinstance(record, dict):
-                raise DataError(
-                    f"{self.name}, record {count} is {record!r:.40}: expected an object with "
-                    "'conversations', 'messages' or 'text'."
+            if not isinstance(record, dict | BadRecordError):
+                record = BadRecordError(
+                    f"{self.name}, record {count} is {shown(record)}: expected an object with "
+                    "'conversations', 'messages' or 'text'.",
+                    "not an object",
                 )
+            if isinstance(record, BadRecordError) and not self.skip_bad:
+                raise record
             yield cast(Record, record)
         if not count:
-            raise DataError(f"{self.name} holds no records: pass a file with conversations.")
+            notes = "".join(f" ({note})" for note in self.notes)
+            raise DataError(f"{self.name} holds no records{notes}: pass a file with conversations.")
 
     def _records(self) -> Iterator[Any]:
         if self.source == SAMPLE:
@@ -100,23 +104,23 @@ class Records:
             ".md": self._document,
             ".rst": self._document,
         }
-        suffix = Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+        suffix = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
         if suffix.lower() not in readers:
             known = ", ".join(readers)
             raise DataError(f"{path.name}: the ending {suffix!r} is not known; use {known}.")
         try:
             yield from readers[suffix.lower()](path)
-        except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(
-                f"{path.name} does not decompress: {error}. It is cut off or damaged: fetch it "
-                "again."
-            ) from error
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
 
     def _json(self, path: Path) -> Iterator[Any]:
-        with _open(path) as stream:
-            yield from self._decode(_Window(stream, path.name))
+        with open_stream(path, salvage=self.salvage) as stream:
+            for record in self._decode(_Window(stream, path.name)):
+                yield from unwrapped(record, self.split, path.name, self._note)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:  # records may be read more than once
+            self.notes.append(note)
 
     def _decode(self, window: _Window) -> Iterator[Any]:
         decoder = json.JSONDecoder()
@@ -128,20 +132,31 @@ class Records:
         while (begins := window.skip(separators)) and not (array and begins == "]"):
             try:
                 record, window.at = decoder.raw_decode(window.text, window.at)
-            except json.JSONDecodeError as error:
-                rest = len(window.text) - error.pos
-                if rest > _NEAR_THE_END and not error.msg.startswith("Unterminated string"):
-                    raise DataError(
-                        f"{window.name} is not JSON at byte {window.byte(error.pos):,}, in record "
-                        f"{count + 1:,}: {error.msg}. Mend or remove that record."
-                    ) from error
+            except (ValueError, RecursionError) as error:
+                whole = not isinstance(error, json.JSONDecodeError)
+                at = window.at if whole else error.pos
+                said = str(error) if whole else error.msg
+                rest = len(window.text) - at
+                if whole or (rest > _NEAR_THE_END and not said.startswith("Unterminated string")):
+                    bad = BadRecordError(
+                        f"{window.name} is not JSON at byte {window.byte(at):,}, in record "
+                        f"{count + 1:,}: {said}. Mend or remove that record.",
+                        "not JSON",
+                    )
+                    if array or not self.skip_bad:
+                        raise bad from error
+                    window.at = at
+                    window.skip(re.compile(r"[^\n]*"))
+                    count += 1
+                    yield bad
+                    continue
                 if window.more():
                     continue
                 self._broken_off(window, count)
                 return
             count += 1
             yield record
-        if array and not begins:
+        if window.broken or (array and not begins):
             self._broken_off(window, count)
             return
         window.at += array
@@ -159,72 +174,92 @@ class Records:
                 f"midst of what begins at byte {byte}. Fetch it again, or pass salvage=True "
                 "(--salvage) to go on with the whole ones."
             )
-        note = (
+        self._note(
             f"salvaged {count:,} whole records; the file breaks off in what begins at byte {byte}"
+            + (f" ({window.broken})" if window.broken else "")
         )
-        if note not in self.notes:  # records may be read more than once
-            self.notes.append(note)
 
     def _parquet(self, path: Path) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
 
+        if path.suffix.lower() != ".parquet":
+            raise DataError(f"{path.name}: parquet is compressed in itself; unpack the file.")
         try:
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
+                yield from map(_without_none, batch.to_pylist())
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{path.name} is not a complete parquet file: {error}. Parquet keeps its index at "
                 "the end, so nothing can be salvaged from a part: fetch it again."
             ) from error
 
     def _document(self, path: Path) -> Iterator[Any]:
-        with _open(path) as stream:
-            raw = stream.read()
+        with open_stream(path, salvage=self.salvage) as stream:
+            raw = stream.read(LONGEST + 1)
+            if stream.broken:
+                self._note(f"salvaged {len(raw):,} bytes of text ({stream.broken})")
+        if len(raw) > LONGEST:
+            raise DataError(f"{path.name} is a text of over {LONGEST:,} bytes: split it.")
         try:
-            text = raw.decode("utf-8-sig")
+            text = raw.decode("utf-8-sig", errors="ignore" if stream.broken else "strict")
         except UnicodeDecodeError as error:
-            raise _no_utf8(path.name, error.start) from error
+            raise not_utf8(path.name, error.start) from error
         if text.strip():
             yield {"text": text}
 
     def _dataset(self, path: Path) -> Iterator[Any]:
         import datasets
+        import pyarrow
         from datasets.exceptions import DatasetsError
 
+        source = f"the data set {str(self.source)!r}"
         try:
             if any((path / f"{part}.json").exists() for part in ("dataset_dict", "dataset_info")):
-                loaded = datasets.load_from_disk(str(path))
-                whole = isinstance(loaded, datasets.DatasetDict)
-                yield from loaded[self.split] if whole else loaded
-                return
-            name = str(path) if path.exists() else str(self.source)
-            yield from datasets.load_dataset(name, split=self.split)
-        except (ValueError, OSError, DatasetsError) as error:
-            raise DataError(
-                f"cannot load the data set {str(self.source)!r}, split {self.split!r}: {error}"
-            ) from error
+                found: Any = datasets.load_from_disk(str(path))
+                if isinstance(found, datasets.DatasetDict):
+                    if self.split not in found:
+                        raise DataError(
+                            f"{source} has no split {self.split!r}, and has "
+                            f"{', '.join(map(repr, found))}: pass one of them as split (--split)."
+                        )
+                    found = found[self.split]
+            else:
+                name = str(path) if path.exists() else str(self.source)
+                found = datasets.load_dataset(name, split=self.split)
+            yield from map(_without_none, found)
+        except DataError:
+            raise
+        except (
+            ValueError,
+            OSError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            DatasetsError,
+            pyarrow.ArrowException,
+        ) as error:
+            raise DataError(f"cannot load {source}, split {self.split!r}: {error}") from error
 
 
 def _is_hub_id(source: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
 
 
-def _open(path: Path) -> BinaryIO:
-    return _OPENERS.get(path.suffix, lambda p: io.FileIO(p))(path)
-
-
-def _no_utf8(name: str, byte: int) -> DataError:
-    return DataError(
-        f"{name} is not UTF-8 text at byte {byte:,}: convert it (iconv -f … -t utf-8), or mend "
-        "that byte."
-    )
+def _without_none(value: Any) -> Any:
+    """Without the nulls by which Arrow fills up objects to one and the same set of fields."""
+    if isinstance(value, dict):
+        fields = cast(dict[str, Any], value).items()
+        return {key: _without_none(item) for key, item in fields if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in cast(list[Any], value)]
+    return value
 
 
 class _Window:
     """The part of a UTF-8 stream that is being decoded; `at` is the place in `text`."""
 
-    def __init__(self, stream: BinaryIO, name: str) -> None:
+    def __init__(self, stream: Stream, name: str) -> None:
         self.name = name
         self.text = ""
         self.at = 0
@@ -232,6 +267,11 @@ class _Window:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._read = 0
+
+    @property
+    def broken(self) -> str:
+        """Why the stream ends early, or an empty text."""
+        return self._stream.broken
 
     def skip(self, pattern: re.Pattern[str]) -> str:
         """Move past what matches; return the character found there, "" at the end."""
@@ -242,17 +282,26 @@ class _Window:
                 return self.text[self.at : self.at + 1]
 
     def more(self) -> bool:
-        """Forget what lies behind and read on; False at the end of the stream."""
+        """Forget what lies behind and read on; False at the end of the stream.
+
+        Raises:
+            DataError: not UTF-8, or a record longer than `LONGEST`.
+        """
         self._before = self.byte(self.at)
         self.text = self.text[self.at :]
         self.at = 0
+        if len(self.text) > LONGEST:
+            raise DataError(
+                f"{self.name} has a record of more than {LONGEST:,} characters at byte "
+                f"{self._before:,}: write one record a line (.jsonl), and split longer texts."
+            )
         pending = len(self._decoder.getstate()[0])
         # Never less than there is: a record of any size is decoded a logarithmic number of times.
         chunk = self._stream.read(max(_CHUNK, len(self.text)))
         try:
             self.text += self._decoder.decode(chunk)
         except UnicodeDecodeError as error:
-            raise _no_utf8(self.name, self._read - pending + error.start) from error
+            raise not_utf8(self.name, self._read - pending + error.start) from error
         self._read += len(chunk)
         if not chunk and pending:  # cut off within a character: no JSON begins with this one
             self._decoder.reset()

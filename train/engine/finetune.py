@@ -36,6 +36,7 @@ from longctx.patch import patch_of
 
 from ..config import Gate, Training
 from ..data.collate import Collator
+from ..data.endings import ending_tokens, stop_at
 from ..data.sampling import TrainDataset
 from ..loss.objective import Losses
 from ..parallel.compatibility import FLASH, trainable_window
@@ -52,6 +53,7 @@ from .trainer_arguments import checked, trainer_arguments
 
 __all__ = ["Finetuned", "finetune"]
 
+_ROWS = 64  # that are looked at for what answers end with
 _PATIENCE = timedelta(minutes=30)  # of processes that wait for another: it saves, say
 
 
@@ -102,6 +104,7 @@ def finetune(
 
     Args:
         model: patched; trained in place. FSDP leaves it in pieces, and a whole copy comes back.
+            Its generation config is told to stop at what the learnt answers end with.
         tokenizer: saved beside it.
         train_dataset: the rows (`data/sampling.py`), whose number with batch size and accumulation
             gives the updates where `training.max_steps` is None.
@@ -214,6 +217,9 @@ def finetune(
         "stopped": trainer.stopped,
         "rounded": rounded,
     }
+    if first:  # some rows of all, which are enough to see what answers end with
+        some = range(0, len(train_dataset), max(1, len(train_dataset) // _ROWS))
+        stop_at(whole, ending_tokens((train_dataset[index] for index in some), tokenizer))
     saved: Any = save_served(whole, tokenizer, folder, done) if first else None
     saved = broadcast_object_list([saved])[0]
     losses_seen = tuple(entry["loss"] for entry in history if "loss" in entry)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longctx.errors import DataError
-from longctx.train.data.chat_template import ChatTemplate, chat_template, vicuna
+from longctx.train.data.chat_template import (
+    ChatTemplate,
+    PrefixError,
+    chat_template,
+    vicuna,
+)
 from longctx.train.data.conversations import Turn
 
 from .. import chats
@@ -82,11 +89,32 @@ def test_vicuna_as_fastchat_writes_it(bos: bool) -> None:
     assert with_system.text == f"{start}Be kind. USER: Hi ASSISTANT: Hello!<|im_end|>"
 
 
-def test_a_template_that_forgets_is_refused() -> None:
+def test_a_template_that_forgets_renders_each_answer_as_it_is_served() -> None:
     template = chat_template(chats.tokenizer(chats.FORGETFUL))
     assert template.render(chats.turns("q", "a")).text.endswith("<think></think>a<|im_end|>\n")
-    with pytest.raises(DataError, match=r"does not preserve prefixes: up to turn 2 of 4.*vicuna"):
-        template.render(chats.turns("q", "a", "q", "a"))
+    said = chats.turns("q", "a", "q", "a")
+    with pytest.raises(PrefixError, match=r"does not preserve prefixes: up to turn 2 of 4.*vicuna"):
+        template.render(said)
+    last = template.render_last(said)
+    assert last.text.count("<think>") == 1
+    (span,) = last.spans
+    assert last.text[slice(*span)] == "<think></think>a<|im_end|>\n"
+    with pytest.raises(DataError, match="does not write an answer as it is served"):
+        chat_template(chats.tokenizer(chats.HASTY)).render_last(said)
+
+
+def test_what_is_not_written_is_named() -> None:
+    fields = json.dumps({"name": "Jo", "tool_calls": [{"function": {"name": "f"}}], "id": 3})
+    tools = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    said = (Turn("user", "q"), Turn("assistant", "", fields=fields), Turn("tool", "7"))
+    deaf, able = (
+        chat_template(chats.tokenizer(source)) for source in (chats.VICUNISH, chats.TOOLS)
+    )
+    text = deaf.render_by_prefixes([*said, Turn("assistant", "a")], tools).text
+    found = list(deaf.unused([*said, Turn("assistant", "a")], tools, text))
+    assert found == ["name", "tool_calls", "call", "id", "tools", "tool"]
+    text = able.render_by_prefixes([*said, Turn("assistant", "a")], tools).text
+    assert list(able.unused([*said, Turn("assistant", "a")], tools, text)) == ["name", "id"]
 
 
 def test_what_a_template_refuses_is_named() -> None:
@@ -101,6 +129,13 @@ def test_a_base_model_needs_a_template_by_name(tmp_path: Path) -> None:
         chat_template(base)
     with pytest.raises(DataError, match="template='vicunna': expected 'vicuna' or the path"):
         chat_template(base, "vicunna")
+    several = copy.deepcopy(base)
+    several.chat_template = {"rag": chats.CHATML, "tool_use": chats.CHATML}
+    with pytest.raises(DataError, match="names no default among its chat templates"):
+        chat_template(several)
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="expected a Jinja file in UTF-8"):
+        chat_template(base, str(tmp_path / "bytes.jinja"))
     file = tmp_path / "chatml.jinja"
     file.write_text(chats.CHATML)
     said = chats.turns("q", "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from random import Random
 from typing import Any
@@ -9,9 +10,17 @@ from typing import Any
 import pytest
 
 from longctx.errors import DataError
-from longctx.train.data.conversations import REASONS, Turn, parse, schema_of, tidy
+from longctx.train.data.conversations import (
+    REASONS,
+    Turn,
+    parse,
+    read_record,
+    schema_of,
+    tidy,
+)
+from longctx.train.data.turns import BadRecordError
 
-NAMES = {"s": "system", "u": "user", "a": "assistant"}
+NAMES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 
 
 def said(letters: str) -> list[Turn]:
@@ -58,6 +67,63 @@ def test_schemas_and_spellings(record: dict[str, Any], roles: list[str]) -> None
     assert [turn.role for turn in parse(record, schema, "r")] == roles
 
 
+def test_more_schemas_and_what_they_leave_unused() -> None:
+    def read(**record: Any) -> tuple[list[tuple[str, str, bool]], tuple[str, ...]]:
+        schema = schema_of(record, "r")
+        assert schema
+        found = read_record(record, schema, "r")
+        return [(turn.role[0], turn.text, turn.learnt) for turn in found.turns], found.unused
+
+    ask, say = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    exchange = [("u", "q", False), ("a", "a", True)]
+    assert read(prompt="q", completion="a", id=3) == (exchange, ("id",))
+    assert read(prompt=[ask], completion=[say]) == (exchange, ())
+    earlier = [("u", "q", False), ("a", "a", False)]
+    assert read(prompt=[ask, say, ask], completion="a") == (earlier + exchange, ())
+    whole = [("u", "q", True), ("a", "a", True)]
+    assert read(prompt="q", chosen=[ask, say], rejected=[ask]) == (whole, ("rejected",))
+    assert read(instruction="q", input="about", output="a", text="x", history=[["q", "a"]]) == (
+        [*whole, ("u", "q\nabout", False), ("a", "a", True)],
+        ("text",),
+    )
+    assert read(instruction="q", input="", output="a", system="s") == (
+        [("s", "s", True), *exchange],
+        (),
+    )
+    assert read(messages=[ask, say], system="s", tools=None)[0] == [("s", "s", True), *whole]
+    spoken = {"role": "system", "content": "own"}
+    assert read(messages=[spoken, ask, say], system="s")[1] == ("system",)
+    assert read(messages=[ask, say], weight=0)[0] == [(r, t, False) for r, t, _ in whole]
+    assert read(messages=[ask, say], weight=0.3, mask="User") == (whole, ("weight",))
+    assert read(contents=[{"role": "user", "parts": [{"text": "q"}]}])[0] == whole[:1]
+
+
+def test_tools_and_settings_of_the_template() -> None:
+    tool = {"name": "f"}
+    turns = {"messages": [{"role": "user", "content": "a"}]}
+
+    def variables(**fields: Any) -> Any:
+        record = {**turns, **fields}
+        schema = schema_of(record, "r")
+        assert schema
+        return json.loads(read_record(record, schema, "r").variables or "null")
+
+    assert variables(tools=[tool]) == variables(tools='[{"name": "f"}]') == {"tools": [tool]}
+    assert variables(functions=[tool]) == {"tools": [{"type": "function", "function": tool}]}
+    kept = {"enable_thinking": False}
+    assert variables(chat_template_kwargs=kept) == kept
+    assert variables(tools=[]) is None
+    for fields in (
+        {"tools": "nonsense"},
+        {"chat_template_kwargs": {"tokenize": True}},
+        {"images": ["a.png"]},
+        {"mask": 3},
+        {"tools": [{"a": float("nan")}]},
+    ):
+        with pytest.raises(BadRecordError, match=f"r has .*{next(iter(fields))}|r has fields"):
+            variables(**fields)
+
+
 def test_an_empty_list_tells_no_schema() -> None:
     assert schema_of({"conversations": []}, "r") is None
 
@@ -76,7 +142,10 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "a"}]}
         ({"prompt": "a"}, "has the fields 'prompt': expected 'conversations'"),
         ({"conversations": "a"}, "is 'a', expected a list of turns"),
         ({"conversations": [{"from": "asistant", "value": "a"}]}, "did you mean 'assistant'"),
-        ({"conversations": [{"from": "tool", "value": "a"}]}, "role 'tool', known are human, user"),
+        (
+            {"conversations": [{"from": "judge", "value": "a"}]},
+            "role 'judge', known are human, user",
+        ),
         ({"conversations": [{"from": "gpt", "value": None}]}, "turn 1 is None, expected text"),
         ({"conversations": [{"from": "gpt", "value": "x\ud83d"}]}, "half a surrogate pair"),
     ],
@@ -110,6 +179,13 @@ def test_an_unknown_record_is_refused() -> None:
         ("Sua", [1, 2], {"blank": [0]}),
         ("ua!ua", [2, 3], {"special": [0, 1]}),
         ("u!aua", [2, 3], {"special": [0, 1]}),
+        ("uta", [], {"unanswered": [0], "stray_tool": [1], "out_of_order": [2]}),
+        ("uatata", [0, 1, 2, 3, 4, 5], {}),
+        ("uatt", [0, 1], {"stray_tool": [2, 3]}),
+        ("uata" + "ua", [0, 1, 2, 3, 4, 5], {}),
+        ("tua", [1, 2], {"stray_tool": [0]}),
+        ("uaTa", [0, 1, 2, 3], {}),
+        ("uatA", [], {"blank": [0, 1, 2, 3]}),
         ("s", [], {}),
         ("uu", [], {"unanswered": [0, 1]}),
         ("a", [], {"leading": [0]}),

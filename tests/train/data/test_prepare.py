@@ -210,6 +210,47 @@ def test_a_file_that_breaks_off(tmp_path: Path) -> None:
     assert "salvaged 1 whole records" in str(report)
 
 
+def test_bad_records_are_left_out_and_counted_by_reason(tmp_path: Path) -> None:
+    odd = {"conversations": [{"from": "judge", "value": "a"}]}
+    records = [sharegpt("q", "a"), odd, odd, {"text": "t"}, {**sharegpt("q", "a"), "id": 4}]
+    path = write(tmp_path / "a.jsonl", *records)
+    with pytest.raises(DataError, match="record 2, turn 1 has the role 'judge'"):
+        prepare(path, chats.tokenizer())
+    for workers in (1, 2):
+        prepared = prepare(path, chats.tokenizer(), skip_bad=True, workers=workers)
+        assert prepared.dataset["record"][:] == [1, 5]
+        assert prepared.report.notes == (
+            "records left out: 2 × an unknown role (record 2 the first)",
+            "record left out: another schema (record 4)",
+            "fields that are not used: 'id' (1)",
+        )
+    with pytest.raises(DataError, match=r"no record is left\. record left out: an unknown"):
+        prepare(write(tmp_path / "b.jsonl", odd), chats.tokenizer(), skip_bad=True)
+
+
+def test_what_the_template_refuses_is_left_out_too(tmp_path: Path) -> None:
+    head = {"from": "system", "value": "s"}
+    refused = {"conversations": [head, *sharegpt("q", "a")["conversations"]]}
+    path = write(tmp_path / "a.jsonl", refused, sharegpt("q", "a"))
+    tokenizer = chats.tokenizer(chats.LLAMA2)
+    with pytest.raises(DataError, match=r"record 1: .*System role not supported"):
+        prepare(path, tokenizer)
+    report = prepare(path, tokenizer, skip_bad=True).report
+    assert (report.samples, report.refused) == (1, 1)
+
+
+def test_tools_that_the_template_does_not_write(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    ask, say = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    used = {"messages": [ask, call, {"role": "tool", "content": "7"}, say]}
+    path = write(tmp_path / "a.jsonl", {"messages": [ask, say]}, used)
+    for source, samples in ((chats.VICUNISH, 1), (chats.LLAMA2, 1), (chats.TOOLS, 2)):
+        report = prepare(path, chats.tokenizer(source)).report
+        assert (report.samples, report.unwritten) == (samples, 2 - samples)
+    with pytest.raises(DataError, match="record 2: the chat template does not write the tools"):
+        prepare(path, chats.tokenizer(chats.VICUNISH), TokenizeSettings(strict=True))
+
+
 @pytest.mark.real
 @pytest.mark.skipif(not (SHAREGPT.exists() and GGUF.exists()), reason="no real files there")
 def test_real_sharegpt_is_labelled_on_answers_and_nothing_else() -> None:

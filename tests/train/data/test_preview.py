@@ -47,3 +47,9 @@ def test_long_stretches_say_what_is_missing() -> None:
     whole = shown("grass " * 100, "Fine.", count=1, stretch=0)
     assert "characters…]" not in whole
     assert whole.replace("\n", " ").count("grass") == 100
+
+
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    text = shown("Hi \x1b[2J\u202e\x9b", "Hello!\r\tthere", count=1)
+    assert "Hi \\x1b[2J\\u202e\\x9b" in text
+    assert "Hello!\\r\tthere" in text or "Hello!\\r" in text

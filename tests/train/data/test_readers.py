@@ -152,6 +152,45 @@ def test_refusals(tmp_path: Path, name: str, content: bytes, message: str) -> No
         list(Records(write(tmp_path / name, content)))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": ' + "[" * 100_000, "not JSON at byte 0, in record 1: maximum recursion depth"),
+        ('{"a": ' + "9" * 5_000 + "}", "not JSON at byte 0, in record 1: Exceeds the limit"),
+        ('{"a": ' + "[" * 900 + "]" * 900 + "}\n5", "record 2 is 5: expected an object"),
+    ],
+)
+def test_json_that_python_does_not_take(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(DataError, match=f"^a.jsonl.*{message}"):
+        list(Records(write(tmp_path / "a.jsonl", content)))
+
+
+def test_bad_lines_can_be_stepped_over(tmp_path: Path) -> None:
+    lines = ["5", '{"a": oops, "and so on": 1}', '{"a": ' + "9" * 5_000 + "}", '{"text": "b"}']
+    records = Records(write(tmp_path / "a.jsonl", "\n".join(lines)), skip_bad=True)
+    found = list(records)
+    assert [getattr(each, "reason", None) for each in found] == [
+        "not an object",
+        *["not JSON"] * 2,
+        None,
+    ]
+    assert found[-1] == {"text": "b"}
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list(CHATS)
+    datasets.DatasetDict({"train_sft": saved}).save_to_disk(tmp_path / "dict")
+    with pytest.raises(DataError, match="no split 'train', and has 'train_sft': pass one"):
+        list(Records(tmp_path / "dict"))
+    assert list(Records(tmp_path / "dict", split="train_sft")) == CHATS
+
+
+def test_what_arrow_fills_up_is_not_there(tmp_path: Path) -> None:
+    chats = [{"tools": [{"a": 1}]}, {"tools": [{"b": {"c": 2}}]}]
+    parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "a.parquet")
+    assert list(Records(tmp_path / "a.parquet")) == chats
+
+
 def test_not_there() -> None:
     with pytest.raises(DataError, match="does not exist: expected a file, a folder or a hub id"):
         list(Records("./nowhere/chats.json"))

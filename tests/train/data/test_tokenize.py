@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import chain
 from random import Random
 from typing import Any
@@ -14,6 +16,7 @@ from longctx.errors import DataError
 from longctx.train.data.chat_template import chat_template
 from longctx.train.data.conversations import Turn
 from longctx.train.data.data_report import COUNTS
+from longctx.train.data.token_places import Places, across_of
 from longctx.train.data.tokenize import Encoder, TokenizeSettings
 
 from .. import chats
@@ -31,7 +34,13 @@ def encode(
     if said[0].role != "document":
         template = chat_template(tokenizer, settings.template)
     columns = Encoder(tokenizer, template, settings)(
-        {"record": [1], "roles": [[t.role for t in said]], "texts": [[t.text for t in said]]}
+        {
+            "record": [1],
+            "roles": [[t.role for t in said]],
+            "texts": [[t.text for t in said]],
+            "learnt": [[t.learnt for t in said]],
+            "fields": [[t.fields for t in said]],
+        }
     )
     rows = [
         (ids.tolist(), labels.tolist())
@@ -220,6 +229,71 @@ def test_documents_are_learnt_whole() -> None:
     assert [ids for ids, _ in rows] == [[bos, *body[:49]]]
     assert counts["dropped"] == len(body) + 1 - 49
     assert encode((Turn("document", " \n"),), None, tokenizer)[0] == []
+
+
+def test_an_answer_without_weight_is_context() -> None:
+    said = chats.turns("q", "wrong", "q", "right")
+    masked = (said[0], replace(said[1], learnt=False), *said[2:])
+    ((ids, labels),), counts = encode(masked)
+    whole, _ = hand(*said)
+    assert ids == whole
+    learnt = [label for label in labels if label != -100]
+    assert chats.tokenizer().decode(learnt) == "right<|im_end|>"
+    assert counts["masked"] == 1
+    rows, counts = encode((said[0], replace(said[1], learnt=False)))
+    assert (rows, counts["untaught"], counts["masked"]) == ([], 1, 1)
+
+
+def test_calls_and_results_of_tools() -> None:
+    tokenizer = chats.tokenizer(chats.TOOLS)
+    fields = json.dumps({"tool_calls": [{"function": {"name": "look"}}]})
+    ask, call = Turn("user", "q"), Turn("assistant", "", fields=fields)
+    said = (ask, call, Turn("tool", "7"), Turn("assistant", "It is 7"))
+    ((ids, labels),), _ = encode(said, None, tokenizer)
+    spoken = (ask, Turn("assistant", "look"), Turn("tool", "7"), Turn("assistant", "It is 7"))
+    assert (ids, labels) == hand(*spoken)
+
+
+def thoughtful(*said: Turn) -> tuple[list[int], list[int]]:
+    """FORGETFUL by hand: the last answer alone has a thought, and is learnt."""
+    ids, _ = hand(*said[:-1])
+    answer = replace(said[-1], text=f"<think></think>{said[-1].text}")
+    last, labels = hand(answer)
+    return ids + last, [-100] * len(ids) + labels
+
+
+def test_a_template_that_drops_thoughts_gives_a_sample_for_each_answer() -> None:
+    tokenizer = chats.tokenizer(chats.FORGETFUL)
+    said = chats.turns("q0", "a0", "q1", "a1", "q2", "a2", system="s")
+    rows, counts = encode(said, None, tokenizer)
+    assert rows == [thoughtful(*said[:end]) for end in (3, 5, 7)]
+    assert counts["single"] == 1
+    assert counts["kept"] == counts["tokens"] == sum(len(ids) for ids, _ in rows)
+    # Where not all fits, the exchanges next to the answer stand before it, and the system turn.
+    room = len(rows[1][0])
+    short, counts = encode(said, TokenizeSettings(max_length=room), tokenizer)
+    assert short == [*rows[:2], thoughtful(said[0], *said[3:7])]
+    assert counts["kept"] + counts["dropped"] == counts["tokens"]
+    assert len(encode(said, TokenizeSettings(max_length=room, overflow="drop"), tokenizer)[0]) == 2
+    masked = (*said[:2], replace(said[2], learnt=False), *said[3:])
+    assert encode(masked, None, tokenizer)[0] == rows[1:]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_places_asked_of_the_tokenizer_are_those_of_all_tokens(seed: int) -> None:
+    rng = Random(seed)
+    said = chats.turns(*(words(rng, 20) for _ in range(6)))
+    rendered = chat_template(chats.tokenizer()).render(said)
+    (found,) = chats.tokenizer()([rendered.text], add_special_tokens=False).encodings
+    fast = Places.of(rendered, found)
+    slow = Places.of_pieces(rendered, [found], [0, len(rendered.text)])
+    if fast is None:  # a token lies across the end of a prompt
+        assert across_of(rendered, found)
+        return
+    assert fast.ids.tolist() == slow.ids.tolist()
+    assert (fast.firsts, fast.afters) == (slow.firsts, slow.afters)
+    ids = range(len(fast.ids))
+    assert [fast.characters(at) for at in ids] == [slow.characters(at) for at in ids]
 
 
 def test_a_template_without_an_end_token_is_refused() -> None:
