@@ -22,7 +22,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from longctx.gguf import convert_gguf
-from longctx.train.data.prepare import TokenizeSettings, prepare
+from longctx.train.data.preparation import TokenizeSettings, prepare
 from longctx.train.data.readers import Records
 
 from ._measure import write_results

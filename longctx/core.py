@@ -47,7 +47,7 @@ def extend(
             (`"yarn", factor=4`) or as the command line writes it (`"yarn:4"`).
         replace: allow replacing the RoPE scaling that a checkpoint ships with (llama3, yarn, …);
             its `rope_theta` and original window are kept.
-        prove_effect: run the model on 48 tokens before and after, with and without a cache, and
+        prove_effect: run the model on 32 tokens before and after, with and without a cache, and
             refuse a method that changes no logits or gives others with a cache. A model on the
             meta device is not run.
         **fields: the method's own fields, with a name only.

@@ -46,9 +46,18 @@ _WINDOW_KEYS = (
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside PEFT, `torch.compile` and data-parallel wrappers."""
+    """The transformers model inside PEFT, `torch.compile` and data-parallel wrappers.
+
+    Raises:
+        ModelError: no transformers model, or adapters that act outside of it (prompt learning).
+    """
     while not isinstance(model, PreTrainedModel):
-        # PEFT: PeftModel.base_model is a tuner, whose `model` is ours.
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ModelError(
+                "the adapter learns a prompt, which stands before the model and not inside it: "
+                "longctx looks through adapters of layers (LoRA) only."
+            )
+        # PeftModel.base_model is a tuner, whose `model` is ours.
         inner = next(
             (
                 module

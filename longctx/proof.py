@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .attention.layers import attention_layers
+from .attention.probing import probe_turning
+from .attention.turning import Rotation
 from .before_transformers_5_24 import cache_argument
 from .errors import LongctxError, ModelError
 from .model import text_config
@@ -24,8 +27,8 @@ from .patch import Check, Patch
 
 __all__ = ["Passes", "can_run", "prove", "run_passes"]
 
-_NEAR = _FAR = 24
-_CACHED = 40
+_NEAR = _FAR = 16
+_CACHED = 24
 """Tokens that are read before the others continue from the cache."""
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
 _SHORT_TOLERANCE = 0.1
@@ -110,7 +113,28 @@ def prove(
         if own > limit:
             detail += f"; the model itself to {own:.1e}"
         checks.append(Check("cached as uncached", after.cached <= max(limit, 2 * own), detail))
-    return checks
+    return [*checks, *_reach(model, patch)]
+
+
+def _reach(model: PreTrainedModel, patch: Patch) -> list[Check]:
+    """Say where a longer window cannot help: layers that slide, those with a rotary among them."""
+    if "rotary" not in patch.method.slots:
+        return []
+    try:
+        layers = attention_layers(model)
+        full, sliding = [x for x in layers if x.full], [x for x in layers if not x.full]
+        if not sliding:
+            return []
+        if full:
+            with patch.method.reserve(model, _NEAR):
+                rotation = Rotation(model, patch.rope.layer_type, full[0].module)
+                if probe_turning(model, full, rotation).turning:
+                    return []
+    except ModelError:  # attention that cannot be looked into
+        return []
+    which = "all layers" if not full else "all layers that have a rotary"
+    detail = f"{which} slide over {sliding[0].window} tokens: other positions bring no key nearer"
+    return [Check("reach", True, detail)]
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Gate, Training
     from .data.collate import pack
-    from .data.prepare import Prepared, prepare
+    from .data.preparation import Prepared, prepare
     from .data.sampling import Epochs, TrainDataset
     from .data.tokenize import TokenizeSettings
     from .engine.finetune import Finetuned, finetune
@@ -57,7 +57,7 @@ _HOMES = (
     "data.tokenize",
     "data.sampling",
     "data.collate",
-    "data.prepare",
+    "data.preparation",
     "loss.sequence_unlikelihood",
     "loss.objective",
     "engine.lora",

@@ -29,7 +29,7 @@ from .config import Gate
 from .data.chat_template import chat_template
 from .data.collate import pack
 from .data.passkeys import Passkeys, training_text
-from .data.prepare import Prepared, prepare
+from .data.preparation import Prepared, prepare
 from .data.sampling import DocumentSource, Epochs, Mixture, MixtureWeight, TrainDataset
 from .data.tokenize import TokenizeSettings
 from .engine.finetune import Finetuned, finetune
@@ -53,7 +53,7 @@ class Run:
 
     recipe: Recipe
     data: tuple[str, ...]
-    """Sources that `data.prepare.prepare` reads, one after the other."""
+    """Sources that `data.preparation.prepare` reads, one after the other."""
     output_dir: Path
     """Folder of the run."""
     template: str | None = None

@@ -69,6 +69,12 @@ class Rotation:
             )
         self.planes = planes_of(rotary_of(model), layer_type)
         """Which plane each channel of cos and sin belongs to, int [D]."""
+        if len(self.planes) != 2 * len(self.planes.unique()):
+            raise ModelError(
+                f"model type {model.config.model_type!r} has cos and sin of {len(self.planes)} "
+                f"channels for {len(self.planes.unique())} planes: methods that change distances "
+                "cannot turn its queries. Methods that change frequencies may work."
+            )
         self.pairing: Pairing | None = _pairing(self._apply, self.planes)
         """How channels form planes; None where it is the model's function that knows."""
 

@@ -46,7 +46,7 @@ class Inspect:
 
     def run(self) -> int:
         """Prepare and print."""
-        from longctx.train.data.prepare import TokenizeSettings, prepare
+        from longctx.train.data.preparation import TokenizeSettings, prepare
         from longctx.train.data.preview import inspect_samples
 
         from ..checkpoint import load_tokenizer

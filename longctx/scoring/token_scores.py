@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..before_transformers_5_24 import cache_argument
 from ..errors import DataError, ModelError
-from ..model import learned_positions, text_config
+from ..model import learned_positions, text_config, unwrapped
 
 __all__ = ["TokenScores", "prefill", "score"]
 
@@ -58,7 +58,7 @@ class TokenScores:
 
 
 def score(
-    model: PreTrainedModel,
+    model: nn.Module,
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
@@ -69,7 +69,8 @@ def score(
     """Score each token of `input_ids` from position `start` on, given all tokens before it.
 
     Args:
-        model: a causal language model of transformers, patched or not, or a PEFT model around one.
+        model: a causal language model of transformers, patched or not, also inside PEFT,
+            `torch.compile` and data-parallel wrappers, which are looked through.
         input_ids: [B, S].
         attention_mask: [B, S], 0 at padding (left or right); None where there is none.
         past_key_values: keys and values of tokens before `input_ids`, which grow by S; without
@@ -109,7 +110,7 @@ def score(
     return TokenScores(targets.cpu(), nll, argmax, valid.cpu())
 
 
-def prefill(model: PreTrainedModel, input_ids: Tensor, past_key_values: Cache) -> None:
+def prefill(model: nn.Module, input_ids: Tensor, past_key_values: Cache) -> None:
     """Run `input_ids` [B, S] after what the cache holds and leave their keys and values there."""
     causal = _causal(model)
     ids = input_ids.to(causal.get_input_embeddings().weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -126,9 +127,8 @@ def _score_rows(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Te
     return nll, argmax.masked_fill(logits.sum(-1).isnan(), -1)
 
 
-def _causal(model: PreTrainedModel) -> PreTrainedModel:
-    inner: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
-    causal = inner() if inner else model  # a PEFT model holds its adapters inside the inner one
+def _causal(model: nn.Module) -> PreTrainedModel:
+    causal = unwrapped(model)  # a PEFT model holds its adapters inside the inner one
     if causal.base_model is causal or causal.get_output_embeddings() is None:
         raise ModelError(
             f"{type(causal).__name__} has no head over a base model: expected a causal language "

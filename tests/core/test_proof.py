@@ -128,6 +128,29 @@ def test_continuous_batching_is_refused_before_it_starts(method: str) -> None:
     assert "generate_batch" not in vars(model)
 
 
+def cohere2() -> PreTrainedModel:
+    """Its sliding layers have a rotary, its full ones none."""
+    types = ["sliding_attention", "full_attention"]
+    more = {"layer_types": types, "sliding_window": 24}
+    return made(transformers.Cohere2ForCausalLM, transformers.Cohere2Config, **more)
+
+
+@pytest.mark.parametrize(
+    ("model", "which"),
+    [
+        (cohere2, "all layers that have a rotary slide over 24 tokens"),
+        (lambda: build("mistral", sliding_window=24), "all layers slide over 24 tokens"),
+        (lambda: build("gemma3"), None),
+        (lambda: build("llama"), None),
+    ],
+)
+def test_where_a_longer_window_cannot_help_the_report_says_so(
+    model: Any, which: str | None
+) -> None:
+    text = str(longctx.extend(model(), "linear:4").report())
+    assert (which in text) if which else ("reach" not in text)
+
+
 def test_layers_that_all_slide_are_named() -> None:
     with pytest.raises(ModelError, match="all layers of this 'gemma3_text' model slide"):
         longctx.extend(build("gemma3", layer_types=["sliding_attention"] * 2), "linear:4")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import peft
 import pytest
 import torch
 import transformers
@@ -15,6 +16,7 @@ import longctx
 from longctx.checkpoint import load_tokenizer
 from longctx.errors import ModelError
 from longctx.model import unwrapped
+from longctx.scoring.token_scores import score
 from longctx.train.engine.lora import Lora, add_lora
 from longctx.twin import build_twin, differences
 
@@ -171,9 +173,19 @@ def test_wrappers_are_looked_through(wrap: Any) -> None:
     assert unwrapped(outer) is model
     with longctx.extend(outer, "linear:4") as patch:
         assert longctx.patch_of(outer) is patch is longctx.patch_of(model)
+        wanted = score(model, tokens(80)).nll
+        assert torch.equal(score(outer, tokens(80)).nll, wanted)
     assert longctx.patch_of(outer) is None
     with pytest.raises(ModelError, match="expected a transformers model"):
         unwrapped(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_an_adapter_outside_of_the_model_is_refused() -> None:
+    how = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    outer = peft.get_peft_model(build("llama"), how)
+    with pytest.raises(ModelError, match="learns a prompt"):
+        longctx.extend(outer, "linear:4")
 
 
 def test_adapters_are_not_saved_as_a_model(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class Collator:
         if "labels" not in row:
             raise DataError(
                 f"a row with columns {sorted(row)} and no labels: prepare the data with "
-                "longctx.train.data.prepare.prepare, which says what is learnt."
+                "longctx.train.data.preparation.prepare, which says what is learnt."
             )
         ids, labels = (np.array(row[name], dtype=np.int64) for name in ("input_ids", "labels"))
         found: Any = row.get("seq_lengths")

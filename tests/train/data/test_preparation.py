@@ -17,7 +17,7 @@ from longctx.errors import DataError
 from longctx.gguf import convert_gguf
 from longctx.train.data.chat_template import chat_template
 from longctx.train.data.conversations import Turn
-from longctx.train.data.prepare import TokenizeSettings, prepare
+from longctx.train.data.preparation import TokenizeSettings, prepare
 from longctx.train.data.readers import Records
 from longctx.train.data.synthetic import Synthetic, conversations
 from longctx.train.data.tokenize import Encoder
