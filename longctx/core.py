@@ -70,7 +70,7 @@ def extend(
     if "rotary" in method.slots:
         _refuse_scaled(model, method, replace)
     patch = Patch(model, method, below.rope if below else rope_of(model), below)
-    rotary, config = rotary_of(model), copy.deepcopy(text_config(model))
+    rotary, config = rotary_of(model), copy.deepcopy(model.config)
     before = run_passes(model, patch) if prove_effect and can_run(model) else None
     try:
         method.apply(model, patch)
@@ -96,14 +96,10 @@ def extend(
 
 def _follow(model: PreTrainedModel, patch: Patch, before: PreTrainedConfig) -> None:
     """Let everything else that says the window or is derived from the rotary's settings follow."""
-    config = text_config(model)
-    declare_window(model, before, patch.set)
-    if config.to_dict() == before.to_dict():
+    declare_window(model, before.get_text_config(decoder=True), patch.set)
+    if model.config.to_dict() == before.to_dict():
         return
-    whole = type(config) is type(model.config)
-    if not whole:  # a text model inside a multimodal one, which is built from the whole
-        return
-    for name, attribute, value in derived_changes(model, before, config):
+    for name, attribute, value in derived_changes(model, before, model.config):
         module = model.get_submodule(name)
         if attribute in vars(module):
             patch.set(module, attribute, value)

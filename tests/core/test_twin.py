@@ -21,7 +21,7 @@ from longctx.train.engine.lora import Lora, add_lora
 from longctx.twin import build_twin, differences
 
 from ..families import WINDOW, build, tokens
-from .test_proof import made
+from .test_proof import SMALL, made
 
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
@@ -106,6 +106,23 @@ def test_a_plain_reload_agrees_where_attention_is_scaled_too(
     torch.testing.assert_close(plain(ids).logits, here, rtol=0, atol=1e-4)
     patch.remove()
     assert torch.equal(model(ids).logits, before)
+
+
+def test_entries_of_several_dimensions_are_carried_over(tmp_path: Path) -> None:
+    mrope = {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    text = {**SMALL, "head_dim": 16, "rope_parameters": {"rope_theta": 1e4, **mrope}}
+    config = transformers.Qwen3VLConfig(
+        text_config=text,  # pyright: ignore[reportArgumentType]
+        vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}  # pyright: ignore[reportArgumentType]
+        | {"out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.Qwen3VLForConditionalGeneration(config).eval(), tokens(100)
+    longctx.extend(model, "yarn:4")
+    assert mrope.items() <= model.config.get_text_config().rope_parameters.items()
+    assert longctx.save(model, load_tokenizer("demo"), tmp_path / "out").plain
+    plain = transformers.Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert torch.equal(plain(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_save_says_what_the_config_cannot_say(tmp_path: Path) -> None:
