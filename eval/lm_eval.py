@@ -34,6 +34,7 @@ from longctx.files import write_whole
 from longctx.fingerprint import identity_of, json_digest
 from longctx.patch import Method
 from longctx.schema import conform, parse
+from longctx.weights import refuse_small_vocabulary
 
 from .results.records import Record
 from .results.schemas import StoredScores
@@ -109,6 +110,7 @@ def run_lm_eval(
     Raises:
         RunError: no lm-eval, no such task, one that cannot be loaded, or another model's results.
         MethodError: a method that cannot be put on this model.
+        ModelError: a tokenizer with ids beyond the model's embeddings.
     """
     release = _release()
     sizes, names = parse_lengths(lengths), _names(tasks)
@@ -116,6 +118,7 @@ def run_lm_eval(
         raise RunError(f"limit={limit}, batch_size={batch_size}: expected at least 1 each.")
     if chat and not tokenizer.chat_template:
         raise RunError("chat=True, but the tokenizer has no chat template: pass chat=False.")
+    refuse_small_vocabulary(model, tokenizer)
     variants = variants_of(model, methods, replace=replace)
     identity = identity_of(model, tokenizer)
     folder = None if out is None else Path(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -15,37 +16,41 @@ import msgspec
 import torch
 from msgspec import Meta, Struct
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from .core import extend
-from .errors import ModelError
+from .errors import LongctxError, ModelError
 from .folders import new_folder
 from .gguf import convert_gguf
 from .model import build_rotary, decoder_of, rope_entry, text_config
 from .patch import patch_of
 from .registry import make_method
 from .schema import conform
+from .weights import refuse_adapter, refuse_foreign_weights, refuse_incomplete, small_vocabulary
 
 __all__ = ["Saved", "load", "load_tokenizer", "local_folder", "locate", "save"]
 
+_log = logging.getLogger(__name__)
 EMBEDDED = ("demo", "demo-tuned")
 _ANEW = "Extend the original anew, or delete the entry 'longctx' from config.json."
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 
-class _Original(Struct):
+class _Original(Struct, forbid_unknown_fields=True):
     """What methods took the place of."""
 
     max_position_embeddings: Annotated[int, Meta(ge=1, le=10**12)]
     rope_parameters: dict[str, Any] | None
 
 
-class _Record(Struct):
+class _Record(Struct, forbid_unknown_fields=True):
     """The entry "longctx" of a config.json."""
 
     version: Annotated[int, Meta(ge=1)]
@@ -80,28 +85,38 @@ def load(
             embedded model, or "demo-tuned" for the same after fine-tuning to 2,048 tokens.
         device: "auto" spreads over the GPUs there are, else CPU; or a torch device.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
-        attn: "auto" is flash-attn on a GPU where it is installed, else SDPA.
+        attn: "auto" is flash-attn on a GPU where it is installed, else SDPA, or eager in families
+            that have neither (Gemma-2, GPT-OSS, BLOOM, …).
         trust_remote_code: run Python that the checkpoint brings along. Off unless you say so.
 
     Returns:
         The model in eval mode, and its tokenizer. `longctx.patch_of(model)` is the restored patch.
 
     Raises:
-        ModelError: nothing there, a corrupt file, pickled weights only, or code in the checkpoint.
+        ModelError: nothing there, a corrupt file, weights that are not safetensors inside the
+            folder or not all of the model's, an adapter, or code in the checkpoint.
     """
     path = _converted(source)
+    try:
+        refuse_foreign_weights(path)
+    except ModelError as error:
+        raise ModelError(f"cannot load {str(source)!r}: {error}") from error
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
     placed = {"device_map": "auto" if device == "auto" else device} if on_gpu else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config._attn_implementation = _attention(attn, config, on_gpu)  # whatever it brings along
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=_attention(attn, on_gpu),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
             **placed,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
@@ -112,6 +127,16 @@ def load(
             f"cannot load {str(source)!r}, a file of it is corrupt or incomplete "
             f"({type(error).__name__}: {error}); fetch or convert it again."
         ) from error
+    model: PreTrainedModel = loaded[0]
+    refuse_incomplete(source, model, loaded[1])
+    if attn == "auto" and model.config._attn_implementation == "eager":
+        _log.warning(
+            "%s: model type %r has no SDPA, so its attention is computed by 'eager'.",
+            source,
+            model.config.model_type,
+        )
+    if wrong := small_vocabulary(model, tokenizer):
+        _log.warning("%s: %s.", source, wrong)
     if not on_gpu and device not in ("auto", "cpu"):
         try:
             model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
@@ -146,14 +171,19 @@ def _converted(source: str | os.PathLike[str]) -> str | Path:
     return convert_gguf(path) if is_gguf else path  # pyright: ignore[reportArgumentType]
 
 
-def _attention(attn: Attention, on_gpu: bool) -> str:
+def _attention(attn: Attention, config: PreTrainedConfig, on_gpu: bool) -> str | None:
+    """What to ask transformers for; None is SDPA, or eager in families that have no SDPA."""
     if attn != "auto":
         return attn
-    try:
-        metadata.version("flash-attn")
-    except metadata.PackageNotFoundError:
-        return "sdpa"
-    return "flash_attention_2" if on_gpu else "sdpa"
+    kinds: Any = AutoModelForCausalLM._model_mapping
+    known = type(config) in kinds
+    if on_gpu and (not known or getattr(kinds[type(config)], "_supports_flash_attn", False)):
+        try:
+            metadata.version("flash-attn")
+        except metadata.PackageNotFoundError:
+            return None
+        return "flash_attention_2"
+    return None
 
 
 def local_folder(source: str) -> Path:
@@ -178,10 +208,11 @@ def locate(source: str | os.PathLike[str]) -> str | Path:
         return Path(__file__).parent / str(source)
     path = Path(source)
     if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1 and not any(path.glob("*.safetensors*")):
+            return files[0]
         if not (path / "config.json").exists():
-            files = sorted(path.glob("*.gguf"))
-            if len(files) == 1:
-                return files[0]
+            refuse_adapter(path)
             raise ModelError(
                 f"{path} holds no config.json and {len(files)} GGUF files: expected a checkpoint "
                 "folder or exactly one GGUF; name the file."
@@ -292,7 +323,11 @@ def _restore(model: PreTrainedModel) -> None:
         raise ModelError(f"{where}: version: expected 1, got {checked.version}. Upgrade longctx.")
     try:
         _put_back(model, checked)
-    except (AttributeError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+    except LongctxError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except (
+        Exception
+    ) as error:  # transformers and torch fail in many ways on settings that cannot be
         raise ModelError(f"{where}: it does not fit this model ({error!r}). {_ANEW}") from error
 
 
