@@ -26,7 +26,7 @@ from transformers import (
 
 from .core import extend
 from .errors import LongctxError, ModelError
-from .folders import new_folder
+from .folders import left_over, new_folder
 from .gguf import convert_gguf
 from .model import build_rotary, decoder_of, rope_entry, text_config
 from .patch import patch_of
@@ -223,9 +223,22 @@ def locate(source: str | os.PathLike[str]) -> str | Path:
             raise ModelError(f"{path} is not a GGUF file: pass the checkpoint's folder.")
         return path
     looks_local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
-    if looks_local or path.suffix == ".gguf":
-        raise ModelError(f"{source} does not exist: expected a folder, a GGUF file or a hub id.")
+    if looks_local or path.suffix == ".gguf" or path.is_symlink():
+        raise ModelError(
+            f"{source} does not exist: expected a folder, a GGUF file or a hub id.{_left(path)}"
+        )
     return str(source)
+
+
+def _left(path: Path) -> str:
+    """What a killed process left in a checkpoint's stead, as a sentence."""
+    try:
+        found = left_over(path)
+    except OSError:
+        return ""
+    if not found:
+        return ""
+    return f" A run was killed while it wrote there: {', '.join(map(str, found))} may be whole."
 
 
 def save(
@@ -249,7 +262,8 @@ def save(
         UserWarning says so too.
 
     Raises:
-        RunError: the folder is taken, or cannot be written.
+        RunError: the folder is taken, is or holds what the model was loaded from, holds files that
+            no checkpoint has, or cannot be written.
     """
     patch = patch_of(model)
     beyond: list[str] = []
@@ -257,7 +271,8 @@ def save(
         if not patch.method.plain_loadable:
             beyond.append(patch.method.name)
         patch = patch.below
-    with new_folder(Path(out), overwrite=overwrite) as folder:
+    inputs = [name for name in (model.name_or_path, tokenizer.name_or_path) if name]
+    with new_folder(Path(out), overwrite=overwrite, inputs=inputs) as folder:
         _write(model, tokenizer, folder)
     if not beyond:
         return Saved(Path(out), True, f"{out} loads in plain transformers to the same logits.")
