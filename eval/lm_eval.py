@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longctx.errors import RunError, nearest
 from longctx.files import write_whole
 from longctx.fingerprint import identity_of, json_digest
+from longctx.folders import refuse_other_than_file
 from longctx.patch import Method
 from longctx.schema import conform, parse
 from longctx.weights import refuse_small_vocabulary
@@ -324,6 +325,8 @@ def _refuse_lost(folder: Path, wanted: set[tuple[Any, ...]], names: tuple[str, .
         RunError: it names the first that would be lost.
     """
     path = folder / _TABLES[-1]
+    for name in _TABLES:
+        refuse_other_than_file(folder / name)
     if not path.exists():
         return
     stored = parse(path.read_bytes(), StoredScores, path, next_step="Name another folder.")

@@ -31,6 +31,7 @@ __all__ = [
     "left_over",
     "new_folder",
     "refuse_inputs",
+    "refuse_inside",
     "refuse_other_than_file",
     "refuse_other_than_folder",
     "refuse_taken",
@@ -113,6 +114,20 @@ def refuse_inputs(out: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
                     f"{out} is or holds the input {source}, which would be lost: choose another "
                     "output."
                 )
+
+
+def refuse_inside(out: Path, source: str | os.PathLike[str]) -> None:
+    """Refuse results that would be written into the checkpoint that they are of.
+
+    Raises:
+        RunError: `out` is the folder `source`, or inside it.
+    """
+    folder, place = Path(source), Path(os.path.realpath(out))
+    if folder.is_dir() and place.is_relative_to(folder.resolve()):
+        raise RunError(
+            f"{out} is the input {source}, or inside it: a checkpoint holds no results, choose "
+            "another output."
+        )
 
 
 def _real_places(source: Path) -> list[Path]:

@@ -82,10 +82,12 @@ class Sweep:
         from longctx.eval import parse_lengths, print_sweep
         from longctx.eval.running.runner import Ranks
 
-        from ..folders import refuse_other_than_folder
+        from ..checkpoint import locate
+        from ..folders import refuse_inside, refuse_other_than_folder
         from ..registry import parse_method
 
         refuse_other_than_folder(self.out)
+        refuse_inside(self.out, locate(self.model))
         if not self.methods:
             raise RunError("--methods names none: leave it out, or write --methods none.")
         for method in self.methods:
