@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .config_windows import doubtful, impossible, text_part
 from .core import extend
 from .errors import LongctxError, ModelError
 from .folders import left_over, new_folder
@@ -32,7 +33,13 @@ from .model import build_rotary, decoder_of, rope_entry, text_config
 from .patch import patch_of
 from .registry import make_method
 from .schema import conform
-from .weights import refuse_adapter, refuse_foreign_weights, refuse_incomplete, small_vocabulary
+from .weights import (
+    read_config,
+    refuse_adapter,
+    refuse_foreign_weights,
+    refuse_incomplete,
+    small_vocabulary,
+)
 
 __all__ = ["Saved", "load", "load_tokenizer", "local_folder", "locate", "save"]
 
@@ -99,6 +106,8 @@ def load(
     path = _converted(source)
     try:
         refuse_foreign_weights(path)
+        for doubt in _claims(path):
+            _log.warning("%s: %s.", source, doubt)
     except ModelError as error:
         raise ModelError(f"cannot load {str(source)!r}: {error}") from error
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
@@ -169,6 +178,18 @@ def _converted(source: str | os.PathLike[str]) -> str | Path:
     path = locate(source)
     is_gguf = isinstance(path, Path) and path.suffix == ".gguf"
     return convert_gguf(path) if is_gguf else path  # pyright: ignore[reportArgumentType]
+
+
+def _claims(path: str | Path) -> list[str]:
+    """What a config.json says that software reads in different ways, and how it is read here.
+
+    Raises:
+        ModelError: a window, factor or base in it cannot be.
+    """
+    config = read_config(path)
+    for key, what, expected in impossible(text_part(config)):
+        raise ModelError(f"config.json: {key}: {what}: expected {expected}. Mend it.")
+    return [f"config.json: {key}: {what}" for key, what, _ in doubtful(config)]
 
 
 def _attention(attn: Attention, config: PreTrainedConfig, on_gpu: bool) -> str | None:

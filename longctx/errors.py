@@ -15,7 +15,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["DataError", "LongctxError", "MethodError", "ModelError", "RunError", "nearest"]
+__all__ = [
+    "DataError",
+    "LongctxError",
+    "MethodError",
+    "ModelError",
+    "RunError",
+    "nearest",
+    "printable",
+]
 
 
 class LongctxError(ValueError):
@@ -42,3 +50,17 @@ def nearest(word: object, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def printable(text: object) -> str:
+    r"""The text with what a terminal would act on as its escape; line ends stay.
+
+    >>> printable("\x1b[31mred")
+    '\\x1b[31mred'
+    """
+    return "".join(
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape").decode()
+        for character in str(text).encode("utf-8", "replace").decode()
+    )

@@ -26,6 +26,7 @@ __all__ = [
     "ADAPTER",
     "INDEX",
     "WEIGHTS",
+    "read_config",
     "refuse_adapter",
     "refuse_foreign_weights",
     "refuse_incomplete",
@@ -82,13 +83,10 @@ def refuse_foreign_weights(source: str | Path) -> None:
             one elsewhere, a link leaves the folder, or a file is missing or damaged.
     """
     refuse_adapter(source)
-    named = WEIGHTS
-    config = _file(source, "config.json")
-    if config is not None:
-        stored = conform(_read(config), _Config, config, next_step=_AGAIN, error=ModelError)
-        if stored.transformers_weights is not None:
-            named = stored.transformers_weights
-            _refuse_name(named, config)
+    where = f"{source}/config.json"
+    stored = conform(read_config(source), _Config, where, next_step=_AGAIN, error=ModelError)
+    named = stored.transformers_weights or WEIGHTS
+    _refuse_name(named, where)
     if named == WEIGHTS and _file(source, WEIGHTS) is None and _file(source, INDEX) is not None:
         named = INDEX
     names = [named]
@@ -117,14 +115,14 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
-def _refuse_name(name: str, where: Path) -> None:
+def _refuse_name(name: str, where: Path | str) -> None:
     path = PurePosixPath(name)
     inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name
     if not inside or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise _foreign(name, where)
 
 
-def _foreign(name: str, where: Path) -> ModelError:
+def _foreign(name: str, where: Path | str) -> ModelError:
     return ModelError(
         f"{where} names {name!r}: weights are read from *.safetensors inside the checkpoint's "
         "folder alone, since other files may execute code when read. Ask the author for "
@@ -179,6 +177,19 @@ def _file(source: str | Path, name: str) -> Path | None:
     except (OSError, ValueError):  # what is wrong with the id is said when it is loaded
         return None
     return None if found is None else Path(found)
+
+
+def read_config(source: str | Path) -> dict[str, Any]:
+    """The config.json of a folder or hub id as it is, empty where there is none.
+
+    Raises:
+        ModelError: it is not a JSON object.
+    """
+    path = _file(source, "config.json")
+    value = {} if path is None else _read(path)
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds {str(value)[:40]!r}, no JSON object. {_AGAIN}")
+    return value
 
 
 def _read(path: Path) -> Any:
