@@ -169,7 +169,7 @@ def load_tokenizer(
     path = _converted(source)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises bare Exceptions on a damaged file
         raise ModelError(f"cannot load the tokenizer of {str(source)!r}: {error}") from error
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = [
     "KEYS",
@@ -35,6 +35,16 @@ KEYS = (
     "model_max_length",
 )
 """Further keys of a config.json that name a window; servers take the smallest of all."""
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 100_000,
+    "num_key_value_heads": 100_000,
+    "head_dim": 100_000,
+    "hidden_size": 10_000_000,
+    "intermediate_size": 10_000_000,
+    "vocab_size": 100_000_000,
+}
+"""The largest that anyone may mean: above it building the model alone takes all memory."""
 _TEXT = ("text_config", "llm_config", "language_config")
 
 
@@ -46,11 +56,11 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-def is_number(value: Any, *, above: float = 0) -> bool:
-    """Whether a value of JSON is a finite number beyond `above`."""
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of JSON is a finite number above 0."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     try:
-        return number and math.isfinite(value) and value > above
+        return number and math.isfinite(value) and value > 0
     except OverflowError:  # an integer that no float holds
         return False
 
@@ -74,7 +84,11 @@ def rope_entries(text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def impossible(text: Mapping[str, Any]) -> Iterator[Doubt]:
-    """Windows, factors and bases that are not numbers, or not above zero."""
+    """Windows, factors and bases that are not numbers or not above zero, and absurd sizes."""
+    for key, most in _SIZES.items():
+        size = text.get(key)
+        if isinstance(size, int | float) and not 0 < size <= most:
+            yield key, f"it is {_shown(size)}", f"a number from 1 to {most:,}"
     tokens = "a number of tokens, 1 or more"
     for key in ("max_position_embeddings", "original_max_position_embeddings"):
         value = text.get(key)

@@ -56,8 +56,10 @@ def examine(folder: Path) -> list[Finding]:
         raise ModelError(f"{folder} holds no config.json: expected a checkpoint folder.")
     text = text_part(config)
     found = [*_kind(config), *_rope(text), *_positions(text), *_record(config), *_weights(folder)]
-    for level, doubts in (("problem", impossible(text)), ("problem", doubtful(config))):
-        found += [Finding(level, f"config.json: {key}", *said) for key, *said in doubts]
+    for doubts in (impossible(text), doubtful(config)):
+        found += [
+            Finding("problem", f"config.json: {key}", what, mend) for key, what, mend in doubts
+        ]
     found += [*_tokenizer(folder, text), *_pinned(folder, config)]
     return found
 
@@ -219,12 +221,9 @@ def _record(config: dict[str, Any]) -> Iterator[Finding]:
     if not record:
         return
     methods: Any = record.get("methods") if isinstance(record, dict) else None
-    names = (
-        [method.get("name") for method in methods or () if isinstance(method, dict)]
-        if (isinstance(methods, list))
-        else []
-    )
-    if not names or "original" not in record or not all(isinstance(n, str) for n in names):
+    methods = methods if isinstance(methods, list) else []
+    names = [str(method.get("name", "")) for method in methods if isinstance(method, dict)]
+    if not all(names) or not names or len(names) < len(methods) or "original" not in record:
         yield Finding(
             "problem",
             "config.json: longctx",
@@ -323,7 +322,7 @@ def _pinned(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(
                 "problem",
                 f"config.json: {key}",
-                f"{int(place[key])} is below the window of {tokens}: servers take the smallest",
+                f"{place[key]:.0f} is below the window of {tokens}: servers take the smallest",
                 f'"{key}": {tokens}',
             )
     generation = _read(folder / "generation_config.json") or {}
@@ -331,7 +330,7 @@ def _pinned(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "problem",
             f"generation_config.json: {key}",
-            f"generation ends at {int(generation[key])} tokens with the prompt, below the window "
+            f"generation ends at {generation[key]:.0f} tokens with the prompt, below the window "
             f"of {tokens}",
             f'"{key}": {tokens}, or leave it out',
         )
@@ -340,7 +339,7 @@ def _pinned(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "problem",
             "tokenizer.json: truncation",
-            f"every input is cut at {int(truncation['max_length'])} tokens, below the window of "
+            f"every input is cut at {truncation['max_length']:.0f} tokens, below the window of "
             f"{tokens}",
             '"truncation": null',
         )

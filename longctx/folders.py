@@ -155,14 +155,15 @@ def refuse_taken(
     """
     refuse_other_than_folder(out)
     _put_back(out)
-    refuse_inputs(out, inputs)
     try:
-        taken = out.exists() and any(out.iterdir())
-        if taken and overwrite:
+        if not out.exists() or not any(out.iterdir()):
+            return
+        if overwrite:
+            refuse_inputs(out, inputs)
             _refuse_other_than_checkpoint(out)
     except OSError as error:
         raise RunError(f"cannot look into {out}: {error}. Name another.") from error
-    if taken and not overwrite:
+    if not overwrite:
         raise RunError(f"{out} exists and is not empty: choose another folder or pass overwrite.")
 
 

@@ -64,10 +64,11 @@ class LmEval:
 
         if self.out is not None:
             refuse_other_than_folder(self.out)
-            refuse_inside(self.out, locate(self.model))
         for method in self.methods:
             parse_method(method)
         lengths = parse_lengths(",".join(self.lengths))
+        if self.out is not None:
+            refuse_inside(self.out, locate(self.model))
         model, tokenizer = self.device_options.load(self.model)
         frame = run_lm_eval(
             model,

@@ -87,7 +87,6 @@ class Sweep:
         from ..registry import parse_method
 
         refuse_other_than_folder(self.out)
-        refuse_inside(self.out, locate(self.model))
         if not self.methods:
             raise RunError("--methods names none: leave it out, or write --methods none.")
         for method in self.methods:
@@ -95,6 +94,7 @@ class Sweep:
         self.chosen()
         if self.lengths:
             parse_lengths(self.lengths)
+        refuse_inside(self.out, locate(self.model))
         model, tokenizer = self.device_options.load(self.model)
         result = self.sweep(model, tokenizer)
         if not Ranks.here().first:  # it reports for all

@@ -189,8 +189,8 @@ def _write_gguf(path: Path) -> None:
     }.items():  # fmt: skip
         getattr(writer, f"add_{name}")(value)
     writer.add_layer_norm_rms_eps(1e-6)
-    tokenizer = load_tokenizer("demo")
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer: Any = load_tokenizer("demo")
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(vocabulary)
