@@ -117,7 +117,8 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        config._attn_implementation = _attention(attn, config, on_gpu)  # whatever it brings along
+        # Whatever attention the config itself names.
+        config._attn_implementation = _attention(attn, config, on_gpu)  # pyright: ignore[reportPrivateUsage]
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -138,7 +139,8 @@ def load(
         ) from error
     model: PreTrainedModel = loaded[0]
     refuse_incomplete(source, model, loaded[1])
-    if attn == "auto" and model.config._attn_implementation == "eager":
+    implementation: Any = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+    if attn == "auto" and implementation == "eager":
         _log.warning(
             "%s: model type %r has no SDPA, so its attention is computed by 'eager'.",
             source,
@@ -196,7 +198,7 @@ def _attention(attn: Attention, config: PreTrainedConfig, on_gpu: bool) -> str |
     """What to ask transformers for; None is SDPA, or eager in families that have no SDPA."""
     if attn != "auto":
         return attn
-    kinds: Any = AutoModelForCausalLM._model_mapping
+    kinds: Any = AutoModelForCausalLM._model_mapping  # pyright: ignore[reportPrivateUsage]
     known = type(config) in kinds
     if on_gpu and (not known or getattr(kinds[type(config)], "_supports_flash_attn", False)):
         try:

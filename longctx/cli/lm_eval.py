@@ -83,7 +83,7 @@ class LmEval:
             out=self.out,
             replace=self.replace,
         )
-        table = Table(*map(plain, frame.columns), box=None, padding=(0, 2, 0, 0))
+        table = Table(*map(str, frame.columns), box=None, padding=(0, 2, 0, 0))
         for row in frame.itertuples(index=False):
             table.add_row(*(f"{x:.4g}" if isinstance(x, float) else plain(x) for x in row))
         Console().print(table)

@@ -139,6 +139,11 @@ class Records:
                     continue
                 self._broken_off(window, count)
                 return
+            except (ValueError, RecursionError) as error:  # a number of 5,000 digits, say
+                raise DataError(
+                    f"{window.name} cannot be read in record {count + 1:,}: {error}. Mend or "
+                    "remove that record."
+                ) from error
             count += 1
             yield record
         if array and not begins:
