@@ -32,9 +32,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longctx.errors import RunError, nearest
 from longctx.files import write_whole
 from longctx.fingerprint import identity_of, json_digest
+from longctx.folders import refuse_other_than_file
 from longctx.patch import Method
 from longctx.prompts.rendering import templates
 from longctx.schema import conform, parse
+from longctx.weights import refuse_small_vocabulary
 
 from .results.records import Record
 from .results.schemas import StoredScores
@@ -110,6 +112,7 @@ def run_lm_eval(
     Raises:
         RunError: no lm-eval, no such task, one that cannot be loaded, or another model's results.
         MethodError: a method that cannot be put on this model.
+        ModelError: a tokenizer with ids beyond the model's embeddings.
     """
     release = _release()
     sizes, names = parse_lengths(lengths), _names(tasks)
@@ -117,6 +120,7 @@ def run_lm_eval(
         raise RunError(f"limit={limit}, batch_size={batch_size}: expected at least 1 each.")
     if chat and not tokenizer.chat_template:
         raise RunError("chat=True, but the tokenizer has no chat template: pass chat=False.")
+    refuse_small_vocabulary(model, tokenizer)
     variants = variants_of(model, methods, replace=replace)
     identity = identity_of(model, tokenizer)
     folder = None if out is None else Path(out)
@@ -324,6 +328,8 @@ def _refuse_lost(folder: Path, wanted: set[tuple[Any, ...]], names: tuple[str, .
         RunError: it names the first that would be lost.
     """
     path = folder / _TABLES[-1]
+    for name in _TABLES:
+        refuse_other_than_file(folder / name)
     if not path.exists():
         return
     stored = parse(path.read_bytes(), StoredScores, path, next_step="Name another folder.")

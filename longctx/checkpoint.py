@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,38 +17,49 @@ import torch
 from msgspec import Meta, Struct
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from .config_windows import doubtful, impossible, text_part
 from .core import extend
-from .errors import ModelError
-from .folders import new_folder
+from .errors import LongctxError, ModelError
+from .folders import left_over, new_folder
 from .gguf import convert_gguf
 from .model import build_rotary, decoder_of, rope_entry, text_config, unwrapped
 from .patch import patch_of
 from .registry import make_method
 from .schema import conform
 from .twin import build_twin, differences
+from .weights import (
+    read_config,
+    refuse_adapter,
+    refuse_foreign_weights,
+    refuse_incomplete,
+    small_vocabulary,
+)
 
 __all__ = ["Saved", "load", "load_tokenizer", "local_folder", "locate", "save"]
 
+_log = logging.getLogger(__name__)
 EMBEDDED = ("demo", "demo-tuned")
 _ANEW = "Extend the original anew, or delete the entry 'longctx' from config.json."
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 
-class _Original(Struct):
+class _Original(Struct, forbid_unknown_fields=True):
     """What methods took the place of."""
 
     max_position_embeddings: Annotated[int, Meta(ge=1, le=10**12)]
     rope_parameters: dict[str, Any] | None
 
 
-class _Record(Struct):
+class _Record(Struct, forbid_unknown_fields=True):
     """The entry "longctx" of a config.json."""
 
     version: Annotated[int, Meta(ge=1)]
@@ -82,28 +94,41 @@ def load(
             embedded model, or "demo-tuned" for the same after fine-tuning to 2,048 tokens.
         device: "auto" spreads over the GPUs there are, else CPU; or a torch device.
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
-        attn: "auto" is flash-attn on a GPU where it is installed, else SDPA.
+        attn: "auto" is flash-attn on a GPU where it is installed, else SDPA, or eager in families
+            that have neither (Gemma-2, GPT-OSS, BLOOM, …).
         trust_remote_code: run Python that the checkpoint brings along. Off unless you say so.
 
     Returns:
         The model in eval mode, and its tokenizer. `longctx.patch_of(model)` is the restored patch.
 
     Raises:
-        ModelError: nothing there, a corrupt file, pickled weights only, or code in the checkpoint.
+        ModelError: nothing there, a corrupt file, weights that are not safetensors inside the
+            folder or not all of the model's, an adapter, or code in the checkpoint.
     """
     path = _converted(source)
+    try:
+        refuse_foreign_weights(path)
+        for doubt in _claims(path):
+            _log.warning("%s: %s.", source, doubt)
+    except ModelError as error:
+        raise ModelError(f"cannot load {str(source)!r}: {error}") from error
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
     placed = {"device_map": "auto" if device == "auto" else device} if on_gpu else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # Whatever attention the config itself names.
+        config._attn_implementation = _attention(attn, config, on_gpu)  # pyright: ignore[reportPrivateUsage]
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=_attention(attn, on_gpu),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # named below
+            output_loading_info=True,
             **placed,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
@@ -114,6 +139,17 @@ def load(
             f"cannot load {str(source)!r}, a file of it is corrupt or incomplete "
             f"({type(error).__name__}: {error}); fetch or convert it again."
         ) from error
+    model: PreTrainedModel = loaded[0]
+    refuse_incomplete(source, model, loaded[1])
+    implementation: Any = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
+    if attn == "auto" and implementation == "eager":
+        _log.warning(
+            "%s: model type %r has no SDPA, so its attention is computed by 'eager'.",
+            source,
+            model.config.model_type,
+        )
+    if wrong := small_vocabulary(model, tokenizer):
+        _log.warning("%s: %s.", source, wrong)
     if not on_gpu and device not in ("auto", "cpu"):
         try:
             model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
@@ -137,7 +173,7 @@ def load_tokenizer(
     path = _converted(source)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers raises bare Exceptions on a damaged file
         raise ModelError(f"cannot load the tokenizer of {str(source)!r}: {error}") from error
 
 
@@ -148,14 +184,31 @@ def _converted(source: str | os.PathLike[str]) -> str | Path:
     return convert_gguf(path) if is_gguf else path  # pyright: ignore[reportArgumentType]
 
 
-def _attention(attn: Attention, on_gpu: bool) -> str:
+def _claims(path: str | Path) -> list[str]:
+    """What a config.json says that software reads in different ways, and how it is read here.
+
+    Raises:
+        ModelError: a window, factor or base in it cannot be.
+    """
+    config = read_config(path)
+    for key, what, expected in impossible(text_part(config)):
+        raise ModelError(f"config.json: {key}: {what}: expected {expected}. Mend it.")
+    return [f"config.json: {key}: {what}" for key, what, _ in doubtful(config)]
+
+
+def _attention(attn: Attention, config: PreTrainedConfig, on_gpu: bool) -> str | None:
+    """What to ask transformers for; None is SDPA, or eager in families that have no SDPA."""
     if attn != "auto":
         return attn
-    try:
-        metadata.version("flash-attn")
-    except metadata.PackageNotFoundError:
-        return "sdpa"
-    return "flash_attention_2" if on_gpu else "sdpa"
+    kinds: Any = AutoModelForCausalLM._model_mapping  # pyright: ignore[reportPrivateUsage]
+    known = type(config) in kinds
+    if on_gpu and (not known or getattr(kinds[type(config)], "_supports_flash_attn", False)):
+        try:
+            metadata.version("flash-attn")
+        except metadata.PackageNotFoundError:
+            return None
+        return "flash_attention_2"
+    return None
 
 
 def local_folder(source: str) -> Path:
@@ -180,10 +233,11 @@ def locate(source: str | os.PathLike[str]) -> str | Path:
         return Path(__file__).parent / str(source)
     path = Path(source)
     if path.is_dir():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1 and not any(path.glob("*.safetensors*")):
+            return files[0]
         if not (path / "config.json").exists():
-            files = sorted(path.glob("*.gguf"))
-            if len(files) == 1:
-                return files[0]
+            refuse_adapter(path)
             raise ModelError(
                 f"{path} holds no config.json and {len(files)} GGUF files: expected a checkpoint "
                 "folder or exactly one GGUF; name the file."
@@ -194,9 +248,22 @@ def locate(source: str | os.PathLike[str]) -> str | Path:
             raise ModelError(f"{path} is not a GGUF file: pass the checkpoint's folder.")
         return path
     looks_local = str(source).startswith((".", "/", "~")) or str(source).count("/") > 1
-    if looks_local or path.suffix == ".gguf":
-        raise ModelError(f"{source} does not exist: expected a folder, a GGUF file or a hub id.")
+    if looks_local or path.suffix == ".gguf" or path.is_symlink():
+        raise ModelError(
+            f"{source} does not exist: expected a folder, a GGUF file or a hub id.{_left(path)}"
+        )
     return str(source)
+
+
+def _left(path: Path) -> str:
+    """What a killed process left in a checkpoint's stead, as a sentence."""
+    try:
+        found = left_over(path)
+    except OSError:
+        return ""
+    if not found:
+        return ""
+    return f" A run was killed while it wrote there: {', '.join(map(str, found))} may be whole."
 
 
 def save(
@@ -220,7 +287,8 @@ def save(
         was compared with the model, buffer by buffer. Where it cannot, a UserWarning says so too.
 
     Raises:
-        RunError: the folder is taken, or cannot be written.
+        RunError: the folder is taken, is or holds what the model was loaded from, holds files that
+            no checkpoint has, or cannot be written.
         ModelError: adapters that are not merged.
     """
     model = unwrapped(model)
@@ -231,7 +299,8 @@ def save(
         if not patch.method.plain_loadable:
             beyond.append(patch.method.name)
         patch = patch.below
-    with new_folder(Path(out), overwrite=overwrite) as folder:
+    inputs = [name for name in (model.name_or_path, tokenizer.name_or_path) if name]
+    with new_folder(Path(out), overwrite=overwrite, inputs=inputs) as folder:
         _write(model, tokenizer, folder)
         otherwise = [] if beyond else _differences(model, folder)
     if otherwise:
@@ -323,7 +392,11 @@ def _restore(model: PreTrainedModel) -> None:
         raise ModelError(f"{where}: version: expected 1, got {checked.version}. Upgrade longctx.")
     try:
         _put_back(model, checked)
-    except (AttributeError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+    except LongctxError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except (
+        Exception
+    ) as error:  # transformers and torch fail in many ways on settings that cannot be
         raise ModelError(f"{where}: it does not fit this model ({error!r}). {_ANEW}") from error
 
 

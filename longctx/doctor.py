@@ -8,12 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .config_windows import (
+    KEYS,
+    doubtful,
+    impossible,
+    is_number,
+    lower_windows,
+    rope_entries,
+    text_part,
+    window_of,
+)
 from .errors import ModelError
 
 __all__ = ["Finding", "examine"]
 
 _KNOWN = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "axial")
-_SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 _NEEDS_ORIGINAL = ("yarn", "longrope", "llama3")
 
 
@@ -45,9 +54,13 @@ def examine(folder: Path) -> list[Finding]:
     config = _read(folder / "config.json")
     if config is None:
         raise ModelError(f"{folder} holds no config.json: expected a checkpoint folder.")
-    text = config.get("text_config", config)
+    text = text_part(config)
     found = [*_kind(config), *_rope(text), *_positions(text), *_record(config), *_weights(folder)]
-    found += _tokenizer(folder, text)
+    for doubts in (impossible(text), doubtful(config)):
+        found += [
+            Finding("problem", f"config.json: {key}", what, mend) for key, what, mend in doubts
+        ]
+    found += [*_tokenizer(folder, text), *_pinned(folder, config)]
     return found
 
 
@@ -65,25 +78,15 @@ def _kind(config: dict[str, Any]) -> Iterator[Finding]:
 def _read(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
+    if not path.is_file():
+        raise ModelError(f"{path} is not a regular file: fetch it again.")
     try:
         value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}): fetch the file again.") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds {str(value)[:40]!r}, no JSON object: fetch the file again.")
     return value
-
-
-def _entries(text: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The RoPE settings by the key they stand under; one per layer type where they are nested."""
-    for key in ("rope_parameters", "rope_scaling"):
-        parameters = text.get(key)
-        if isinstance(parameters, dict) and parameters:
-            values: list[Any] = list(parameters.values())
-            if all(isinstance(value, dict) for value in values):
-                return {f"{key}.{kind}": dict(value) for kind, value in parameters.items()}
-            return {key: dict(parameters)}
-    return {}
 
 
 def _rope(text: dict[str, Any]) -> Iterator[Finding]:
@@ -95,7 +98,7 @@ def _rope(text: dict[str, Any]) -> Iterator[Finding]:
             "says otherwise than rope_parameters, and transformers takes it instead",
             "make both say the same, or remove rope_scaling",
         )
-    for key, entry in _entries(text).items():
+    for key, entry in rope_entries(text).items():
         where = f"config.json: {key}"
         kind = entry.get("rope_type", entry.get("type", "default"))
         yield from _rope_type(where, kind)
@@ -118,7 +121,7 @@ def _rope(text: dict[str, Any]) -> Iterator[Finding]:
                 "to be max_position_embeddings, which makes most frequencies wrong",
                 'add "original_max_position_embeddings": the window before extending',
             )
-        yield from _window(where, kind, entry, text.get("max_position_embeddings"), original)
+        yield from _window(where, kind, entry, window_of(text), original)
         if kind == "longrope":
             yield from _longrope(where, entry)
         if "truncate" in entry and "." in key:
@@ -131,29 +134,32 @@ def _rope(text: dict[str, Any]) -> Iterator[Finding]:
             )
 
 
-def _rope_type(where: str, kind: str) -> Iterator[Finding]:
+def _rope_type(where: str, kind: Any) -> Iterator[Finding]:
     if kind in _KNOWN:
+        return
+    if kind == "su":
+        yield Finding(
+            "problem",
+            where,
+            "rope_type 'su' is the old name of longrope, which few model types of transformers "
+            "still take",
+            '"rope_type": "longrope"',
+        )
         return
     also = "; any name with 'dynamic' in it rescales by length" if "dynamic" in str(kind) else ""
     yield Finding(
         "problem",
         where,
-        f"rope_type {kind!r} is not one that transformers knows{also}",
+        f"rope_type {str(kind)[:40]!r} is not one that transformers knows{also}",
         f"one of {', '.join(_KNOWN[:6])}",
     )
 
 
 def _window(
-    where: str, kind: str, entry: dict[str, Any], length: Any, original: Any
+    where: str, kind: Any, entry: dict[str, Any], length: float | None, original: Any
 ) -> Iterator[Finding]:
     factor = entry.get("factor")
-    if kind in _SCALED_BY_FACTOR and not isinstance(factor, int | float):
-        yield Finding("problem", where, f"{kind} with factor {factor!r}", "a number ≥ 1")
-        return
-    if original is not None and (not isinstance(original, int | float) or original <= 0):
-        yield Finding("problem", where, f"original window {original!r}", "a number of tokens > 0")
-        return
-    if not isinstance(length, int | float) or original is None or factor is None:
+    if length is None or not is_number(original) or not is_number(factor):
         return
     if kind == "dynamic" and length > original:
         yield Finding(
@@ -195,11 +201,13 @@ def _longrope(where: str, entry: dict[str, Any]) -> Iterator[Finding]:
 
 def _positions(text: dict[str, Any]) -> Iterator[Finding]:
     where = "config.json: max_position_embeddings"
-    length = text.get("max_position_embeddings")
+    length = window_of(text)
     if isinstance(length, float):
         yield Finding("problem", where, f"{length} is not a whole number", f"{int(length)}")
     window = text.get("sliding_window")
-    if window and text.get("use_sliding_window", True) and length and window < length:
+    if not text.get("use_sliding_window", True) or length is None:
+        return
+    if is_number(window) and window < length:
         yield Finding(
             "note",
             "config.json: sliding_window",
@@ -212,7 +220,10 @@ def _record(config: dict[str, Any]) -> Iterator[Finding]:
     record = config.get("longctx")
     if not record:
         return
-    if not isinstance(record, dict) or not {"methods", "original"} <= set(record):
+    methods: Any = record.get("methods") if isinstance(record, dict) else None
+    methods = methods if isinstance(methods, list) else []
+    names = [str(method.get("name", "")) for method in methods if isinstance(method, dict)]
+    if not all(names) or not names or len(names) < len(methods) or "original" not in record:
         yield Finding(
             "problem",
             "config.json: longctx",
@@ -222,7 +233,6 @@ def _record(config: dict[str, Any]) -> Iterator[Finding]:
         return
     from .registry import available, method_class  # torch takes seconds: only where it is needed
 
-    names = [str(method["name"]) for method in record["methods"]]
     unknown = [name for name in names if name not in available()]
     if unknown:
         yield Finding(
@@ -260,6 +270,13 @@ def _weights(folder: Path) -> Iterator[Finding]:
         )
     elif not safe:
         yield Finding("problem", str(folder), "no weights", "fetch *.safetensors")
+    if (folder / "adapter_config.json").exists():
+        yield Finding(
+            "problem",
+            "adapter_config.json",
+            "an adapter lies in the folder, which transformers puts on unasked; longctx refuses it",
+            "merge it (peft's merge_and_unload), or move its files elsewhere",
+        )
     if list(folder.glob("*.py")):
         yield Finding(
             "note",
@@ -275,8 +292,8 @@ def _tokenizer(folder: Path, text: dict[str, Any]) -> Iterator[Finding]:
     if settings is None:
         yield Finding("problem", where, "no tokenizer", "save the tokenizer beside the model")
         return
-    limit, length = settings.get("model_max_length"), text.get("max_position_embeddings")
-    if isinstance(limit, int | float) and isinstance(length, int | float) and limit < length:
+    limit, length = settings.get("model_max_length"), window_of(text)
+    if is_number(limit) and length is not None and limit < length:
         yield Finding(
             "problem",
             f"{where}: model_max_length",
@@ -290,4 +307,39 @@ def _tokenizer(folder: Path, text: dict[str, Any]) -> Iterator[Finding]:
             f"{where}: eos_token",
             "none: generation never ends by itself and chat fine-tuning has no end token to teach",
             "set eos_token",
+        )
+
+
+def _pinned(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
+    """Other keys and files that still name a smaller window."""
+    text = text_part(config)
+    length = window_of(text)
+    if length is None:
+        return
+    tokens = f"{int(length)}"
+    for place in (text, config) if text != config else (text,):
+        for key in lower_windows(place, KEYS, length):
+            yield Finding(
+                "problem",
+                f"config.json: {key}",
+                f"{place[key]:.0f} is below the window of {tokens}: servers take the smallest",
+                f'"{key}": {tokens}',
+            )
+    generation = _read(folder / "generation_config.json") or {}
+    for key in lower_windows(generation, ("max_length",), length):
+        yield Finding(
+            "problem",
+            f"generation_config.json: {key}",
+            f"generation ends at {generation[key]:.0f} tokens with the prompt, below the window "
+            f"of {tokens}",
+            f'"{key}": {tokens}, or leave it out',
+        )
+    truncation = (_read(folder / "tokenizer.json") or {}).get("truncation")
+    if isinstance(truncation, dict) and lower_windows(truncation, ("max_length",), length):
+        yield Finding(
+            "problem",
+            "tokenizer.json: truncation",
+            f"every input is cut at {truncation['max_length']:.0f} tokens, below the window of "
+            f"{tokens}",
+            '"truncation": null',
         )

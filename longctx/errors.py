@@ -32,13 +32,13 @@ _UNPRINTABLE = re.compile(
 )
 
 
-def printable(text: str) -> str:
+def printable(text: object) -> str:
     r"""The text with control characters spelt out: data cannot steer a terminal.
 
     >>> printable("a\x1b[31mb")
     'a\\x1b[31mb'
     """
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 class LongctxError(ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:
         RunError: a folder, device, FIFO, socket or a link to one has that name.
     """
     refuse_other_than_file(path)
-    part = path.with_name(f".{path.name}.part")
+    place = Path(os.path.realpath(path))  # a link to a file stays one
+    part = place.with_name(f".{place.name}.{secrets.token_hex(4)}.part")
     try:
         writer(part)
-        os.replace(part, path)
+        os.replace(part, place)
     finally:
         part.unlink(missing_ok=True)
     return path

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .errors import ModelError
+from .errors import ModelError, RunError
 from .folders import new_folder
+from .weights import refuse_incomplete
 
 __all__ = ["convert_gguf"]
 
@@ -23,14 +27,19 @@ def convert_gguf(path: Path) -> Path:
 
     Raises:
         ModelError: not a GGUF file, cut off, of an unsupported architecture, or no `gguf` package.
+        RunError: the cache cannot be written.
     """
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelError(f"{path} does not begin with 'GGUF': it is corrupt or something else.")
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    root = Path(os.environ.get("LONGCTX_CACHE", Path.home() / ".cache" / "longctx"))
-    out = root / "gguf" / digest[:32]
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error}. Name a file that can be read.") from error
+    if start != b"GGUF":
+        raise ModelError(f"{path} does not begin with 'GGUF': it is corrupt or something else.")
+    root = Path(os.environ.get("LONGCTX_CACHE", Path.home() / ".cache" / "longctx")) / "gguf"
+    out = root / digest[:32]
     if out.exists():
         return out
     try:
@@ -40,10 +49,33 @@ def convert_gguf(path: Path) -> Path:
             "reading GGUF needs the gguf package: pip install 'longctx-toolkit[gguf]'"
         ) from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{out.name}.lock"):  # of several who come first, one converts
+            if not out.exists():
+                _convert(path, out)
+    except OSError as error:
+        raise RunError(
+            f"cannot write to the cache {root}: {error}. Make room, or set LONGCTX_CACHE to a "
+            "folder elsewhere."
+        ) from error
+    return out
+
+
+def _convert(path: Path, out: Path) -> None:
+    try:
+        with tempfile.TemporaryDirectory(prefix="longctx-gguf-") as folder:
+            # Alone, since transformers would read configs and code that lie beside it.
+            alone = Path(folder) / "model.gguf"
+            alone.symlink_to(path.resolve())
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=alone.name)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=alone.name, dtype=torch.float32, output_loading_info=True
+            )
+        quantised: Any = loaded[0]
+        # What a file holds beside (rope_freqs, say) is transformers' to know.
+        refuse_incomplete(path, quantised, {**loaded[1], "unexpected_keys": ()})
+    except ModelError:
+        raise
     except Exception as error:  # the reader fails in as many ways as a file can be broken
         raise ModelError(
             f"cannot read {path}: {type(error).__name__}: {error}. The file is cut off, corrupt, "
@@ -59,4 +91,3 @@ def convert_gguf(path: Path) -> Path:
     with new_folder(out) as folder:
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
-    return out

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from longctx.folders import refuse_other_than_folder
+from longctx.folders import new_folder, refuse_taken
 from longctx.prompts.haystacks import Grass, Texts
 from longctx.prompts.passkey_prompts import CLASSIC
 
@@ -184,7 +184,7 @@ def loss_of(model: LlamaForCausalLM, inputs: Tensor, labels: list[Tensor]) -> Te
 
 def train(recipe: Pretraining) -> None:
     """Train, or go on training, and write the checkpoint to `recipe.out`."""
-    refuse_other_than_folder(recipe.out)
+    refuse_taken(recipe.out, overwrite=False)
     texts = training_text()
     tokenizer = train_tokenizer(texts)
     model = build_model(recipe.seed, recipe.rope_theta)
@@ -204,8 +204,9 @@ def train(recipe: Pretraining) -> None:
         if (step + 1) % recipe.save_every == 0:
             _save_state(state, step + 1, model, optimizer)
             print(f"step {step + 1}: {stage.length} tokens, loss {loss.item():.3f}", flush=True)
-    model.half().save_pretrained(recipe.out)
-    tokenizer.save_pretrained(recipe.out)
+    with new_folder(recipe.out) as folder:
+        model.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     state.unlink(missing_ok=True)
 
 

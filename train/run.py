@@ -24,6 +24,7 @@ from longctx.core import extend
 from longctx.errors import RunError
 from longctx.prompts.haystacks import bos_of
 from longctx.registry import parse_method
+from longctx.weights import refuse_small_vocabulary
 
 from .config import Gate
 from .data.chat_template import chat_template
@@ -174,7 +175,11 @@ class Run:
             gate: what they decide.
             resume: go on with a run that is there.
             progress: show how it goes.
+
+        Raises:
+            ModelError: the tokenizer has ids beyond the model's embeddings.
         """
+        refuse_small_vocabulary(model, tokenizer)
         plan = plan or self.plan(tokenizer, self.prepare(tokenizer))
         if self.template is not None:  # it is served with the template that it learns
             tokenizer = copy.deepcopy(tokenizer)

@@ -21,6 +21,7 @@ from .tables import regressions
 __all__ = ["refuse_lost_cells", "refuse_taken_comparison", "write_comparison", "write_sweep"]
 
 _SWEEP, _COMPARISON = "sweep.json", "compare.json"
+_ENDINGS = (".csv", ".json", ".parquet", ".png", ".svg")
 
 
 def refuse_lost_cells(folder: Path, identity: dict[str, str], cells: Iterable[str]) -> None:
@@ -29,12 +30,14 @@ def refuse_lost_cells(folder: Path, identity: dict[str, str], cells: Iterable[st
     A report over more cells of the same model and tokenizer may take its place.
 
     Raises:
-        RunError: another model's report, one with further cells, or a file that is not a report.
+        RunError: another model's report, one with further cells, or files that are not a report.
     """
     path = folder / _SWEEP
     refuse_other_than_folder(folder)
-    refuse_other_than_file(path)
+    for ending in _ENDINGS:
+        refuse_other_than_file(path.with_suffix(ending))
     if not path.exists():
+        _refuse_foreign(folder, "sweep", "results.jsonl")
         return
     way_out = "name another folder, or pass overwrite to replace the report"
     stored = read_cells(path, f"{way_out[0].upper()}{way_out[1:]}.")
@@ -131,12 +134,30 @@ def refuse_taken_comparison(folder: Path, overwrite: bool) -> None:
     """Refuse a folder that holds a comparison: before any work is done.
 
     Raises:
-        RunError: it does and `overwrite` is off, or it is not a folder.
+        RunError: it does and `overwrite` is off, it holds files of such names without a comparison,
+            or it is not a folder.
     """
+    path = folder / _COMPARISON
     refuse_other_than_folder(folder)
-    if (folder / _COMPARISON).exists() and not overwrite:
+    for ending in _ENDINGS:
+        refuse_other_than_file(path.with_suffix(ending))
+    if path.exists() and not overwrite:
         raise RunError(
             f"{folder} holds a comparison already: name another folder, or pass overwrite."
+        )
+    if not path.exists():
+        _refuse_foreign(folder, "compare", None)
+
+
+def _refuse_foreign(folder: Path, stem: str, beside: str | None) -> None:
+    """Refuse files of the names that are written, where nothing shows that they are ours."""
+    if beside is not None and (folder / beside).exists():  # of a run that was cut off
+        return
+    there = [f"{stem}{ending}" for ending in _ENDINGS if (folder / f"{stem}{ending}").exists()]
+    if there:
+        raise RunError(
+            f"{folder} holds {', '.join(there)} without {stem}.json, so they are of something "
+            "else: name another folder, or move them."
         )
 
 

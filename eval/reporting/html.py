@@ -50,6 +50,7 @@ def write_html(
     """
     if not runs:
         raise RunError("no run to report: name one or more folders of `longctx sweep`.")
+    refuse_other_than_file(out)
     resolved = [run.resolve() for run in runs]
     for run, place in zip(runs, resolved, strict=True):
         if resolved.count(place) > 1:
@@ -73,6 +74,7 @@ def write_html(
         refuse_other_than_file(path)
         if path.exists() and not overwrite:
             raise RunError(f"{path} exists: name another --out, or pass --overwrite.")
+        _refuse_other_content(path)
     try:
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,20 @@ def write_html(
     except OSError as error:
         raise RunError(f"cannot write {out}: {error}. Name another --out.") from error
     return list(files)
+
+
+def _refuse_other_content(path: Path) -> None:
+    """Refuse to replace what is neither page nor plot: a run's own results, say."""
+    if path.suffix in (".html", ".htm", ".png", ".svg") or not path.exists():
+        return
+    start = b"<!doctype html"
+    try:
+        with path.open("rb") as file:
+            there = file.read(len(start))
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error}. Name another --out.") from error
+    if there and there.lower() != start:
+        raise RunError(f"{path} is not an HTML page: name another --out, such as report.html.")
 
 
 def render(sweeps: Sequence[SweepData]) -> str:

@@ -14,6 +14,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from longctx.errors import printable
+
 from ..comparison.comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
 from ..results.sweep_result import Row, SweepResult
 from ..stats.intervals import wilson
@@ -24,6 +26,7 @@ __all__ = [
     "comparison_tables",
     "figure",
     "intervals",
+    "plain",
     "print_comparison",
     "print_sweep",
     "regressions",
@@ -47,8 +50,13 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 def sweep_tables(result: SweepResult) -> list[RenderableType]:
     """Return a table per task, each with its estimand and what went wrong under it."""
     return [_sweep_table(result, task) for task in result.tasks] + [
-        Text(note, style="yellow") for note in result.notes
+        plain(note, style="yellow") for note in result.notes
     ]
+
+
+def plain(text: object, style: str = "") -> Text:
+    """What comes from a file or a name, for the terminal: no markup, no control characters."""
+    return Text(printable(text), style=style)
 
 
 def _show(items: Sequence[RenderableType], console: Console | None = None) -> None:
@@ -117,9 +125,8 @@ def intervals(rows: Sequence[Row]) -> list[str]:
 def _sweep_table(result: SweepResult, task: Task) -> RenderableType:
     share = task.scale == "share"
     table = Table(
-        title=f"{task.name} · {result.model}",
+        title=plain(f"{task.name} · {result.model}", style="bold"),
         title_justify="left",
-        title_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -146,14 +153,14 @@ def _sweep_table(result: SweepResult, task: Task) -> RenderableType:
             cells.append(cell)
         if far:
             cells.append(_far_keys([row for row in rows if row.method == variant.label]))
-        table.add_row(variant.label, *cells)
-    lines = [Text(said, style="dim") for said in (rows[0].estimand, *intervals(rows))]
+        table.add_row(plain(variant.label), *cells)
+    lines = [plain(said, style="dim") for said in (rows[0].estimand, *intervals(rows))]
     if beyond:
         lines.append(Text("* beyond the window that the model claims", style="dim"))
     if far:
         said = f"far keys: found of those that end {result.original_window:,} tokens or more back"
         lines.append(Text(said, style="dim"))
-    lines += [Text(failure, style="red") for failure in failures]
+    lines += [plain(failure, style="red") for failure in failures]
     return Group(table, *lines, Text())
 
 
@@ -171,12 +178,12 @@ def _far_keys(rows: Sequence[Row]) -> Text:
 
 def comparison_tables(comparison: Comparison) -> list[RenderableType]:
     """Return a table per task, the cost inside the old window, what is missing, and notes."""
-    missing = [Text(f"not compared: {sentence}", style="red") for sentence in comparison.missing]
-    notes = [Text(note, style="yellow") for note in comparison.notes]
+    missing = [plain(f"not compared: {sentence}", style="red") for sentence in comparison.missing]
+    notes = [plain(note, style="yellow") for note in comparison.notes]
     return [
         *(_comparison_table(comparison, task) for task in comparison.tasks),
         Text("Inside the old window", style="bold"),
-        *(Text(sentence) for sentence in regressions(comparison)),
+        *(plain(sentence) for sentence in regressions(comparison)),
         Text(),
         *missing,
         *notes,
@@ -251,9 +258,8 @@ def _verdict(one: PooledDifference, task: ComparedTask) -> str:
 
 def _comparison_table(comparison: Comparison, task: ComparedTask) -> RenderableType:
     table = Table(
-        title=f"{task.name} · against {comparison.baseline}",
+        title=plain(f"{task.name} · against {comparison.baseline}", style="bold"),
         title_justify="left",
-        title_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
@@ -269,7 +275,7 @@ def _comparison_table(comparison: Comparison, task: ComparedTask) -> RenderableT
         else:
             cells = [_figures(row, task.share) for row in rows]
         one = pooled.get(entry)
-        table.add_row(entry, *cells, Text() if one is None else _pooled(one, task.share))
+        table.add_row(plain(entry), *cells, Text() if one is None else _pooled(one, task.share))
     lines = (
         task.estimand,
         task.compared,
@@ -278,7 +284,7 @@ def _comparison_table(comparison: Comparison, task: ComparedTask) -> RenderableT
         "* p below 0.05 after Holm's adjustment over all cells of the entry (all lengths: over its "
         "tasks)",
     )
-    return Group(table, *(Text(line, style="dim") for line in lines), Text())
+    return Group(table, *(plain(line, style="dim") for line in lines), Text())
 
 
 def _baseline(row: ComparedCell, share: bool) -> Text:

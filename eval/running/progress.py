@@ -20,7 +20,7 @@ class Progress:
     def __init__(self, total: float, *, shown: bool, every: float = 30.0) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),

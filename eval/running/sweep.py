@@ -17,6 +17,7 @@ from longctx.errors import DataError, ModelError, RunError
 from longctx.fingerprint import identity_of
 from longctx.model import learned_positions
 from longctx.patch import Method
+from longctx.weights import refuse_small_vocabulary
 
 from ..reporting.files import refuse_lost_cells
 from ..results.store import Store
@@ -85,7 +86,8 @@ def sweep(
         RunError: lengths, tasks or a results file that do not fit, or no room on the disk.
         DataError: a length too short or too long for a task.
         MethodError: a method that cannot be put on this model.
-        ModelError: a length beyond a table of learned positions.
+        ModelError: a length beyond a table of learned positions, or a tokenizer with ids beyond
+            the model's embeddings.
     """
     sizes = parse_lengths(lengths)
     chosen = _tasks(tasks)
@@ -97,6 +99,7 @@ def sweep(
     if adaptive is not None:
         _refuse_fixed_prompts(chosen)
     _refuse_beyond_table(model, sizes)
+    refuse_small_vocabulary(model, tokenizer)
     identity = identity_of(model, tokenizer)
     variants = variants_of(model, methods, replace=replace)
     invariants = {variant.length_invariant for variant in variants}

@@ -32,10 +32,10 @@ class Convert:
 
     def run(self) -> int:
         """Load and save."""
-        from ..checkpoint import save
+        from ..checkpoint import locate, save
         from ..folders import refuse_taken
 
-        refuse_taken(self.out, self.overwrite)
+        refuse_taken(self.out, self.overwrite, inputs=[locate(self.source)])
         model, tokenizer = self.device_options.load(self.source)
         print(save(model, tokenizer, self.out, overwrite=self.overwrite).message)
         return 0

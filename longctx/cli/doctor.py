@@ -26,18 +26,20 @@ class Doctor:
     def run(self) -> int:
         """Print the findings."""
         from rich.console import Console
+        from rich.text import Text
 
         from ..checkpoint import local_folder
         from ..doctor import examine
+        from ..errors import printable
 
         console = Console(highlight=False, soft_wrap=True)
         findings = examine(local_folder(self.model))
         for finding in findings:
             colour = "red" if finding.level == "problem" else "yellow"
-            console.print(f"[{colour}]{finding.level}[/] {finding.where}: {finding.what}")
-            console.print(f"        → {finding.mend}")
+            said = printable(f" {finding.where}: {finding.what}\n        → {finding.mend}")
+            console.print(Text.assemble((finding.level, colour), said))
         problems = sum(finding.level == "problem" for finding in findings)
-        console.print(f"{problems} problems, {len(findings) - problems} notes in {self.model}")
+        print(f"{problems} problems, {len(findings) - problems} notes in {printable(self.model)}")
         return 1 if problems else 0
 
 

@@ -38,7 +38,7 @@ class Extend:
 
     def run(self) -> int:
         """Load, extend, report, save."""
-        from ..checkpoint import save
+        from ..checkpoint import locate, save
         from ..core import extend
         from ..errors import MethodError
         from ..folders import refuse_taken
@@ -47,7 +47,7 @@ class Extend:
         method = parse_method(self.method)
         if method is None:
             raise MethodError("'none' extends nothing; `longctx convert` copies a checkpoint.")
-        refuse_taken(self.out, self.overwrite)
+        refuse_taken(self.out, self.overwrite, inputs=[locate(self.model)])
         model, tokenizer = self.device_options.load(self.model)
         print(extend(model, method, replace=self.replace).report())
         with warnings.catch_warnings():

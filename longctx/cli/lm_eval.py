@@ -56,8 +56,10 @@ class LmEval:
 
         from longctx.eval import parse_lengths
         from longctx.eval.lm_eval import run_lm_eval
+        from longctx.eval.reporting.tables import plain
 
-        from ..folders import refuse_other_than_folder
+        from ..checkpoint import locate
+        from ..folders import refuse_inside, refuse_other_than_folder
         from ..registry import parse_method
 
         if self.out is not None:
@@ -65,6 +67,8 @@ class LmEval:
         for method in self.methods:
             parse_method(method)
         lengths = parse_lengths(",".join(self.lengths))
+        if self.out is not None:
+            refuse_inside(self.out, locate(self.model))
         model, tokenizer = self.device_options.load(self.model)
         frame = run_lm_eval(
             model,
@@ -81,7 +85,7 @@ class LmEval:
         )
         table = Table(*map(str, frame.columns), box=None, padding=(0, 2, 0, 0))
         for row in frame.itertuples(index=False):
-            table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+            table.add_row(*(f"{x:.4g}" if isinstance(x, float) else plain(x) for x in row))
         Console().print(table)
         if self.out is not None:
             print(f"lm_eval.csv, .parquet and .json are in {self.out}")

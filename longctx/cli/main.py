@@ -16,7 +16,7 @@ from typing import Any, Protocol, TextIO
 
 from .. import __version__
 from ..catalogue import entries, first_sentence
-from ..errors import LongctxError, RunError, nearest
+from ..errors import LongctxError, RunError, nearest, printable
 
 __all__ = ["main"]
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         output.flush()
         return code
     except LongctxError as error:
-        print(f"longctx {name}: {error}", file=sys.stderr)
+        print(f"longctx {name}: {printable(error)}", file=sys.stderr)
         return USAGE
     except SystemExit as stop:  # help that was asked for, or options that cannot be read
         return stop.code if isinstance(stop.code, int) else FINE

@@ -75,6 +75,8 @@ class Plan:
         from longctx.train.memory.advice import advise
         from longctx.train.memory.plan_settings import PlanSettings
 
+        from ..errors import printable
+
         names = {field.name for field in fields(self)} - {"model"}
         settings: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.dtype == "auto":
@@ -85,11 +87,11 @@ class Plan:
         if advice.measures:
             console.print("\nand with the measures below")
             console.print(advice.found.table())
-        console.print(f"\n{advice}", soft_wrap=True)
+        console.print(f"\n{printable(advice)}", soft_wrap=True, markup=False)
         if advice.found.host:
             console.print(f"{advice.found.host:.2f} GiB of the CPU's memory for each process.")
         if advice.fits:
-            console.print(f"\n{advice.command}", soft_wrap=True, markup=False)
+            console.print(f"\n{printable(advice.command)}", soft_wrap=True, markup=False)
         return 0 if advice.fits else 1
 
 

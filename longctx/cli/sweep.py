@@ -82,7 +82,8 @@ class Sweep:
         from longctx.eval import parse_lengths, print_sweep
         from longctx.eval.running.runner import Ranks
 
-        from ..folders import refuse_other_than_folder
+        from ..checkpoint import locate
+        from ..folders import refuse_inside, refuse_other_than_folder
         from ..registry import parse_method
 
         refuse_other_than_folder(self.out)
@@ -93,6 +94,7 @@ class Sweep:
         self.chosen()
         if self.lengths:
             parse_lengths(self.lengths)
+        refuse_inside(self.out, locate(self.model))
         model, tokenizer = self.device_options.load(self.model)
         result = self.sweep(model, tokenizer)
         if not Ranks.here().first:  # it reports for all

@@ -129,12 +129,18 @@ def _score_rows(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Te
 
 def _causal(model: nn.Module) -> PreTrainedModel:
     causal = unwrapped(model)  # a PEFT model holds its adapters inside the inner one
-    if causal.base_model is causal or causal.get_output_embeddings() is None:
+    if causal.get_output_embeddings() is None or not _bodies_of(causal):
         raise ModelError(
             f"{type(causal).__name__} has no head over a base model: expected a causal language "
             "model; load it with AutoModelForCausalLM or longctx.load."
         )
     return causal
+
+
+def _bodies_of(model: PreTrainedModel) -> list[nn.Module]:
+    """What may be the base of a head: Llama-4's text model is neither base model nor decoder."""
+    found: Any = (model.base_model, model.get_decoder(), getattr(model, "model", None))
+    return [body for body in found if isinstance(body, nn.Module) and body is not model]
 
 
 def _check(
@@ -270,7 +276,7 @@ def _body(model: PreTrainedModel, ids: Tensor) -> nn.Module:
     scale = wanted.nan_to_num(0, 0, 0).abs().max().item()
     tolerance = scale * (1e-4 if model.dtype == torch.float32 else 2e-2)
     why = ""
-    for body in (model.base_model, model.get_decoder()):
+    for body in _bodies_of(model):
         try:
             output = _run_body(body, ids, None)
             with _head(model, body, output) as project:

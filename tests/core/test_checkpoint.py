@@ -104,9 +104,11 @@ def test_a_taken_folder_is_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="exists and is not empty"):
         saved(folder, "yarn:4")
     assert (folder / "mine.txt").read_text() == "precious"
-    save(build("llama"), demo_tokenizer(), folder, overwrite=True)
-    assert not (folder / "mine.txt").exists()
-    load(folder, device="cpu")
+    with pytest.raises(RunError, match=r"holds mine\.txt, which no checkpoint has"):
+        save(build("llama"), demo_tokenizer(), folder, overwrite=True)
+    (folder / "mine.txt").unlink()
+    save(build("llama", num_hidden_layers=1), demo_tokenizer(), folder, overwrite=True)
+    assert load(folder, device="cpu")[0].config.num_hidden_layers == 1
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import longctx
+from longctx.cli.main import main
+from longctx.config_windows import KEYS
 from longctx.doctor import Finding, examine
 from longctx.errors import ModelError
 
@@ -169,3 +171,77 @@ def test_a_config_of_no_model_is_a_problem(config: dict[str, Any], tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = [finding for finding in examine(tmp_path) if finding.where.endswith("model_type")]
     assert [finding.level for finding in found] == ["problem"]
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "where", "what"),
+    [
+        *[({key: 2048}, key, "2048 is below the window of 8192") for key in KEYS],
+        ({"rope_condense_ratio": 8}, "rope_condense_ratio", "condensed by 8"),
+        ({"rope_parameters": {**YARN, "rope_type": "su"}}, "rope_parameters", "old name"),
+        ({"rope_parameters": LINEAR}, "rope_parameters", "an original window of 2048; vLLM"),
+        (
+            {"rope_parameters": {**LINEAR, "original_max_position_embeddings": 8192}},
+            "rope_parameters",
+            "(unscaled)",
+        ),
+        ({"rope_parameters": {**YARN, "type": "linear"}}, "rope_parameters", "against rope_type"),
+        *[
+            ({"rope_parameters": {**YARN, "factor": wrong}}, "rope_parameters", "with factor")
+            for wrong in (0, -4, "4", True, [], 0.5, 10**400)
+        ],
+        *[
+            ({"max_position_embeddings": wrong}, "max_position_embeddings", "no window")
+            for wrong in (0, -8192, "8192", [8192], True, {})
+        ],
+        ({"rope_theta": "1e4"}, "rope_theta", "no base"),
+        ({"rope_parameters": 3}, "rope_parameters", "it is 3"),
+        ({"rope_parameters": {**YARN, "attention_factor": -1}}, "rope_", "attention_factor -1"),
+    ],
+)
+def test_windows_and_factors(tmp_path: Path, config: Any, where: str, what: str) -> None:
+    found = [f for f in examine(checkpoint(tmp_path / "x", **config)) if f.level == "problem"]
+    assert any(where in f.where and what in f.what for f in found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("generation_config.json", {"max_length": 4096}, "generation_config.json: max_length"),
+        ("tokenizer.json", {"truncation": {"max_length": 512}}, "tokenizer.json: truncation"),
+        ("adapter_config.json", {"peft_type": "LORA"}, "adapter_config.json"),
+    ],
+)
+def test_files_beside_the_config(tmp_path: Path, name: str, text: Any, where: str) -> None:
+    folder = checkpoint(tmp_path / "x")
+    (folder / name).write_text(json.dumps(text))
+    assert one(examine(folder)).where == where
+
+
+def test_what_a_config_says_is_shown_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = "[bold]x[/y]\x1b[31m"
+    folder = checkpoint(tmp_path / "x", rope_parameters={**YARN, "rope_type": kind})
+    assert main(["doctor", str(folder)]) == 1
+    shown = capsys.readouterr().out
+    assert "[bold]x[/y]" in shown
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize("wrong", [0, -64, "64", [64]])
+def test_load_refuses_windows_that_cannot_be(tmp_path: Path, wrong: Any) -> None:
+    longctx.save(build("llama"), demo_tokenizer(), tmp_path / "x")
+    path = tmp_path / "x" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": wrong}))
+    with pytest.raises(ModelError, match=r"max_position_embeddings: it is .*expected a number"):
+        longctx.load(tmp_path / "x", device="cpu")
+
+
+def test_load_says_what_it_assumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    longctx.save(build("llama", rope_parameters=LINEAR), demo_tokenizer(), tmp_path / "x")
+    longctx.load(tmp_path / "x", device="cpu")
+    assert "longctx takes it so, of an original window of 16" in caplog.text

@@ -167,3 +167,43 @@ def test_a_fifo_as_test_file_is_not_waited_for(
     out = ["--out", str(tmp_path / "out")]
     assert main(["sweep", "demo", "--tasks", "lines", "--file", str(tmp_path / "x"), *out]) == 2
     assert "is not a regular file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (["report", "RUN", "--out", "FOLDER/results.jsonl", "--overwrite"], ["results.jsonl"]),
+        (["report", "RUN", "--out", "FOLDER/thesis.txt", "--overwrite"], ["thesis.txt"]),
+        (["compare", "a=RUN", "b=RUN", "--out", "FOLDER", "--overwrite"], ["compare.csv"]),
+        (["compare", "a=RUN", "b=RUN", "--out", "FOLDER"], ["compare.png", "x"]),
+        (["sweep", "demo", "--lengths", "256", "--out", "FOLDER"], ["sweep.csv"]),
+    ],
+)
+def test_files_of_something_else_are_left(
+    command: list[str],
+    names: list[str],
+    tmp_path: Path,
+    sweep_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("years of work")
+    places = {"RUN": str(sweep_folder), "FOLDER": str(tmp_path)}
+    for place, path in places.items():
+        command = [part.replace(place, path) for part in command]
+    assert main(command) == 2
+    assert names[0] in capsys.readouterr().err
+    assert all((tmp_path / name).read_text() == "years of work" for name in names)
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+def test_results_do_not_go_into_the_checkpoint_they_are_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "demo", str(tmp_path / "m")]) == 0
+    before = sorted(os.listdir(tmp_path / "m"))
+    for out in ("m", "m/results"):
+        line = ["sweep", str(tmp_path / "m"), "--lengths", "256", "--out", str(tmp_path / out)]
+        assert main(line) == 2
+        assert "is the input" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "m")) == before

@@ -134,96 +134,100 @@ def finetune(
     state = PartialState(cpu=model.device.type == "cpu", timeout=_PATIENCE)
     first = state.is_main_process
     # Joins the other processes: what the first one begins, the others find there.
-    with state.main_process_first():
-        folder = RunFolder.open(
-            Path(output_dir),
-            {
-                "model": model.name_or_path,
-                "weights": model_digest(model),
-                "method": str(getattr(patch_of(model), "method", None)),
-                **training.record(),
-                "gate": str(gate),
-                "evaluated": evaluated,
-                "positions": str(positions),
-                "losses": str(losses),
-                "lora": str(lora),
-                "rows": len(train_dataset),
-                **choices,
-                **(record or {}),
-            },
-            resume=resume or not first,
-            first=first,
-        )
-        last = folder.last_checkpoint(first=first)
-    set_seed(training.seed)
-    trained: Any = model if lora is None else add_lora(model, lora, seed=training.seed)
-    empty = meta_copy(trained) if is_sharded(training) else None
-    kernel = FLASH if training.sp > 1 and setup.attention == FLASH else "auto"
-    with ExitStack() as put_on:
-        if shifted:
-            put_on.callback(extend(model, "shifted").remove)
-        attention = packed_attention(model, kernel) if packed or kernel == FLASH else None
-        if attention is not None:
-            put_on.callback(attention.remove)
-        put_on.callback(LossForward.on(trained, losses, train_dataset.shares).remove)
-        put_on.callback(setattr, config := causal_of(trained).config, "use_cache", config.use_cache)
-        log = Log(folder.log, shown=progress and first)
-        put_on.callback(log.close)
-        trainer = LongTrainer(
-            trained,
-            trainer_arguments(
-                training,
-                gate,
-                parallel,
-                train_dataset,
+    with ExitStack() as held:
+        with state.main_process_first():
+            folder = RunFolder.open(
+                Path(output_dir),
+                {
+                    "model": model.name_or_path,
+                    "weights": model_digest(model),
+                    "method": str(getattr(patch_of(model), "method", None)),
+                    **training.record(),
+                    "gate": str(gate),
+                    "evaluated": evaluated,
+                    "positions": str(positions),
+                    "losses": str(losses),
+                    "lora": str(lora),
+                    "rows": len(train_dataset),
+                    **choices,
+                    **(record or {}),
+                },
+                resume=resume or not first,
+                first=first,
+            )
+            held.callback(folder.close)
+            last = folder.last_checkpoint(first=first)
+        set_seed(training.seed)
+        trained: Any = model if lora is None else add_lora(model, lora, seed=training.seed)
+        empty = meta_copy(trained) if is_sharded(training) else None
+        kernel = FLASH if training.sp > 1 and setup.attention == FLASH else "auto"
+        with ExitStack() as put_on:
+            if shifted:
+                put_on.callback(extend(model, "shifted").remove)
+            attention = packed_attention(model, kernel) if packed or kernel == FLASH else None
+            if attention is not None:
+                put_on.callback(attention.remove)
+            put_on.callback(LossForward.on(trained, losses, train_dataset.shares).remove)
+            put_on.callback(
+                setattr, config := causal_of(trained).config, "use_cache", config.use_cache
+            )
+            log = Log(folder.log, shown=progress and first)
+            put_on.callback(log.close)
+            trainer = LongTrainer(
                 trained,
-                output_dir=folder.checkpoints,
-                evaluated=evaluated,
-                resumed=last is not None,
-            ),
-            train_dataset,
-            _collator(training, positions, tokenizer),
-            packed=attention,
-            sequence=losses.sequence,
-            window=trainable_window(model),
-            evaluate=evaluate,
-            gate=gate,
-            processing_class=tokenizer,
-            callbacks=[log],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        if evaluated:
-            trainer.evaluate_last()
-    whole = trained if empty is None else gathered(trainer.accelerator, trained, empty)
-    rounded = 0.0
-    if lora is not None:
-        beside = probe(whole) if first else None
-        if first:
-            save_adapter(whole, folder.adapter, overwrite=True)
-        whole = merged(whole)
-        rounded = 0.0 if beside is None else difference(beside, probe(whole))
-    history: list[dict[str, Any]] = trainer.state.log_history
-    figures = {
-        entry["step"]: {k[5:]: v for k, v in entry.items() if k.startswith("eval_")}
-        for entry in history
-        if any(key.startswith("eval_") for key in entry)
-    }
-    done: dict[str, Any] = {
-        "updates": trainer.state.global_step,
-        "tokens": trainer.state.num_input_tokens_seen,
-        "before": figures.get(0, {}),
-        "after": figures[max(figures)] if figures else {},
-        "stopped": trainer.stopped,
-        "rounded": rounded,
-    }
-    if first:  # some rows of all, which are enough to see what answers end with
-        some = range(0, len(train_dataset), max(1, len(train_dataset) // _ROWS))
-        stop_at(whole, ending_tokens((train_dataset[index] for index in some), tokenizer))
-    saved: Any = save_served(whole, tokenizer, folder, done) if first else None
-    saved = broadcast_object_list([saved])[0]
-    losses_seen = tuple(entry["loss"] for entry in history if "loss" in entry)
-    return Finetuned(whole, saved, losses=losses_seen, **done)
+                trainer_arguments(
+                    training,
+                    gate,
+                    parallel,
+                    train_dataset,
+                    trained,
+                    output_dir=folder.checkpoints,
+                    evaluated=evaluated,
+                    resumed=last is not None,
+                ),
+                train_dataset,
+                _collator(training, positions, tokenizer),
+                packed=attention,
+                sequence=losses.sequence,
+                window=trainable_window(model),
+                evaluate=evaluate,
+                gate=gate,
+                processing_class=tokenizer,
+                callbacks=[log],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            if evaluated:
+                trainer.evaluate_last()
+        whole = trained if empty is None else gathered(trainer.accelerator, trained, empty)
+        rounded = 0.0
+        if lora is not None:
+            beside = probe(whole) if first else None
+            if first:
+                save_adapter(whole, folder.adapter, overwrite=True)
+            whole = merged(whole)
+            rounded = 0.0 if beside is None else difference(beside, probe(whole))
+        history: list[dict[str, Any]] = trainer.state.log_history
+        figures = {
+            entry["step"]: {k[5:]: v for k, v in entry.items() if k.startswith("eval_")}
+            for entry in history
+            if any(key.startswith("eval_") for key in entry)
+        }
+        done: dict[str, Any] = {
+            "updates": trainer.state.global_step,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "before": figures.get(0, {}),
+            "after": figures[max(figures)] if figures else {},
+            "stopped": trainer.stopped,
+            "rounded": rounded,
+        }
+        if first:  # some rows of all, which are enough to see what answers end with
+            some = range(0, len(train_dataset), max(1, len(train_dataset) // _ROWS))
+            stop_at(whole, ending_tokens((train_dataset[index] for index in some), tokenizer))
+        saved: Any = save_served(whole, tokenizer, folder, done) if first else None
+        saved = broadcast_object_list([saved])[0]
+        losses_seen = tuple(entry["loss"] for entry in history if "loss" in entry)
+        return Finetuned(whole, saved, losses=losses_seen, **done)
 
 
 def _collator(

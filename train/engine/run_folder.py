@@ -14,15 +14,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from msgspec import Struct
 from safetensors import SafetensorError, safe_open
 
 from longctx.errors import RunError
-from longctx.folders import refuse_other_than_folder
+from longctx.files import write_whole
+from longctx.folders import refuse_other_than_file, refuse_other_than_folder
 from longctx.schema import conform, parse
 
 __all__ = ["WHOLE", "RunFolder", "last_whole"]
@@ -32,6 +34,7 @@ WHOLE = "whole"
 """An empty file that the last thing written to a checkpoint leaves there."""
 
 
+_LOCK = ".lock"
 _ELSEWHERE = "Choose another folder."
 
 
@@ -58,6 +61,8 @@ class RunFolder:
     """A folder that holds one run."""
 
     path: Path
+    lock: FileLock | None = field(default=None, compare=False)
+    """Held by the process that writes, until `close`; the system releases it after a kill."""
 
     @classmethod
     def open(cls, path: Path, record: Mapping[str, Any], *, resume: bool, first: bool) -> RunFolder:
@@ -71,20 +76,30 @@ class RunFolder:
 
         Raises:
             RunError: the folder holds something else, another run, or this one and `resume` is
-                off; or it cannot be written.
+                off; another process writes to it; or it cannot be written.
         """
-        folder = cls(path)
         wanted = json.loads(json.dumps({"format": _FORMAT, **record}))
         cls.refuse(path, resume=resume or not first)
-        if folder.run.is_file() and (folder._begun or not first):
-            folder._refuse_other(wanted)
-        elif first:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                folder.run.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n")
-            except OSError as error:
-                raise RunError(f"cannot write to {path}: {error}") from error
+        folder = cls(path, _locked(path) if first else None)
+        try:
+            cls.refuse(path, resume=resume or not first)  # again: another may have been faster
+            if folder.run.is_file() and (folder._begun or not first):
+                folder._refuse_other(wanted)
+            elif first:
+                text = json.dumps(wanted, indent=1, ensure_ascii=False) + "\n"
+                write_whole(folder.run, lambda part: part.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            folder.close()
+            raise RunError(f"cannot write to {path}: {error}") from error
+        except RunError:
+            folder.close()
+            raise
         return folder
+
+    def close(self) -> None:
+        """Let others write."""
+        if self.lock is not None:
+            self.lock.release()
 
     @classmethod
     def refuse(cls, path: Path, *, resume: bool) -> None:
@@ -95,8 +110,18 @@ class RunFolder:
         """
         folder = cls(path)
         refuse_other_than_folder(path)
-        if path.is_dir() and any(path.iterdir()) and not folder.run.is_file():
+        try:
+            there = {one.name for one in path.iterdir()} if path.is_dir() else set[str]()
+        except OSError as error:
+            raise RunError(f"cannot look into {path}: {error}. {_ELSEWHERE}") from error
+        for place in (folder.checkpoints, folder.model, folder.unchecked, folder.adapter):
+            refuse_other_than_folder(place)
+        for place in (folder.run, folder.log, path / _LOCK):
+            refuse_other_than_file(place)
+        if there - {_LOCK} and not folder.run.is_file():
             raise RunError(f"{path} holds something that is not a run: choose another folder.")
+        if folder.run.is_file():
+            folder.read()  # of something else it is not ours to write over
         if folder.model.exists():
             raise RunError(
                 f"{path} is finished: its model is {folder.model}. Choose another folder."
@@ -110,7 +135,7 @@ class RunFolder:
     @property
     def _begun(self) -> bool:
         """Whether anything was learnt: a run that was refused leaves run.json alone."""
-        return any(path != self.run for path in self.path.iterdir())
+        return any(path.name not in (self.run.name, _LOCK) for path in self.path.iterdir())
 
     def _refuse_other(self, wanted: dict[str, Any]) -> None:
         there = self.read()
@@ -186,10 +211,32 @@ class RunFolder:
             for name in (self.adapter.name, self.unchecked.name):
                 for path in self.path.glob(f".{name}-*"):  # a kill while it was written
                     shutil.rmtree(path)
+            if self.unchecked.exists():  # a kill before it was looked at
+                shutil.rmtree(self.unchecked)
         last = last_whole(self.checkpoints)
         if last is not None:
             _refuse_damaged(last)
         return last
+
+
+def _locked(path: Path) -> FileLock:
+    """Take the folder's lock, which is a file in it.
+
+    Raises:
+        RunError: another process has it, or the folder cannot be written.
+    """
+    lock = FileLock(path / _LOCK)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(
+            f"another process is writing to the run in {path}: wait for it, or choose another "
+            "folder."
+        ) from error
+    except OSError as error:
+        raise RunError(f"cannot write to {path}: {error}") from error
+    return lock
 
 
 def _refuse_damaged(checkpoint: Path) -> None:
@@ -200,7 +247,12 @@ def _refuse_damaged(checkpoint: Path) -> None:
     """
     next_step = f"Delete {checkpoint}: the run then goes on from the checkpoint before it."
     state = checkpoint / "trainer_state.json"
-    parse(state.read_bytes(), _TrainerState, state, next_step=next_step)
+    try:
+        refuse_other_than_file(state)
+        text = state.read_bytes()
+    except OSError as error:
+        raise RunError(f"{state} cannot be read ({error}). {next_step}") from error
+    parse(text, _TrainerState, state, next_step=next_step)
     for weights in checkpoint.glob("*.safetensors"):
         try:
             with safe_open(weights, "pt"):
@@ -212,4 +264,5 @@ def _refuse_damaged(checkpoint: Path) -> None:
 def last_whole(folder: Path) -> Path | None:
     """The latest checkpoint that was written to its end."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{WHOLE}")]
+    found = [path for path in found if path.name.rpartition("-")[2].isdecimal()]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
