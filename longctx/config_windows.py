@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 __all__ = [
-    "KEYS",
+    "WINDOW_KEYS",
     "Doubt",
     "doubtful",
     "impossible",
@@ -23,7 +23,7 @@ __all__ = [
 
 Doubt = tuple[str, str, str]
 """The key, what is wrong with it, and what to write instead."""
-KEYS = (
+WINDOW_KEYS = (
     "max_sequence_length",
     "max_seq_length",
     "max_seq_len",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config_windows import (
-    KEYS,
+    WINDOW_KEYS,
     doubtful,
     impossible,
     is_number,
@@ -318,7 +318,7 @@ def _pinned(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
         return
     tokens = f"{int(length)}"
     for place in (text, config) if text != config else (text,):
-        for key in lower_windows(place, KEYS, length):
+        for key in lower_windows(place, WINDOW_KEYS, length):
             yield Finding(
                 "problem",
                 f"config.json: {key}",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .config_windows import WINDOW_KEYS
 from .errors import ModelError
 from .rope import YARN_EXTRAS, Rope, ScaledRotary, carried_entries, frequencies_of
 
@@ -31,18 +32,6 @@ __all__ = [
 ]
 
 _FULL = "full_attention"
-_WINDOW_KEYS = (
-    "max_sequence_length",
-    "max_seq_length",
-    "max_seq_len",
-    "seq_length",
-    "seq_len",
-    "n_positions",
-    "n_ctx",
-    "model_max_length",
-    "max_length",
-)
-"""Other names that configs and servers have for `max_position_embeddings`."""
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -263,7 +252,7 @@ def declare_window(
         return
     generation: Any = getattr(model, "generation_config", None)
     for config in (text_config(model), model.config, generation):
-        for key in _WINDOW_KEYS:
+        for key in (*WINDOW_KEYS, "max_length"):  # the last is that of generation
             if config is not None and vars(config).get(key) == old:
                 put(config, key, new)
 

@@ -13,7 +13,7 @@ import pytest
 
 import longctx
 from longctx.cli.main import main
-from longctx.config_windows import KEYS
+from longctx.config_windows import WINDOW_KEYS
 from longctx.doctor import Finding, examine
 from longctx.errors import ModelError
 
@@ -179,7 +179,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 @pytest.mark.parametrize(
     ("config", "where", "what"),
     [
-        *[({key: 2048}, key, "2048 is below the window of 8192") for key in KEYS],
+        *[({key: 2048}, key, "2048 is below the window of 8192") for key in WINDOW_KEYS],
         ({"rope_condense_ratio": 8}, "rope_condense_ratio", "condensed by 8"),
         ({"rope_parameters": {**YARN, "rope_type": "su"}}, "rope_parameters", "old name"),
         ({"rope_parameters": LINEAR}, "rope_parameters", "an original window of 2048; vLLM"),

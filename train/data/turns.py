@@ -116,8 +116,9 @@ def read_turn(item: object, role_key: str, text_key: str, where: str) -> Turn:
             neither 0 nor 1, a mask.
     """
     rest = dict(item) if isinstance(item, Mapping) else {}
-    role = ROLES.get(rest.get(role_key)) if isinstance(rest.get(role_key), str) else None
-    if role and len(rest) == 2 and text_key in rest and rest[role_key] not in _CALLS:
+    name = rest.get(role_key)
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role and len(rest) == 2 and text_key in rest and name not in _CALLS:
         return Turn(role, read_text(rest[text_key], where))  # nothing else to look at
     calls = any(not is_missing(rest.get(key)) for key in ("tool_calls", "function_call"))
     if role_key not in rest or (text_key not in rest and not calls):
