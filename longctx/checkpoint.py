@@ -305,8 +305,8 @@ def save(
         otherwise = [] if beyond else _differences(model, folder)
     if otherwise:
         message = (
-            f"{out} does not load to this model's logits, since its config cannot say that "
-            f"{'; '.join(otherwise[:3])}{' and more' if otherwise[3:] else ''}."
+            f"{out} is not known to load to this model's logits: compared with what its config "
+            f"describes, {'; '.join(otherwise[:3])}{' and more' if otherwise[3:] else ''}."
         )
         warnings.warn(message, stacklevel=2)
         return Saved(Path(out), False, message)
@@ -331,8 +331,11 @@ def _refuse_adapters(model: PreTrainedModel) -> None:
 
 def _differences(model: PreTrainedModel, folder: Path) -> list[str]:
     """What plain transformers would build otherwise from the config that was written."""
-    config = type(model.config).from_pretrained(folder)
-    found = differences(model, build_twin(model, config))
+    try:
+        config = type(model.config).from_pretrained(folder)
+        found = differences(model, build_twin(model, config))
+    except (ModelError, OSError, ValueError) as error:
+        return [f"nothing could be compared ({error})"]
     patch = patch_of(model)
     if patch is None or patch.method.length_invariant:
         return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import logging
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +29,8 @@ from .rope import frequencies_of
 from .twin import derived_changes
 
 __all__ = ["extend"]
+
+_log = logging.getLogger(__name__)
 
 
 def extend(
@@ -99,7 +102,14 @@ def _follow(model: PreTrainedModel, patch: Patch, before: PreTrainedConfig) -> N
     declare_window(model, before.get_text_config(decoder=True), patch.set)
     if model.config.to_dict() == before.to_dict():
         return
-    for name, attribute, value in derived_changes(model, before, model.config):
+    try:
+        changes = derived_changes(model, before, model.config)
+    except ModelError as error:  # remote code, say: the proof and the methods' checks still stand
+        _log.warning(
+            "%s What it derives from its config besides the rotary was not looked at.", error
+        )
+        return
+    for name, attribute, value in changes:
         module = model.get_submodule(name)
         if attribute in vars(module):
             patch.set(module, attribute, value)

@@ -54,7 +54,24 @@ def can_run(model: PreTrainedModel) -> bool:
 
 
 def run_passes(model: PreTrainedModel, patch: Patch) -> Passes:
-    """Read the tokens of the proof on the model as it is, with or without the patch."""
+    """Read the tokens of the proof on the model as it is, with or without the patch.
+
+    Raises:
+        ModelError: a forward fails, which the message names.
+    """
+    try:
+        return _passes(model, patch)
+    except LongctxError:
+        raise
+    except Exception as error:
+        state = f"{patch.method.name} in place" if patch.active else "no method on it"
+        raise ModelError(
+            f"model type {model.config.model_type!r} cannot read {_NEAR + _FAR} tokens with "
+            f"{state}: a forward fails ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _passes(model: PreTrainedModel, patch: Patch) -> Passes:
     consecutive = torch.arange(_NEAR + _FAR)
     far = consecutive.clone()
     far[_NEAR:] += 2 * patch.window_below
@@ -80,18 +97,9 @@ def prove(
         rotary_changed: whether its rotary turns otherwise than before.
 
     Raises:
-        ModelError: a forward fails under the patch, which the message names.
+        ModelError: a forward fails under the patch.
     """
-    name = patch.method.name
-    try:
-        after = run_passes(model, patch)
-    except LongctxError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{name} cannot serve model type {model.config.model_type!r}: with it in place a "
-            f"forward fails ({type(error).__name__}: {error})."
-        ) from error
+    after = run_passes(model, patch)
     checks: list[Check] = []
     if after.far is not None and before.far is not None:
         moved = _difference(after.far, before.far)
