@@ -9,6 +9,7 @@ gave. A family that fails in any other way ends the run with exit status 1.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -32,6 +33,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 WINDOW = 64
 _BEGIN = "<!-- written by python -m benchmarks.families -->"
 _LARGEST = 20_000_000  # parameters
+_log = logging.getLogger(__name__)
 _VOCABULARY = 1024  # that of the embedded tokenizer
 _SIZES: dict[str, Any] = {
     "vocab_size": _VOCABULARY,
@@ -62,7 +64,7 @@ _SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
     "hidden_size_per_layer_input": 16,
-    "vocab_size_per_layer_input": 96,
+    "vocab_size_per_layer_input": _VOCABULARY,
 }
 _FURTHER: dict[str, dict[str, Any]] = {
     "gemma4_text": {"layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -70,7 +72,7 @@ _FURTHER: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "phimoe": {"original_max_position_embeddings": WINDOW},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2}
-    | {"num_kv_shared_layers": 0, "activation_sparsity_pattern": 0.0},
+    | {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 4},
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1},
     "bamba": {"mamba_n_heads": 4, "mamba_d_head": 32, "attn_layer_indices": [0, 2]},
@@ -129,9 +131,6 @@ def build(family: str) -> PreTrainedModel | None:
     return model
 
 
-_log = logging.getLogger(__name__)
-
-
 def _logits(model: Any) -> Tensor:
     ids = torch.randint(3, _VOCABULARY, (1, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -176,6 +175,14 @@ def _fault(model: PreTrainedModel) -> str:
     return ""
 
 
+def _in_general(reason: str, family: str) -> str:
+    """The reason without the names of family, class and method, so that it is said once."""
+    said = reason.replace(repr(family), "X").replace("|", "\\|")
+    said = re.sub(r"found [A-Za-z0-9]+\.", "found none.", said)
+    said = re.sub(r"^[A-Za-z0-9]+Attention asks", "its attention asks", said)
+    return re.sub(rf"^({'|'.join(m.partition(':')[0] for m in METHODS)}) ", "the method ", said)
+
+
 def write_page(found: list[tuple[str, list[Outcome]]]) -> None:
     """Write the table, with the reasons below it, to the documentation."""
     reasons: dict[str, list[str]] = {}
@@ -186,7 +193,7 @@ def write_page(found: list[tuple[str, list[Outcome]]]) -> None:
             if outcome_.served:
                 cells.append("served")
                 continue
-            reason = outcome_.reason.replace(repr(family), "X").replace("|", "\\|")
+            reason = _in_general(outcome_.reason, family)
             cells.append(f"[{1 + list(reasons).index(reason)}]" if reason in reasons else "")
             if not cells[-1]:
                 reasons[reason] = []

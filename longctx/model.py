@@ -76,8 +76,10 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
             rotary inside each attention module).
     """
     decoder: nn.Module = model.get_decoder()
-    if isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
-        return decoder
+    # Llama-4's text model names itself its decoder, and keeps that under `model`.
+    for found in (decoder, getattr(decoder, "model", None)):
+        if isinstance(getattr(found, "rotary_emb", None), nn.Module):
+            return found
     raise ModelError(
         f"model type {model.config.model_type!r} has no reachable rotary: expected a decoder with "
         f"`rotary_emb` at model level (Llama, Mistral, Qwen2, Qwen3, Gemma-3, Phi-3, OLMo-2, …), "

@@ -108,7 +108,10 @@ class Rotation:
 
 
 def _by_model(function: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return function(x, x[:, :0], cos[None], sin[None])[0]
+    """The model's own function, which turns queries and keys at once, or one of them (Gemma-4)."""
+    if "k" in inspect.signature(function).parameters:
+        return function(x, x[:, :0], cos[None], sin[None])[0]
+    return function(x, cos[None], sin[None], unsqueeze_dim=1)
 
 
 def _pairing(function: Any, planes: Tensor) -> Pairing | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import longctx
 from longctx.errors import LongctxError, MethodError, ModelError
@@ -154,3 +155,51 @@ def test_where_a_longer_window_cannot_help_the_report_says_so(
 def test_layers_that_all_slide_are_named() -> None:
     with pytest.raises(ModelError, match="all layers of this 'gemma3_text' model slide"):
         longctx.extend(build("gemma3", layer_types=["sliding_attention"] * 2), "linear:4")
+
+
+def gemma4() -> PreTrainedModel:
+    """Its heads of full attention have another size, and one function turns q or k."""
+    config = CONFIG_MAPPING["gemma4_text"](
+        **SMALL,
+        head_dim=16,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+        vocab_size_per_layer_input=96,
+        hidden_size_per_layer_input=16,
+        num_kv_shared_layers=0,
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def llama4() -> PreTrainedModel:
+    """Its rotary gives complex numbers, and its text model is its own decoder."""
+    more = {"intermediate_size_mlp": 96, "num_local_experts": 2, "attention_chunk_size": 32}
+    return made(transformers.Llama4ForCausalLM, transformers.Llama4TextConfig, head_dim=16, **more)
+
+
+def deepseek_v2() -> PreTrainedModel:
+    """A complex rotary, and values of another size than keys."""
+    more = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    return made(
+        transformers.DeepseekV2ForCausalLM,
+        transformers.DeepseekV2Config,
+        qk_nope_head_dim=16,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        **more,
+        **experts | {"num_key_value_heads": 4},
+    )
+
+
+@pytest.mark.parametrize("method", ["linear:4", "yarn:4", "dynamic:4", "alibi:4"])
+@pytest.mark.parametrize("family", [gemma4, llama4, deepseek_v2])
+def test_rotaries_of_other_forms_are_served(family: Any, method: str) -> None:
+    model, ids = family(), tokens(100)
+    before = model(ids).logits
+    patch = longctx.extend(model, method, replace=True)
+    assert patch.report().ok
+    assert not torch.equal(model(ids).logits, before)
+    patch.remove()
+    assert torch.equal(model(ids).logits, before)
