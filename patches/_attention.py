@@ -32,6 +32,7 @@ class AttentionMethod(Method, ABC):
 
     name: ClassVar[str]
     slots: ClassVar[tuple[str, ...]] = ("attention",)
+    changes_far_logits: ClassVar[bool] = False  # what is hidden or moved may lie further back
 
     @abstractmethod
     def rule(self, model: PreTrainedModel, layer: AttentionLayer, patch: Patch) -> AttentionRule:

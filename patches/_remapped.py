@@ -41,7 +41,6 @@ class RemappedMethod(AttentionMethod):
     """Scale queries by max(1, ln(m + 1) / ln L) too, as the method `log_n` does."""
 
     slots: ClassVar[tuple[str, ...]] = ("attention", "positions")
-    changes_far_logits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_extent(self.name, self.factor, self.target)

@@ -171,7 +171,6 @@ class BlockSparse(AttentionMethod):
 
     name: ClassVar[str] = "block_sparse"
     unbounded: ClassVar[bool] = True
-    changes_far_logits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.pattern not in ("blocks", "banded", "strided"):

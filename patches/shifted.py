@@ -172,7 +172,6 @@ class Shifted(AttentionMethod):
     name: ClassVar[str] = "shifted"
     plain_loadable: ClassVar[bool] = True
     trains_only: ClassVar[bool] = True
-    changes_far_logits: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if type(self.groups) is not int or self.groups < 2:
