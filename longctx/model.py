@@ -78,7 +78,9 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     decoder: nn.Module = model.get_decoder()
     # Llama-4's text model names itself its decoder, and keeps that under `model`.
     for found in (decoder, getattr(decoder, "model", None)):
-        if isinstance(getattr(found, "rotary_emb", None), nn.Module):
+        if isinstance(found, nn.Module) and isinstance(
+            getattr(found, "rotary_emb", None), nn.Module
+        ):
             return found
     raise ModelError(
         f"model type {model.config.model_type!r} has no reachable rotary: expected a decoder with "

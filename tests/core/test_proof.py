@@ -159,7 +159,8 @@ def test_layers_that_all_slide_are_named() -> None:
 
 def gemma4() -> PreTrainedModel:
     """Its heads of full attention have another size, and one function turns q or k."""
-    config = CONFIG_MAPPING["gemma4_text"](
+    config_class: Any = CONFIG_MAPPING["gemma4_text"]
+    config = config_class(
         **SMALL,
         head_dim=16,
         sliding_window=24,
