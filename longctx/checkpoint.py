@@ -27,7 +27,7 @@ from transformers import (
 
 from .config_windows import doubtful, impossible, text_part
 from .core import extend
-from .errors import LongctxError, ModelError
+from .errors import LongctxError, ModelError, RunError
 from .folders import left_over, new_folder
 from .gguf import convert_gguf
 from .model import build_rotary, decoder_of, rope_entry, text_config, unwrapped
@@ -229,6 +229,8 @@ def locate(source: str | os.PathLike[str]) -> str | Path:
     Raises:
         ModelError: a path with nothing there, or a folder without a checkpoint.
     """
+    if not isinstance(source, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ModelError(f"source={source!r}: expected a folder, a GGUF file or a hub id.")
     if source in EMBEDDED:
         return Path(__file__).parent / str(source)
     path = Path(source)
@@ -293,6 +295,13 @@ def save(
     """
     model = unwrapped(model)
     _refuse_adapters(model)
+    if not hasattr(tokenizer, "save_pretrained"):
+        raise ModelError(
+            f"expected the model's tokenizer, got {type(tokenizer).__name__}: longctx.load gives "
+            "both."
+        )
+    if not isinstance(out, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RunError(f"out={out!r}: expected the path of a folder.")
     patch = patch_of(model)
     beyond: list[str] = []
     while patch is not None:

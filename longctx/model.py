@@ -46,12 +46,13 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
                 "the adapter learns a prompt, which stands before the model and not inside it: "
                 "longctx looks through adapters of layers (LoRA) only."
             )
+        modules = getattr(model, "_modules", {})
         # PeftModel.base_model is a tuner, whose `model` is ours.
         inner = next(
             (
                 module
                 for name in ("_orig_mod", "module", "base_model", "model")
-                if isinstance(module := vars(model).get("_modules", {}).get(name), nn.Module)
+                if isinstance(module := modules.get(name), nn.Module)
             ),
             None,
         )

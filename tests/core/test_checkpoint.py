@@ -302,3 +302,16 @@ def test_a_device_that_is_not_there_is_named() -> None:
     for device in ("foo", "cuda:99"):
         with pytest.raises(ModelError, match=device if device == "foo" else "cannot load|cuda"):
             load("demo", device=device)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [], b"demo"])
+def test_wrong_types_are_refused_by_name(wrong: Any, tmp_path: Path) -> None:
+    model, tokenizer = longctx.load("demo", device="cpu")
+    with pytest.raises(ModelError, match="expected a transformers model"):
+        longctx.extend(wrong, "linear:4")
+    with pytest.raises(ModelError, match="expected a folder, a GGUF file or a hub id"):
+        longctx.load(wrong)
+    with pytest.raises(ModelError, match="expected the model's tokenizer"):
+        longctx.save(model, wrong, tmp_path / "out")
+    with pytest.raises(RunError, match="expected the path of a folder"):
+        longctx.save(model, tokenizer, wrong)
