@@ -76,11 +76,13 @@ def _passes(model: PreTrainedModel, patch: Patch) -> Passes:
     far = consecutive.clone()
     far[_NEAR:] += 2 * patch.window_below
     with _evaluating(model):
-        whole = _logits(model, consecutive)
+        rows = [consecutive, far] if patch.method.changes_far_logits else [consecutive]
+        logits = _logits(model, torch.stack(rows))
+        whole = logits[:1]
         cached = _cached(model, patch)
         return Passes(
             whole,
-            _logits(model, far) if patch.method.changes_far_logits else None,
+            logits[1:] if len(rows) > 1 else None,
             None if cached is None else _difference(cached, whole[:, _CACHED:]),
         )
 
@@ -170,12 +172,13 @@ def _ids(model: PreTrainedModel) -> Tensor:
 
 
 def _logits(model: PreTrainedModel, positions: Tensor) -> Tensor:
-    ids = _ids(model)
+    """Logits [rows, seq, vocabulary] of the same tokens at the positions [rows, seq]."""
+    ids = _ids(model).expand(len(positions), -1)
     # The mask says that the tokens are one text, although their positions make a step.
     output: Any = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        position_ids=positions[None].to(ids.device),
+        position_ids=positions.to(ids.device),
         use_cache=False,
     )
     return output.logits.float().cpu()

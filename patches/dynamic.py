@@ -72,15 +72,18 @@ class RequestRotary(ScaledRotary):
             self.settle(lengths[0])
             return native(x, position_ids, *args, **kwargs)
         rows = torch.tensor(self.requests, device=x.device)[:, None, None]
-        cos, sin = x.new_zeros(()), x.new_zeros(())
+        whole: Any = None
         for length in lengths:
             self.settle(length)
-            turned = native(x, position_ids, *args, **kwargs)
-            cos, sin = (
-                torch.where(rows == length, its, other)
-                for its, other in zip(turned, (cos, sin), strict=True)
-            )
-        return cos, sin
+            turned: Any = native(x, position_ids, *args, **kwargs)
+            if whole is None:
+                whole = turned
+            elif isinstance(turned, Tensor):  # complex numbers
+                whole = torch.where(rows == length, turned, whole)
+            else:
+                both = zip(turned, whole, strict=True)
+                whole = tuple(torch.where(rows == length, its, other) for its, other in both)
+        return whole
 
     def settle(self, length: int) -> None:
         """Compute the frequencies for T = `length` tokens, as transformers does for one pass."""
