@@ -6,8 +6,9 @@
 >>> print_sweep(result)                                                       # doctest: +SKIP
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longctx.lazy_exports import exporter
 
 if TYPE_CHECKING:
     from .comparison.compare import compare
@@ -69,35 +70,29 @@ __all__ = [
     "write_sweep",
 ]
 
-_HOMES = (
-    "tasks.shared.protocol",
-    "tasks.shared.registry",
-    "tasks.shared.adaptive",
-    "tasks.passkey",
-    "tasks.needle",
-    "tasks.multi_key",
-    "tasks.multi_value",
-    "tasks.variable_tracking",
-    "tasks.lines",
-    "tasks.topics",
-    "tasks.perplexity",
-    "tasks.repetition",
-    "running.lengths",
-    "running.sweep",
-    "results.sweep_result",
-    "comparison.comparison",
-    "comparison.compare",
-    "reporting.tables",
-    "reporting.files",
-    "stats.longppl",
+__getattr__ = exporter(
+    __name__,
+    __all__,
+    (
+        "tasks.shared.protocol",
+        "tasks.shared.registry",
+        "tasks.shared.adaptive",
+        "tasks.passkey",
+        "tasks.needle",
+        "tasks.multi_key",
+        "tasks.multi_value",
+        "tasks.variable_tracking",
+        "tasks.lines",
+        "tasks.topics",
+        "tasks.perplexity",
+        "tasks.repetition",
+        "running.lengths",
+        "running.sweep",
+        "results.sweep_result",
+        "comparison.comparison",
+        "comparison.compare",
+        "reporting.tables",
+        "reporting.files",
+        "stats.longppl",
+    ),
 )
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch, transformers and pandas take seconds."""
-    if name in __all__:
-        for home in _HOMES:
-            module = importlib.import_module(f".{home}", __name__)
-            if name in module.__all__:
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

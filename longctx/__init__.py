@@ -7,8 +7,9 @@
 1024
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy_exports import exporter
 
 if TYPE_CHECKING:
     from .checkpoint import Saved, load, save
@@ -39,11 +40,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch and transformers take seconds."""
-    if name in __all__:
-        for home in ("errors", "registry", "patch", "core", "checkpoint"):
-            module = importlib.import_module(f".{home}", __name__)
-            if name in module.__all__:
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exporter(__name__, __all__, ("errors", "registry", "patch", "core", "checkpoint"))

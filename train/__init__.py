@@ -6,8 +6,9 @@
 ...                 output_dir="runs/x")                                      # doctest: +SKIP
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from longctx.lazy_exports import exporter
 
 if TYPE_CHECKING:
     from .config import Gate, Training
@@ -51,27 +52,21 @@ __all__ = [
     "prepare",
 ]
 
-_HOMES = (
-    "config",
-    "positions",
-    "data.tokenize",
-    "data.sampling",
-    "data.collate",
-    "data.preparation",
-    "loss.sequence_unlikelihood",
-    "loss.objective",
-    "engine.lora",
-    "engine.finetune",
-    "recipes",
-    "run",
+__getattr__ = exporter(
+    __name__,
+    __all__,
+    (
+        "config",
+        "positions",
+        "data.tokenize",
+        "data.sampling",
+        "data.collate",
+        "data.preparation",
+        "loss.sequence_unlikelihood",
+        "loss.objective",
+        "engine.lora",
+        "engine.finetune",
+        "recipes",
+        "run",
+    ),
 )
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch and transformers take seconds."""
-    if name in __all__:
-        for home in _HOMES:
-            module = importlib.import_module(f".{home}", __name__)
-            if name in module.__all__:
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,8 +4,9 @@
 >>> prompt = passkey(tokenizer, 200, haystack=Grass(), wording=SHORT)         # doctest: +SKIP
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy_exports import exporter
 
 if TYPE_CHECKING:
     from .assembly import Prompt, assemble
@@ -24,14 +25,8 @@ __all__ = [
     "passkey",
 ]
 
-_HOMES = ("assembly", "haystacks", "passkey_prompts")
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: transformers takes seconds."""
-    if name in __all__:
-        for home in _HOMES:
-            module = importlib.import_module(f".{home}", __name__)
-            if name in module.__all__:
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = exporter(
+    __name__,
+    __all__,
+    ("assembly", "haystacks", "passkey_prompts"),
+)

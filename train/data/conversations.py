@@ -30,6 +30,7 @@ from .turns import (
     is_missing,
     read_text,
     read_turn,
+    refuse_media,
     shown,
     written,
 )
@@ -68,7 +69,6 @@ _TAKEN = (
     *("sanitize_control_tokens", "strftime_now", "raise_exception"),
 )
 _SYSTEM = ("system", "system_prompt")
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +169,7 @@ def read_record(record: Mapping[str, Any], schema: Schema, where: str) -> Conver
         return Conversation(turns, unused=_unused(record, used))
     if schema.answer:
         used |= {"history", *(_MORE if schema.field == "instruction" else ())}
-    for key in _MEDIA:
-        if not is_missing(record.get(key)):
-            raise BadRecordError(
-                f"{where} has '{key}', and only text is learnt: leave the record out.",
-                f"with '{key}'",
-            )
+    refuse_media(record, where)
     for key in _SYSTEM:
         if not is_missing(record.get(key)) and (not turns or turns[0].role != "system"):
             turns = (Turn("system", read_text(record[key], f"{where}, field '{key}'")), *turns)

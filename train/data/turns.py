@@ -27,6 +27,7 @@ __all__ = [
     "is_missing",
     "read_text",
     "read_turn",
+    "refuse_media",
     "shown",
     "weighted",
     "written",
@@ -144,13 +145,19 @@ def read_turn(item: object, role_key: str, text_key: str, where: str) -> Turn:
         rest.setdefault("tool_calls", [{"type": "function", "function": old}])
     if not is_missing(rest.get("tool_calls")):
         rest["tool_calls"] = _tool_calls(rest["tool_calls"], where)
-    for key in _MEDIA:
-        if not is_missing(rest.get(key)):
-            raise BadRecordError(
-                f"{where} has {key}, and only text is learnt: leave the record out.", f"with {key}"
-            )
+    refuse_media(rest, where)
     rest = {key: value for key, value in rest.items() if not is_missing(value)}
     return Turn(role, text, learnt, written(rest, where) if rest else "")
+
+
+def refuse_media(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse pictures, sound and video: only text is learnt."""
+    for key in _MEDIA:
+        if not is_missing(fields.get(key)):
+            raise BadRecordError(
+                f"{where} has '{key}', and only text is learnt: leave the record out.",
+                f"with '{key}'",
+            )
 
 
 def shown(value: object) -> str:

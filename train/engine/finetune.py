@@ -32,6 +32,7 @@ from transformers import (
 from longctx.checkpoint import Saved
 from longctx.core import extend
 from longctx.fingerprint import model_digest
+from longctx.model import unwrapped
 from longctx.patch import patch_of
 
 from ..config import Gate, Training
@@ -45,7 +46,7 @@ from ..positions import FullLength, Positions
 from .export import difference, probe, save_served
 from .log import Log
 from .lora import Lora, add_lora, merged, save_adapter
-from .loss_forward import LossForward, causal_of
+from .loss_forward import LossForward
 from .packed_attention import packed_attention
 from .run_folder import RunFolder
 from .trainer import Evaluate, LongTrainer
@@ -169,7 +170,7 @@ def finetune(
                 put_on.callback(attention.remove)
             put_on.callback(LossForward.on(trained, losses, train_dataset.shares).remove)
             put_on.callback(
-                setattr, config := causal_of(trained).config, "use_cache", config.use_cache
+                setattr, config := unwrapped(trained).config, "use_cache", config.use_cache
             )
             log = Log(folder.log, shown=progress and first)
             put_on.callback(log.close)

@@ -23,16 +23,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from longctx.model import unwrapped
+
 from ..data.tokenize import IGNORED
 from ..loss.cross_entropy import head_of, projection
 from ..loss.objective import Losses
 
-__all__ = ["LossForward", "causal_of"]
-
-
-def causal_of(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT model, else the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+__all__ = ["LossForward"]
 
 
 @dataclass(slots=True)
@@ -56,7 +53,7 @@ class LossForward:
         Raises:
             ModelError: a head that the chunked loss does not know.
         """
-        causal = causal_of(model)
+        causal = unwrapped(model)
         head, native = head_of(causal), causal.forward
 
         def forward(

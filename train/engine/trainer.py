@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from longctx.errors import RunError
+from longctx.model import unwrapped
 
 from ..config import Gate
 from ..data.collate import PADDING, Collator, unpacked_inputs
@@ -33,7 +34,6 @@ from ..data.tokenize import IGNORED
 from ..loss.sequence_unlikelihood import SequenceUnlikelihood
 from ..parallel.sequence_shards import SharedRows, model_inputs, sequence_shard, whole_inputs
 from ..parallel.ulysses import Aside, borrowed
-from .loss_forward import causal_of
 from .packed_attention import PackedAttention
 from .run_folder import WHOLE, last_whole
 
@@ -87,7 +87,8 @@ class LongTrainer(Trainer):
         """Train; under sequence parallel, with DeepSpeed in place meanwhile."""
         if self.get_sp_size() == 1:
             return super().train(*args, **kwargs)
-        with borrowed(self.accelerator, causal_of(self.model)) as self.aside:
+        assert self.model is not None
+        with borrowed(self.accelerator, unwrapped(self.model)) as self.aside:
             return super().train(*args, **kwargs)
 
     # -- the loss ------------------------------------------------------------------------------
@@ -242,8 +243,8 @@ class LongTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Call the function that was passed, log its figures, and ask the gate."""
-        assert self.figures is not None
-        model = causal_of(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        assert self.figures is not None and self.model is not None
+        model = unwrapped(self.model)
         training = model.training
         model.eval()
         try:

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.training_args import OptimizerNames
 
 from longctx.errors import RunError, nearest
+from longctx.model import unwrapped
 from longctx.registry import make_method
 
 from ..config import Gate, Training
@@ -21,7 +22,6 @@ from ..loss.objective import Losses
 from ..parallel.compatibility import Setup, check_compatibility
 from ..parallel.fsdp import is_sharded, parallel_arguments, plugin_arguments
 from ..parallel.ulysses import precision
-from .loss_forward import causal_of
 
 __all__ = ["checked", "rows_per_update", "trainer_arguments"]
 
@@ -136,7 +136,7 @@ def trainer_arguments(
     Raises:
         RunError: too few rows, or weights in half precision.
     """
-    device = causal_of(model).device.type
+    device = unwrapped(model).device.type
     rows = rows_per_update(training)
     steps = training.max_steps or max(1, len(train_dataset) // rows)
     if steps * rows > len(train_dataset):

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from longctx.errors import ModelError, RunError
-from longctx.model import text_config
+from longctx.model import text_config, unwrapped
 
 from . import before_torch_2_13
 
@@ -87,7 +87,7 @@ def head_of(model: PreTrainedModel) -> Head:
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     head = Head(scale, getattr(config, "final_logit_softcapping", None))
     linear = projection(model)
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    causal: Any = unwrapped(model)
     ids = torch.arange(_PROBE, device=linear.weight.device)[None] % int(config.vocab_size)
     training = model.training
     model.eval()

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 
 from longctx.errors import RunError
+from longctx.model import unwrapped
 
 from ..data.tokenize import IGNORED
 from .cross_entropy import Head, anchor, head_of, prepared, projection
@@ -103,7 +104,7 @@ class SequenceUnlikelihood:
         """
         head = head or head_of(model)
         ids, real = self.continued(model, prefix)
-        body: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+        body = unwrapped(model)
         mask = torch.ones_like(ids)
         hidden = body.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         linear = projection(model)
