@@ -137,7 +137,7 @@ def _logits(model: Any) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
-def outcome(family: str, model: PreTrainedModel, method: str) -> Outcome:
+def try_method(model: PreTrainedModel, method: str) -> Outcome:
     """Put the method on, take it off, save and load it."""
     native = _logits(model)
     try:
@@ -149,7 +149,7 @@ def outcome(family: str, model: PreTrainedModel, method: str) -> Outcome:
     except Exception as error:
         return Outcome(False, f"{type(error).__name__}: {error}", broken=True)
     try:
-        fault = _fault(model)
+        fault = _fault(model, native)
         patch.remove()
     except Exception as error:
         return Outcome(False, f"{type(error).__name__}: {error}", broken=True)
@@ -158,20 +158,27 @@ def outcome(family: str, model: PreTrainedModel, method: str) -> Outcome:
     return Outcome(not fault, fault, broken=bool(fault))
 
 
-def _fault(model: PreTrainedModel) -> str:
+def _fault(model: PreTrainedModel, native: Tensor) -> str:
     """What is wrong with the saved checkpoint; empty where nothing is."""
     wanted = _logits(model)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = Path(folder) / "out"
         saved = longctx.save(model, load_tokenizer("demo"), out)
-        again = _logits(longctx.load(out, device="cpu")[0])
+        loaded, _ = longctx.load(out, device="cpu")
+        again = _logits(loaded)
         if not torch.allclose(again, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max())):
             return f"longctx.load gives other logits, by {(again - wanted).abs().max():.1e}"
         if saved.plain:
             plain: Any = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
             if not torch.equal(_logits(plain.eval()), again):
                 return "plain transformers gives other logits, and save said it would not"
+        patch = longctx.patch_of(loaded)
+        assert patch is not None
+        patch.remove()
+        off = (_logits(loaded) - native).abs().max()
+        if not off <= 1e-4 * float(native.abs().max()):
+            return f"undone after loading, other logits than the original's, by {off:.1e}"
     return ""
 
 
@@ -183,23 +190,28 @@ def _in_general(reason: str, family: str) -> str:
     return re.sub(rf"^({'|'.join(m.partition(':')[0] for m in METHODS)}) ", "the method ", said)
 
 
-def write_page(found: list[tuple[str, list[Outcome]]]) -> None:
-    """Write the table, with the reasons below it, to the documentation."""
+def write_page(found: list[tuple[str, list[Outcome]]], left_out: list[str]) -> None:
+    """Write the table, with the reasons below it, to the documentation.
+
+    Args:
+        found: families that were built, with the outcome of each method.
+        left_out: those that were not.
+    """
     reasons: dict[str, list[str]] = {}
     lines: list[str] = []
     for family, outcomes in found:
         cells: list[str] = []
-        for outcome_ in outcomes:
-            if outcome_.served:
+        for one in outcomes:
+            if one.served:
                 cells.append("served")
                 continue
-            reason = _in_general(outcome_.reason, family)
+            reason = _in_general(one.reason, family)
             cells.append(f"[{1 + list(reasons).index(reason)}]" if reason in reasons else "")
             if not cells[-1]:
                 reasons[reason] = []
                 cells[-1] = f"[{len(reasons)}]"
         lines.append(f"| {family} | {' | '.join(cells)} |")
-    served = sum(any(outcome_.served for outcome_ in outcomes) for _, outcomes in found)
+    served = sum(any(one.served for one in outcomes) for _, outcomes in found)
     head = PAGE.read_text(encoding="utf-8").partition(_BEGIN)[0]
     PAGE.write_text(
         "\n".join(
@@ -215,6 +227,10 @@ def write_page(found: list[tuple[str, list[Outcome]]]) -> None:
                 "",
                 *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
                 "",
+                "Not tried, since no tiny model was built from their config class alone: "
+                + ", ".join(left_out)
+                + ".",
+                "",
             ]
         ),
         encoding="utf-8",
@@ -227,18 +243,20 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     wanted = sys.argv[1:]
     found: list[tuple[str, list[Outcome]]] = []
+    left_out: list[str] = []
     for family in wanted or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         model = build(family)
         if model is None:
             print(f"{family}: not built", flush=True)
+            left_out.append(family)
             continue
-        found.append((family, [outcome(family, model, method) for method in METHODS]))
+        found.append((family, [try_method(model, method) for method in METHODS]))
         said = ("served" if o.served else "BROKEN" if o.broken else "refused" for o in found[-1][1])
         print(f"{family}:", *said, flush=True)
         for reason in dict.fromkeys(o.reason for o in found[-1][1] if wanted and o.reason):
             print(f"    {reason}")
     if not wanted:
-        write_page(found)
+        write_page(found, left_out)
     broken = [family for family, outcomes in found if any(o.broken for o in outcomes)]
     if broken:
         sys.exit(f"neither served nor refused: {', '.join(broken)}")

@@ -34,7 +34,7 @@ from .model import build_rotary, decoder_of, rope_entry, text_config, unwrapped
 from .patch import patch_of
 from .registry import make_method
 from .schema import conform
-from .twin import build_twin, differences
+from .twin import build_twin, differences, follow_config
 from .weights import (
     read_config,
     refuse_adapter,
@@ -413,7 +413,7 @@ def _restore(model: PreTrainedModel) -> None:
 
 
 def _put_back(model: PreTrainedModel, record: _Record) -> None:
-    config = text_config(model)
+    config, before = text_config(model), copy.deepcopy(model.config)
     original = msgspec.structs.asdict(record.original)
     saved = {key: copy.deepcopy(getattr(config, key)) for key in original}
     for key, value in original.items():
@@ -421,6 +421,7 @@ def _put_back(model: PreTrainedModel, record: _Record) -> None:
     _, layer_type = rope_entry(config)
     decoder_of(model).rotary_emb = build_rotary(model, layer_type)
     delattr(model.config, "longctx")
+    follow_config(model, before, setattr)
     for entry in record.methods:
         fields = {key: value for key, value in entry.items() if key != "name"}
         extend(model, make_method(str(entry.get("name")), fields), replace=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import logging
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +13,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import LongctxError, MethodError, ModelError
 from .model import (
-    declare_window,
     decoder_of,
     rope_of,
     rotary_of,
@@ -26,11 +24,9 @@ from .patch import HANDLE, Check, Method, Patch, patch_of, roll_back, slot_holde
 from .proof import can_run, prove, run_passes
 from .registry import make_method, parse_method
 from .rope import frequencies_of
-from .twin import derived_changes
+from .twin import follow_config
 
 __all__ = ["extend"]
-
-_log = logging.getLogger(__name__)
 
 
 def extend(
@@ -77,9 +73,9 @@ def extend(
     before = run_passes(model, patch) if prove_effect and can_run(model) else None
     try:
         method.apply(model, patch)
-        _follow(model, patch, config)
+        follow_config(model, config, patch.set)
         _refuse_continuous_batching(model, patch)
-        patch.set(model.config, "longctx", _record(model, patch))
+        patch.set(model.config, "longctx", _record(model, patch, config))
         patch.set(model, HANDLE, patch)
         _refuse_failed(patch, patch.report().checks)
         if before is not None:
@@ -95,24 +91,6 @@ def extend(
             f"config is of a form that longctx does not know ({type(error).__name__}: {error})."
         ) from error
     return patch
-
-
-def _follow(model: PreTrainedModel, patch: Patch, before: PreTrainedConfig) -> None:
-    """Let everything else that says the window or is derived from the rotary's settings follow."""
-    declare_window(model, before.get_text_config(decoder=True), patch.set)
-    if model.config.to_dict() == before.to_dict():
-        return
-    try:
-        changes = derived_changes(model, before, model.config)
-    except ModelError as error:  # remote code, say: the proof and the methods' checks still stand
-        _log.warning(
-            "%s What it derives from its config besides the rotary was not looked at.", error
-        )
-        return
-    for name, attribute, value in changes:
-        module = model.get_submodule(name)
-        if attribute in vars(module):
-            patch.set(module, attribute, value)
 
 
 _CONTINUOUS = (
@@ -220,16 +198,12 @@ def _refuse_scaled(model: PreTrainedModel, method: Method, replace: bool) -> Non
         )
 
 
-def _record(model: PreTrainedModel, patch: Patch) -> dict[str, Any]:
+def _record(model: PreTrainedModel, patch: Patch, before: PreTrainedConfig) -> dict[str, Any]:
     """What `config.json` keeps, so that `longctx.load` finds the method and its undo."""
     entry = {"name": patch.method.name, **dataclasses.asdict(patch.method)}  # pyright: ignore[reportArgumentType]
     if patch.below is not None:
         below: dict[str, Any] = model.config.longctx
         return {**below, "methods": [*below["methods"], entry]}
-    undo = {name: value for obj, name, value in patch.undo if obj is text_config(model)}
-    config = text_config(model)
-    original = {
-        key: undo.get(key, getattr(config, key))
-        for key in ("max_position_embeddings", "rope_parameters")
-    }
-    return {"version": 1, "methods": [entry], "original": original}
+    text = before.get_text_config(decoder=True)
+    keys = ("max_position_embeddings", "rope_parameters")
+    return {"version": 1, "methods": [entry], "original": {k: getattr(text, k) for k in keys}}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "build_rotary",
     "declare_window",
     "decoder_of",
+    "evaluating",
     "learned_positions",
     "refusal",
     "rope_entry",
@@ -62,6 +64,18 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
             )
         model = inner
     return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Switch dropout off, and put each module's own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:

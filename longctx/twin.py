@@ -8,7 +8,8 @@ the meta device, buffers that no checkpoint holds as they would be loaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import ModelError
+from .model import declare_window
 
-__all__ = ["build_twin", "derived_changes", "differences"]
+__all__ = ["build_twin", "differences", "follow_config"]
 
+_log = logging.getLogger(__name__)
 _Plain = int | float | str | None
 _OF_A_RUN = ("training", "gradient_checkpointing", "name_or_path")
 """Attributes that say what is done with a model, not what it computes."""
@@ -62,21 +65,32 @@ def _fill_unsaved(twin: PreTrainedModel) -> None:
                 twin._init_weights(module)  # pyright: ignore[reportPrivateUsage]
 
 
-def derived_changes(
-    model: PreTrainedModel, before: PreTrainedConfig, after: PreTrainedConfig
-) -> list[tuple[str, str, _Plain]]:
-    """Plain attributes of modules that another config gives another value.
+def follow_config(
+    model: PreTrainedModel, before: PreTrainedConfig, put: Callable[[Any, str, Any], None]
+) -> None:
+    """Let what says the window, or is derived from the config, follow the config as it is now.
 
-    Returns:
-        (name of the module, attribute, its value by `after`), rotaries apart.
+    Args:
+        model: whose rotary is that of its config already.
+        before: its config as it was, which the rest still follows.
+        put: sets an attribute, as `Patch.set` does.
     """
-    old, new = build_twin(model, before), build_twin(model, after)
+    if model.config.to_dict() == before.to_dict():
+        return
+    declare_window(model, before.get_text_config(decoder=True), put)
+    try:
+        old, new = build_twin(model, before), build_twin(model, model.config)
+    except ModelError as error:  # remote code, say; whatever proves a method still does
+        _log.warning(
+            "%s What it derives from its config besides the rotary was not looked at.", error
+        )
+        return
     known = {(name, key): value for name, key, value in _plain_attributes(old)}
-    return [
-        (name, key, value)
-        for name, key, value in _plain_attributes(new)
-        if "rotary" not in name and known.get((name, key), value) != value
-    ]
+    for name, key, value in _plain_attributes(new):
+        if "rotary" not in name and known.get((name, key), value) != value:
+            module = model.get_submodule(name)
+            if key in vars(module):
+                put(module, key, value)
 
 
 def differences(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]:

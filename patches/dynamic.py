@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -54,10 +54,10 @@ class RequestRotary(ScaledRotary):
         self.window = window
         self.reserved = window
         """Tokens that every request is begun for at least."""
-        self.total: int | None = None
-        """Tokens of the longest row inside `generate`, prompt and answer together."""
+        self.asked: tuple[int, ...] | None = None
+        """T of each prompt inside `generate`."""
         self.requests: tuple[int, ...] = (window,)
-        """T of each row that is being read; of all rows where there is one number."""
+        """T of each row that is being read; one number before anything is."""
         self.length = 0
 
     def forward(
@@ -117,24 +117,19 @@ class RequestRotary(ScaledRotary):
             mask = None
         if read:
             assert cache is not None
-            self.requests = _for_rows(_begun(cache, read), batch)
-            if self.total is None:  # generate discards what it tries beyond its end
-                self._refuse_outgrown(positions, mask)
+            self.requests = _repeated(_begun(cache, read), batch)
+            if self.asked is None:  # generate discards what it tries beyond its end
+                self._refuse_outgrown(positions, mask, batch)
         else:
-            self.requests = self._begin(positions, mask)
+            ends = _ends(positions, mask)
+            asked = self.asked or (self.reserved,)
+            both = zip(_repeated(ends, batch), _repeated(asked, batch), strict=True)
+            self.requests = tuple(map(max, both))
 
-    def _begin(self, positions: Tensor, mask: Tensor | None) -> tuple[int, ...]:
-        ends, padding = _ends(positions, mask)
-        if self.total is not None:
-            ends = [max(end, self.total - own) for end, own in zip(ends, padding, strict=True)]
-        return tuple(max(end, self.reserved) for end in ends)
-
-    def _refuse_outgrown(self, positions: Tensor, mask: Tensor | None) -> None:
+    def _refuse_outgrown(self, positions: Tensor, mask: Tensor | None, batch: int) -> None:
         last = mask[:, -positions.shape[-1] :] if mask is not None else None
-        ends, _ = _ends(positions, last)
-        rows = max(len(ends), len(self.requests))
-        every = (row if len(row) == rows else [*row] * rows for row in (ends, self.requests))
-        for end, length in zip(*every, strict=True):
+        ends = _repeated(_ends(positions, last), batch)
+        for end, length in zip(ends, self.requests, strict=True):
             if end > length:
                 raise MethodError(
                     f"dynamic: this request was begun for {length} tokens and its cached keys are "
@@ -153,8 +148,8 @@ class RequestRotary(ScaledRotary):
                 setattr(cache, _BEGUN, self.requests)
 
 
-def _ends(positions: Tensor, mask: Tensor | None) -> tuple[list[int], list[int]]:
-    """For each row: tokens up to its last real one, and how much padding the row has.
+def _ends(positions: Tensor, mask: Tensor | None) -> list[int]:
+    """Tokens of each row up to its last real one.
 
     Args:
         positions: in tokens, [batch or 1, seq]; of several dimensions, [dims, batch or 1, seq].
@@ -162,28 +157,28 @@ def _ends(positions: Tensor, mask: Tensor | None) -> tuple[list[int], list[int]]
     """
     if positions.ndim == 3:
         positions = positions.amax(0)
-    if mask is None or mask.shape[-1] != positions.shape[-1]:
-        ends = positions.amax(-1) + 1
-        return ends.tolist(), [0] * len(ends)
+    if mask is None:
+        return (positions.amax(-1) + 1).tolist()
     real = mask.bool().to(positions.device)
     positions = positions.expand(len(real), -1)
     first = positions.gather(1, real.int().argmax(1, keepdim=True))[:, 0]
     shift = first.where(~real[:, 0], 0)  # padding on the left may count as positions, or not
-    ends = positions.masked_fill(~real, -1).amax(-1) + 1 - shift
-    return ends.tolist(), (~real).sum(1).tolist()
+    return (positions.masked_fill(~real, -1).amax(-1) + 1 - shift).tolist()
 
 
-def _for_rows(requests: tuple[int, ...], batch: int) -> tuple[int, ...]:
-    """One T for each of `batch` rows, where beams or answers multiply the rows of a prompt."""
-    if len(set(requests)) == 1:
-        return requests[:1]
-    copies, rest = divmod(batch, len(requests))
+def _repeated(rows: Sequence[int], batch: int) -> tuple[int, ...]:
+    """A figure for each of `batch` rows, where beams or answers multiply the rows of a prompt.
+
+    Raises:
+        MethodError: the batch is no multiple of the rows.
+    """
+    copies, rest = divmod(batch, len(rows))
     if rest or not copies:
         raise MethodError(
-            f"dynamic: the cache holds {len(requests)} requests begun for {min(requests)} to "
-            f"{max(requests)} tokens, and the call has {batch} rows: expected as many rows."
+            f"dynamic: the cache or prompts have {len(rows)} rows begun for {min(rows)} to "
+            f"{max(rows)} tokens, and the call has {batch}: expected as many, or a multiple."
         )
-    return tuple(length for length in requests for _ in range(copies))
+    return tuple(row for row in rows for _ in range(copies))
 
 
 def _begun(cache: Cache, read: int) -> tuple[int, ...]:
@@ -224,52 +219,72 @@ def _rotary(model: PreTrainedModel) -> RequestRotary:
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """`generate` with T settled first; it stands in place of the model instance's own."""
-    config = kwargs.get("generation_config") or model.generation_config
-    named = (kwargs.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))
-    prompt = next((x for x in (*args[:1], *named) if isinstance(x, Tensor)), None)
-    read = 1 if prompt is None else prompt.shape[1]
-    new = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
-    end = kwargs.get("max_length", getattr(config, "max_length", None)) or read + 20
-    total = read + new if new is not None else max(end, read)
     rotary = _rotary(model)
+    asked = _asked(model, args, kwargs)
     cache = kwargs.get("past_key_values")
     if isinstance(cache, Cache) and cache.get_seq_length():
-        kwargs["past_key_values"] = _fitting(model, cache, total, kwargs.get("attention_mask"))
+        kwargs["past_key_values"] = _fitting(model, cache, asked)
     draft = kwargs.get("assistant_model")
-    before = rotary.total
-    rotary.total = total
+    before = rotary.asked
+    rotary.asked = asked
     try:
         with ExitStack() as begun:
             if draft is not None and isinstance(rotary_of(draft), RequestRotary):
-                begun.enter_context(reserve(draft, total))  # else every guess begins a request
+                begun.enter_context(reserve(draft, max(asked)))  # else every guess is a request
             plain: Any = type(model)
             return plain.generate(model, *args, **kwargs)
     finally:
-        rotary.total = before
+        rotary.asked = before
 
 
-def _fitting(model: PreTrainedModel, cache: Cache, total: int, mask: Tensor | None) -> Cache:
-    """The cache if its requests were begun for this length, else an empty one of its kind.
+def _asked(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[int, ...]:
+    """T of each prompt of a call of `generate`: its tokens and those to come, without padding."""
+    config = kwargs.get("generation_config") or model.generation_config
+    named = (kwargs.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))
+    prompt = next((x for x in (*args[:1], *named) if isinstance(x, Tensor)), None)
+    batch, read = (1, 1) if prompt is None else prompt.shape[:2]
+    new = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+    end = kwargs.get("max_length", getattr(config, "max_length", None)) or read + 20
+    total = read + new if new is not None else max(end, read)
+    mask = kwargs.get("attention_mask")
+    if mask is None and prompt is not None and not prompt.is_floating_point():
+        mask = _inferred_mask(prompt, config)
+    padding = [0] * batch
+    if isinstance(mask, Tensor) and mask.ndim == 2:  # that before the first real token
+        padding = (mask.bool().cumsum(1) == 0).sum(1).tolist()
+    return tuple(max(total - own, _rotary(model).reserved) for own in padding)
+
+
+def _inferred_mask(ids: Tensor, config: Any) -> Tensor | None:
+    """What `generate` takes for padding where no mask is passed; None where that is nothing."""
+    pad, end = config.pad_token_id, config.eos_token_id
+    if pad is None or pad in (end if isinstance(end, list) else [end]):
+        return None
+    return ids != pad
+
+
+def _fitting(model: PreTrainedModel, cache: Cache, asked: tuple[int, ...]) -> Cache:
+    """The cache if its requests were begun for these lengths, else an empty one of its kind.
 
     Raises:
         MethodError: a cache that cannot be begun anew.
     """
-    rotary, read = _rotary(model), int(cache.get_seq_length())
-    padding = [0] if mask is None else (mask == 0).sum(1).tolist()
-    wanted = tuple(max(total - own, rotary.reserved) for own in padding)
+    read = int(cache.get_seq_length())
     begun = _begun(cache, read)
-    if begun == wanted or (set(begun) == set(wanted) and len(set(begun)) == 1):
+    if begun == asked:
         return cache
     if type(cache) is not DynamicCache:
         raise MethodError(
             f"dynamic: the {read} tokens in this {type(cache).__name__} were begun for "
-            f"{max(begun)} tokens, and this call needs {max(wanted)}: pass an empty cache, or "
+            f"{max(begun)} tokens, and this call needs {max(asked)}: pass an empty cache, or "
             "begin the first call inside `with longctx.patches.dynamic.reserve(model, tokens):`."
         )
     _log.warning(
         "dynamic: the cache was begun for %d tokens and this call needs %d: its %d tokens are read "
         "anew. `longctx.patches.dynamic.reserve` around the first call keeps it.",
-        *(max(begun), max(wanted), read),
+        *(max(begun), max(asked), read),
     )
     return DynamicCache(config=text_config(model))
 

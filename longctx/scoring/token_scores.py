@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..before_transformers_5_24 import cache_argument
 from ..errors import DataError, ModelError
-from ..model import learned_positions, text_config, unwrapped
+from ..model import evaluating, learned_positions, text_config, unwrapped
 
 __all__ = ["TokenScores", "prefill", "score"]
 
@@ -89,7 +89,7 @@ def score(
     mask = None if attention_mask is None else attention_mask.to(ids.device)
     _check(causal, ids, mask, past_key_values, start, chunk)
     rows = chunk or max(64, _CHUNK_BYTES // (4 * int(text_config(causal).vocab_size)))
-    with torch.no_grad(), _evaluating(causal):
+    with torch.no_grad(), evaluating(causal):
         body = _body(causal, ids[:1, :_PROBE])
         output = _run_body(body, ids, mask, past_key_values)
         targets = ids[:, start:]
@@ -114,7 +114,7 @@ def prefill(model: nn.Module, input_ids: Tensor, past_key_values: Cache) -> None
     """Run `input_ids` [B, S] after what the cache holds and leave their keys and values there."""
     causal = _causal(model)
     ids = input_ids.to(causal.get_input_embeddings().weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    with torch.no_grad(), _evaluating(causal):
+    with torch.no_grad(), evaluating(causal):
         _run_body(_body(causal, ids[:1, :_PROBE]), ids, None, past_key_values)
 
 
@@ -174,18 +174,6 @@ def _check(
             f"{length} tokens are more than the {limit} learned positions of model type "
             f"{model.config.model_type!r}: score at most {limit}."
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Switch dropout off, and put each module's own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _run_body(body: nn.Module, ids: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Any:

@@ -104,8 +104,11 @@ def test_a_plain_reload_agrees_where_attention_is_scaled_too(
     assert longctx.save(model, load_tokenizer("demo"), tmp_path / "out").plain
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(plain(ids).logits, here, rtol=0, atol=1e-4)
-    patch.remove()
-    assert torch.equal(model(ids).logits, before)
+    again, _ = longctx.load(tmp_path / "out", device="cpu", attn="eager")
+    for one, logits in ((patch, before), (longctx.patch_of(again), before)):
+        assert one is not None
+        one.remove()
+        torch.testing.assert_close(one.model(ids).logits, logits, rtol=0, atol=1e-4)
 
 
 def test_entries_of_several_dimensions_are_carried_over(tmp_path: Path) -> None:
@@ -153,8 +156,13 @@ def test_further_names_of_the_window_follow(tmp_path: Path) -> None:
     assert written["max_sequence_length"] == written["n_ctx"] == 1024
     assert written["seq_length"] == 100
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["max_length"] == 1024
-    patch.remove()
-    assert model.config.n_ctx == model.generation_config.max_length == 256
+    again, _ = longctx.load(tmp_path / "out", device="cpu")
+    for one in (patch, longctx.patch_of(again)):
+        assert one is not None
+        assert one.model.config.n_ctx == 1024
+        one.remove()
+        assert one.model.config.n_ctx == one.model.generation_config.max_length == 256
+        assert one.model.config.seq_length == 100
 
 
 def test_the_base_stands_at_the_top_level_always(tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ def test_a_row_does_not_depend_on_its_batch(side: str) -> None:
         both = model.generate(ids, attention_mask=mask, **call)[:, 90:]
         for row, x in enumerate(rows):
             assert torch.equal(both[row], model.generate(x, **call)[0, x.shape[1] :])
+        chunked = model.generate(ids, attention_mask=mask, prefill_chunk_size=16, **call)
+        assert torch.equal(chunked[:, 90:], both)
         beams = model.generate(ids[:2], attention_mask=mask[:2], num_beams=2, **call)[:, 90:]
         for row, x in enumerate(rows[:2]):
             alone = model.generate(x, num_beams=2, **call)
