@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .checkpoint import Saved, load, save
     from .core import extend
     from .errors import DataError, LongctxError, MethodError, ModelError, RunError
+    from .generation.generate import Generated, generate
+    from .generation.loop_guard import LoopGuard
+    from .generation.registry import available_decodings, parse_decoding
     from .patch import Check, Method, Patch, Report, patch_of
     from .registry import available, parse_method
 
@@ -23,7 +26,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Check",
     "DataError",
+    "Generated",
     "LongctxError",
+    "LoopGuard",
     "Method",
     "MethodError",
     "ModelError",
@@ -32,12 +37,18 @@ __all__ = [
     "RunError",
     "Saved",
     "available",
+    "available_decodings",
     "extend",
+    "generate",
     "load",
+    "parse_decoding",
     "parse_method",
     "patch_of",
     "save",
 ]
 
 
-__getattr__ = exporter(__name__, __all__, ("errors", "registry", "patch", "core", "checkpoint"))
+_HOMES = ("errors", "registry", "patch", "core", "checkpoint")
+_OF_GENERATION = ("generation.registry", "generation.loop_guard", "generation.generate")
+
+__getattr__ = exporter(__name__, __all__, (*_HOMES, *_OF_GENERATION))

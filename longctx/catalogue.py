@@ -73,7 +73,8 @@ class Entry:
         shown = [_shown(field) for field in own] + (
             [] if given else [_shown(field) for field in self.fields]
         )
-        return f"{self.name}:{','.join([*given, *filter(None, shown)][: len(given) + 1])}"
+        fields = ",".join([*given, *filter(None, shown)][: len(given) + 1])
+        return f"{self.name}:{fields}".removesuffix(":")
 
 
 def _shown(field: Field) -> str | None:

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-__all__ = ["greedy"]
+__all__ = ["greedy", "neutral"]
 
 
 def greedy(
@@ -45,7 +45,7 @@ def greedy(
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=0),
     )
-    with torch.no_grad(), _neutral(model):
+    with torch.no_grad(), neutral(model):
         out: Any = model.generate(  # pyright: ignore[reportCallIssue]
             ids,  # pyright: ignore[reportArgumentType]
             attention_mask=torch.ones_like(ids),
@@ -56,7 +56,7 @@ def greedy(
 
 
 @contextmanager
-def _neutral(model: PreTrainedModel) -> Generator[None]:
+def neutral(model: PreTrainedModel) -> Generator[None]:
     """Put the checkpoint's generation settings aside.
 
     `generate` fills in from them whatever is unset, and None, which is how suppressed tokens or an

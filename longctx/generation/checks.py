@@ -1,0 +1,46 @@
+"""Refusing settings of a wrong type or range, in one form of words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..errors import RunError
+
+__all__ = ["check_flag", "check_number", "check_whole"]
+
+
+def check_number(
+    owner: str, field: str, value: Any, *, least: float, most: float = math.inf, above: bool = False
+) -> None:
+    """Refuse what is not a finite number from `least` (or above it) to `most`.
+
+    Raises:
+        RunError: it is not.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = number and math.isfinite(value) and least <= value <= most
+    if not fits or (above and value == least):
+        bound = f"above {least:g}" if above else f"from {least:g}"
+        upper = f" to {most:g}" if math.isfinite(most) else ""
+        raise RunError(f"{owner}: {field}={value!r}: expected a number {bound}{upper}.")
+
+
+def check_whole(owner: str, field: str, value: Any, *, least: int) -> None:
+    """Refuse what is not a whole number of at least `least`.
+
+    Raises:
+        RunError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise RunError(f"{owner}: {field}={value!r}: expected a whole number, {least} or more.")
+
+
+def check_flag(owner: str, field: str, value: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        RunError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise RunError(f"{owner}: {field}={value!r}: expected True or False.")

@@ -1,0 +1,1 @@
+"""Decodings, one to a file: each assigns its dataclass to `DECODING`."""

@@ -1,0 +1,145 @@
+"""Prompts as token ids: texts, chats, ids, or several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import DataError
+from ..model import learned_positions, window
+from ..patch import Patch, patch_of
+from ..prompts.rendering import render_chat
+
+__all__ = ["Chat", "One", "Prompts", "prompt_ids", "refuse_beyond_window"]
+
+Chat: TypeAlias = Sequence[Mapping[str, str]]
+One: TypeAlias = str | Chat | Sequence[int] | Tensor
+Prompts: TypeAlias = One | Sequence[One]
+
+_EXPECTED = (
+    'expected a text, a chat ([{"role": "user", "content": "Hi"}]), token ids, or a list of such'
+)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, vocabulary: int
+) -> list[tuple[int, ...]]:
+    """The token ids of each prompt.
+
+    Args:
+        tokenizer: the model's.
+        prompts: one or several.
+        vocabulary: number of tokens the model knows.
+
+    Raises:
+        DataError: none, an empty one, one of another type, or ids beyond the vocabulary.
+    """
+    several = [prompts] if _is_one(prompts) else _listed(prompts)
+    if not several:
+        raise DataError(f"no prompts: {_EXPECTED}.")
+    return [_ids(tokenizer, each, index, vocabulary) for index, each in enumerate(several)]
+
+
+def _listed(prompts: Any) -> list[Any]:
+    if isinstance(prompts, Tensor):
+        prompts = prompts.tolist()
+    if not isinstance(prompts, list | tuple):
+        raise DataError(f"prompts of type {type(prompts).__name__}: {_EXPECTED}.")
+    return list(prompts)
+
+
+def _is_one(prompts: Any) -> bool:
+    if isinstance(prompts, Tensor):
+        return prompts.ndim == 1
+    if isinstance(prompts, str):
+        return True
+    if not isinstance(prompts, list | tuple) or not prompts:
+        return False
+    return all(isinstance(part, Mapping) for part in prompts) or all(map(_is_id, prompts))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, index: int, vocabulary: int
+) -> tuple[int, ...]:
+    if isinstance(prompt, Tensor):
+        prompt = prompt.tolist()
+    found: Any
+    if isinstance(prompt, str):
+        found = tokenizer(prompt)["input_ids"]
+        if not prompt.strip():
+            found = []
+    elif isinstance(prompt, list | tuple) and prompt and all(map(_is_id, prompt)):
+        found = prompt
+        wrong = [token for token in prompt if not 0 <= token < vocabulary]
+        if wrong:
+            raise DataError(
+                f"prompt {index}: token {wrong[0]} is not in the model's vocabulary of "
+                f"{vocabulary:,}: expected ids from 0 to {vocabulary - 1}."
+            )
+    elif isinstance(prompt, list | tuple) and all(isinstance(part, Mapping) for part in prompt):
+        found = _chat_ids(tokenizer, prompt, index) if prompt else []
+    else:
+        raise DataError(f"prompt {index} is {prompt!r:.60} ({type(prompt).__name__}): {_EXPECTED}.")
+    if not found:
+        raise DataError(f"prompt {index} is empty: there is nothing to go on from.")
+    return tuple(found)
+
+
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Any, index: int) -> list[int]:
+    for message in messages:
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise DataError(
+                f"prompt {index}: the message {dict(message)!r:.60} lacks a text as 'role' or "
+                "'content'."
+            )
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"prompt {index} is a chat, and the tokenizer has no chat template: pass it as text."
+        )
+    text = render_chat(tokenizer, messages, generation=True)
+    found: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def refuse_beyond_window(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> None:
+    """Refuse prompts that, with the new tokens, are longer than the model can read.
+
+    Raises:
+        DataError: one is.
+    """
+    most, what = _reach(model)
+    longest = max(map(len, prompts))
+    if most is not None and longest + new_tokens > most:
+        index = [len(prompt) for prompt in prompts].index(longest)
+        shorter = f"pass at most {most - new_tokens:,}, " if new_tokens < most else ""
+        raise DataError(
+            f"prompt {index} has {longest:,} tokens and max_new_tokens={new_tokens:,} are to follow, "
+            f"{longest + new_tokens:,} in all, and {what} is {most:,}: {shorter}lower "
+            "max_new_tokens, or extend the model (longctx.extend)."
+        )
+
+
+def _reach(model: PreTrainedModel) -> tuple[int | None, str]:
+    """Tokens that the model reads at most, None for any number, and what sets that."""
+    table = learned_positions(model)
+    if table is not None:
+        return table, "the model's table of positions"
+    patch: Patch | None = patch_of(model)
+    most = window(model)
+    if patch is not None:
+        most = patch.window
+        below = patch
+        while below is not None:
+            if below.method.unbounded:
+                return None, ""
+            below = below.below
+    return most, "the model's window"
