@@ -54,6 +54,7 @@ class Draws(LogitsProcessor):
             self._cuts.append(MinPLogitsWarper(sampling.min_p))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Logits [B, V] whose argmax is a draw, where rows draw."""
         warmth = [self._own.temperature + row.warmer for row in self._rows]
         drawn = [
             index for index, each in enumerate(warmth) if each > 0 and not self._rows[index].at_rest

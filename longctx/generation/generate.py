@@ -88,8 +88,8 @@ def generate(
     chosen, watched = _checked(
         decoding, guard, max_new_tokens, batch_size, seed, stream, ignore_eos, first_row
     )
-    vocabulary = int(inner.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType]
-    ids = prompt_ids(tokenizer, prompts, vocabulary)
+    table: Any = inner.get_input_embeddings()
+    ids = prompt_ids(tokenizer, prompts, int(table.weight.shape[0]))
     refuse_beyond_window(inner, ids, max_new_tokens)
     chosen.refuse(inner, tokenizer)
     own_ends = ends_of(inner, tokenizer)

@@ -179,6 +179,7 @@ class BanProcessor(LogitsProcessor):
         self._trackers: list[LoopTracker] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Logits [rows, V] after tokens [rows, S]."""
         if same_start(self._seen, input_ids):
             fresh = [[token] for token in input_ids[:, -1].tolist()]
         else:

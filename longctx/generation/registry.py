@@ -56,8 +56,8 @@ def parse_decoding(text: str) -> Decoding:
     if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise RunError(f"decoding {text!r}: expected text, as 'dry:multiplier=0.8'.")
     name, fields = parse_fields(text, example="dry:multiplier=0.8", error=RunError)
-    preset = PRESETS.get(name)
-    cls = decoding_class(name) if preset is None else type(preset)
+    preset: Any = PRESETS.get(name)
+    cls: Any = decoding_class(name) if preset is None else type(preset)
     known = [field.name for field in dataclasses.fields(cls)]
     for key in fields:
         if key not in known:

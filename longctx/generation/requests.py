@@ -122,8 +122,8 @@ def refuse_beyond_window(
         index = [len(prompt) for prompt in prompts].index(longest)
         shorter = f"pass at most {most - new_tokens:,}, " if new_tokens < most else ""
         raise DataError(
-            f"prompt {index} has {longest:,} tokens and max_new_tokens={new_tokens:,} are to follow, "
-            f"{longest + new_tokens:,} in all, and {what} is {most:,}: {shorter}lower "
+            f"prompt {index} has {longest:,} tokens and max_new_tokens={new_tokens:,} are to "
+            f"follow, {longest + new_tokens:,} in all, and {what} is {most:,}: {shorter}lower "
             "max_new_tokens, or extend the model (longctx.extend)."
         )
 

@@ -134,12 +134,13 @@ class Row:
 
 
 class Watch(StoppingCriteria):
-    """Hands each new token to its row, at every step of `generate`, and says which rows are done."""
+    """Hands each new token to its row, at every step, and says which rows are done."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Whether each row is done, bool [B], after tokens [B, S]."""
         tokens = input_ids[:, -1].tolist()
         done = [row.accept(token) for row, token in zip(self._rows, tokens, strict=True)]
         return torch.tensor(done, device=input_ids.device)

@@ -1,6 +1,6 @@
 """Contrastive search: of the k likeliest tokens, one that does not resemble what stands there.
 
-    (1 − α) · p(v) − α · max_j cos(h_v, h_j),   h: the last layer's hidden states, j all tokens before
+    (1 − α) · p(v) − α · max_j cos(h_v, h_j),   h: hidden states of the last layer, j: tokens before
 
 A step needs the hidden state of each candidate. Where possible the k candidates are read in one
 pass, side by side: all at the same position, each seeing the tokens before and itself. The chosen
@@ -70,7 +70,7 @@ class Contrastive(Decoding):
         if name is None or strange:
             found = ", ".join(sorted(strange)) or "no cache"
             raise ModelError(
-                f"contrastive search needs a cache of keys, of which candidates are taken back, and "
+                "contrastive search takes candidates back from a cache of keys, and "
                 f"model type {model.config.model_type!r} has {found}: choose another decoding "
                 "(sample, dry)."
             )
@@ -117,6 +117,7 @@ class _Search:
     def __init__(self, settings: Contrastive, call: Call) -> None:
         self._settings = settings
         self._packed = packs(call.model)
+        self._firsts = call.firsts
         self._cache: Any = None
         self._taken = torch.empty(0)  # last_hidden_state of the latest forward
 
@@ -135,7 +136,8 @@ class _Search:
             Prompts and new tokens, int64 [B, S].
         """
         del generation_config  # its lengths and ends are stopping criteria by now
-        mask: Tensor = model_kwargs["attention_mask"]
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        mask = (places >= self._firsts.to(places.device)[:, None]).long()  # [B, S]
         given = (model_kwargs.get(name) for name in ("cache", "past_key_values"))
         self._cache = next((each for each in given if isinstance(each, Cache)), None)
         if self._cache is None:

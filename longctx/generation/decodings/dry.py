@@ -131,6 +131,7 @@ class DryProcessor(LogitsProcessor):
         self._runs: Tensor | None = None  # float32 [rows, S]: tokens that repeat, ending at i
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Logits [rows, V] after tokens [rows, S]."""
         begin = self._call.begin(input_ids, prompt=self._settings.include_prompt)
         if self._runs is not None and same_start(self._seen, input_ids):
             self._runs = self._step(self._runs, input_ids, begin)

@@ -1,7 +1,7 @@
 """No repeat: an n-gram that was generated before is not generated again.
 
-It looks at generated tokens alone. transformers' `no_repeat_ngram_size` looks at the prompt too, and
-so forbids the answer of a retrieval prompt.
+It looks at generated tokens alone. transformers' `no_repeat_ngram_size` looks at the prompt too,
+and so forbids the answer of a retrieval prompt.
 
 When to use it: for retrieval and summaries, with n of 3 or more. With n = 2 a key whose digits
 repeat cannot be said. Long texts need some n-grams again (names): take 4 or more there.

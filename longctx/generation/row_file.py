@@ -1,0 +1,122 @@
+"""A file of generated rows that grows line by line, and goes on where an interrupted call was."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import RunError
+from ..folders import refuse_other_than_file
+
+__all__ = ["RowFile"]
+
+
+class RowFile:
+    """JSON lines, one a row in the order of the prompts, each with the settings it was made by.
+
+    Args:
+        path: the file, there or not. What a killed process left of a last line is dropped.
+        settings: all that a row depends on beside its prompt, as JSON has it.
+        prompts: short names of the prompts, by content, in order.
+
+    Raises:
+        RunError: the file holds rows of other settings or prompts, or other lines; it is a folder,
+            device or FIFO; another process writes to it; or the disk refuses.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], prompts: list[str]) -> None:
+        refuse_other_than_file(path)
+        self._path = path
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._prompts = prompts
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise RunError(f"cannot write to {path}: {error}. Name another.") from error
+        try:
+            self._lock()
+            self.done = self._read()
+            """Rows that are there."""
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()  # and so let others write
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write the next row, on the disk before this returns.
+
+        Raises:
+            RunError: the disk refuses.
+        """
+        known = {"row": self.done, "prompt_digest": self._prompts[self.done]}
+        line = json.dumps({**known, **row, "settings": self._settings}) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {self._path}: {error}. Make room; the same command then goes on "
+                f"after the {self.done} rows that are there."
+            ) from error
+        self.done += 1
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"another process writes to {self._path}: wait for it, or name another."
+            ) from error
+        except OSError:  # a file system without locks
+            return
+
+    def _read(self) -> int:
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        lines = whole.splitlines()
+        for index, line in enumerate(lines):
+            self._check(index, line)
+        if len(whole) < len(text):
+            if not lines and not text.startswith(b'{"row": 0, '):
+                raise RunError(f"{self._path} is not a file of generated rows: name another.")
+            self._file.truncate(len(whole))
+        return len(lines)
+
+    def _check(self, index: int, line: bytes) -> None:
+        where = f"{self._path}:{index + 1}"
+        try:
+            row: Any = json.loads(line)
+            made, number, digest = row["settings"], row["row"], row["prompt_digest"]
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
+            raise RunError(f"{where} is not a generated row: name another file.") from error
+        if number != index or index >= len(self._prompts) or digest != self._prompts[index]:
+            raise RunError(
+                f"{where} is row {number!r} of other prompts than those that were given: name "
+                "another file."
+            )
+        if made != self._settings:
+            keys = [*self._settings, *(made if isinstance(made, dict) else ())]
+            of: dict[str, Any] = made if isinstance(made, dict) else {}
+            key = next(k for k in keys if of.get(k, ...) != self._settings.get(k, ...))
+            there = of.get(key)
+            raise RunError(
+                f"{where} was made with {key}={there!r}, and this run has "
+                f"{self._settings.get(key)!r}: name another file, or run with the same."
+            )
