@@ -67,7 +67,7 @@ class Decoding(Protocol):
     name: ClassVar[str]
     """The name of its file."""
     keeps_keys: ClassVar[bool] = True
-    """Whether what it does leaves a model free to say again what stands in the prompt."""
+    """Whether, at its defaults, keys of a prompt are found as by greedy decoding."""
     beams: ClassVar[bool] = False
     """Whether it keeps several continuations a row: their text is known at the end only."""
 
