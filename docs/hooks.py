@@ -1,4 +1,4 @@
-"""What mkdocs asks of us: the reference lists every method and task by its file, not by hand."""
+"""What mkdocs asks of us: the reference lists methods, tasks and decodings by file, not by hand."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def expanded(markdown: str) -> str:
-    """A page with `<!-- methods -->` and `<!-- tasks -->` written out as mkdocstrings' entries."""
-    return markdown.replace("<!-- methods -->", "\n".join(_methods())).replace(
-        "<!-- tasks -->", "\n".join(_tasks())
-    )
+    """A page whose marks, as `<!-- tasks -->`, are written out as mkdocstrings' entries."""
+    for mark, entries in (("methods", _methods), ("tasks", _tasks), ("decodings", _decodings)):
+        markdown = markdown.replace(f"<!-- {mark} -->", "\n".join(entries()))
+    return markdown
 
 
 def _methods() -> Iterator[str]:
     """Every public file of `patches/`, with what it holds."""
     for path in sorted((ROOT / "patches").glob("[!_]*.py")):
         yield f"::: longctx.patches.{path.stem}\n    options: {{heading_level: 2}}\n"
+
+
+def _decodings() -> Iterator[str]:
+    """Every public file of `generation/decodings/`, with what it holds."""
+    for path in sorted((ROOT / "longctx/generation/decodings").glob("[!_]*.py")):
+        yield f"::: longctx.generation.decodings.{path.stem}\n    options: {{heading_level: 2}}\n"
 
 
 def _tasks() -> Iterator[str]:

@@ -83,9 +83,8 @@ def shown_by(demo: tuple[Any, Any], **settings: Any) -> Generated:
         assert text
         pieces[row] = pieces.get(row, "") + text
 
-    said = longctx.generate(
-        *demo, PROMPTS, stream=show, ignore_eos=True, **{"max_new_tokens": 120, **settings}
-    )
+    settings = {"max_new_tokens": 120, **settings}
+    said = longctx.generate(*demo, PROMPTS, stream=show, ignore_eos=True, **settings)
     assert tuple(pieces.get(row, "") for row in range(len(PROMPTS))) == said.texts
     return said
 

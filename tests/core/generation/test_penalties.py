@@ -20,6 +20,8 @@ from ...test_matrix import demo_tokenizer
 from .calls import call, process
 
 VOCABULARY = 12
+UNTYPED: Any = Dry
+NGRAMS: Any = NoRepeat
 BREAKERS: tuple[tuple[int, ...], ...] = ((3,), (5, 6))
 
 
@@ -137,15 +139,15 @@ def test_breakers_are_found_as_one_token_or_several() -> None:
         (lambda: Dry(base=0.5), "base=0.5"),
         (lambda: Dry(allowed=0), "allowed=0"),
         (lambda: Dry(breakers=("\n", "")), "empty text"),
-        (lambda: Dry(breakers="\n"), "tuple of texts"),
-        (lambda: Dry(breakers=(3,)), "tuple of texts"),
-        (lambda: Dry(include_prompt=1), "True or False"),
+        (lambda: UNTYPED(breakers="\n"), "tuple of texts"),
+        (lambda: UNTYPED(breakers=(3,)), "tuple of texts"),
+        (lambda: UNTYPED(include_prompt=1), "True or False"),
         (lambda: Dry(top_p=0.9), "temperature=0 has no effect"),
         (lambda: Dry(temperature=1, top_p=0), "top_p=0"),
         (lambda: Penalty(penalty=0.9), "penalty=0.9"),
         (lambda: Penalty(min_p=0.1, top_k=3), "top_k=3, min_p=0.1"),
         (lambda: NoRepeat(ngram=0), "ngram=0"),
-        (lambda: NoRepeat(ngram=2.5), "ngram=2.5"),
+        (lambda: NGRAMS(ngram=2.5), "ngram=2.5"),
     ],
 )
 def test_settings_are_checked(made: Any, message: str) -> None:
