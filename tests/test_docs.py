@@ -45,6 +45,14 @@ def test_every_method_is_in_the_reference() -> None:
         assert method.METHOD.__doc__, f"{name}: a class without a docstring is left out"
 
 
+def test_every_decoding_is_in_the_reference() -> None:
+    known = referenced()
+    for name in longctx.available_decodings():
+        decoding: Any = importlib.import_module(f"longctx.generation.decodings.{name}")
+        assert f"longctx.generation.decodings.{name}" in known
+        assert decoding.DECODING.__doc__, f"{name}: a class without a docstring is left out"
+
+
 def test_the_reference_names_nothing_that_is_gone() -> None:
     for name in referenced():
         home, _, last = name.rpartition(".")

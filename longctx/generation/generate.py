@@ -24,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ..errors import RunError
+from ..errors import ModelError, RunError
 from ..model import evaluating, unwrapped
 from ..patch import patch_of
 from ..scoring.batching import is_out_of_memory
@@ -85,6 +85,11 @@ def generate(
         ModelError: a model that the decoding does not work with.
     """
     inner = unwrapped(model)
+    if inner.config.is_encoder_decoder:
+        raise ModelError(
+            f"model type {inner.config.model_type!r} reads prompts with an encoder: expected a "
+            "decoder-only model. transformers' own generate serves it."
+        )
     chosen, watched = _checked(
         decoding, guard, max_new_tokens, batch_size, seed, stream, ignore_eos, first_row
     )

@@ -16,6 +16,7 @@ Source: Su et al. 2022, SimCTG (arXiv:2202.06417), section 3.2.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,11 @@ class _Read(NamedTuple):
     """Directions of the last layer's states, float32 [B, k, H]."""
 
 
+def _picked(of: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen candidate of each row, [B, n], of [B, k, n]; chosen is int64 [B, 1]."""
+    return of[torch.arange(len(of), device=of.device), chosen[:, 0].to(of.device)]
+
+
 class _Search:
     """The loop of one call."""
 
@@ -148,12 +154,10 @@ class _Search:
                 model, input_ids, mask, (mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1
             )
             logits, seen = read.logits[:, -1], read.hidden
-            room = torch.zeros_like(mask)  # where the directions of new tokens will stand
+            room = mask.bool().to(seen.device)  # where the directions of real tokens stand
             while not bool(done.all()):
-                if input_ids.shape[1] > seen.shape[1] or seen.shape[1] == mask.shape[1]:
-                    seen = pad(seen, (0, 0, 0, 64))  # directions [B, S + 64, H]: grown by pieces
-                    room = torch.zeros(seen.shape[:2], dtype=torch.bool, device=seen.device)
-                    room[:, : mask.shape[1]] = mask.bool()
+                if seen.shape[1] == mask.shape[1]:  # directions [B, S + 64, H]: grown by pieces
+                    seen, room = pad(seen, (0, 0, 0, 64)), pad(room, (0, 64))
                 scores = logits_processor(input_ids, logits)
                 top = scores.softmax(-1).topk(min(self._settings.k, scores.shape[-1]), dim=1)
                 step = self._packed_step if self._packed else self._rows_step
@@ -167,9 +171,8 @@ class _Search:
                 allowed = scores.gather(1, top.indices) > -torch.inf
                 chosen = merit.masked_fill(~allowed, -torch.inf).argmax(1, keepdim=True)
                 choose(chosen[:, 0])
-                rows = torch.arange(len(chosen), device=chosen.device)
-                logits = read.logits[rows, chosen[:, 0]]
-                seen[:, mask.shape[1]] = read.hidden[rows, chosen[:, 0]]
+                logits = _picked(read.logits, chosen)
+                seen[:, mask.shape[1]] = _picked(read.hidden, chosen)
                 room[:, mask.shape[1]] = True
                 input_ids = torch.cat([input_ids, top.indices.gather(1, chosen)], dim=1)
                 mask = pad(mask, (0, 1), value=1)
@@ -229,13 +232,10 @@ class _Search:
         """Read tokens [B, n] on top of the cache, which is filled in place."""
         name = cache_argument(model.forward)
         assert name is not None
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            further["position_ids"] = positions
         out: Any = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            **{name: self._cache},
-            **further,
+            input_ids=ids, attention_mask=mask, use_cache=True, **{name: self._cache}, **further
         )
         return _Read(out.logits.float(), normalize(self._taken.float(), dim=-1))
 

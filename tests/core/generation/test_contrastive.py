@@ -61,6 +61,19 @@ def test_it_is_the_naive_form_in_a_padded_batch(
     assert said_by(model, PROMPTS, k) == wanted
 
 
+def test_a_model_without_rotary_reads_candidates_as_rows() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).double().eval()
+    assert not packs(model)
+    assert said_by(model, PROMPTS, 3) == [naive(model, prompt, 3, 0.6) for prompt in PROMPTS]
+
+
 def test_candidates_are_packed_where_positions_are_all() -> None:
     assert packs(build("llama"))
     assert not packs(build("gemma3"))  # its layers slide
