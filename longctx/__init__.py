@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from .generation.loop_guard import LoopGuard
     from .generation.registry import available_decodings, parse_decoding
     from .patch import Check, Method, Patch, Report, patch_of
+    from .reading.answers import Answer
+    from .reading.read import Reading, read
+    from .reading.summarise import summarise
     from .registry import available, parse_method
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "Check",
     "DataError",
     "Generated",
@@ -33,6 +37,7 @@ __all__ = [
     "MethodError",
     "ModelError",
     "Patch",
+    "Reading",
     "Report",
     "RunError",
     "Saved",
@@ -44,11 +49,14 @@ __all__ = [
     "parse_decoding",
     "parse_method",
     "patch_of",
+    "read",
     "save",
+    "summarise",
 ]
 
 
 _HOMES = ("errors", "registry", "patch", "core", "checkpoint")
 _OF_GENERATION = ("generation.registry", "generation.loop_guard", "generation.generate")
+_OF_READING = ("reading.answers", "reading.read", "reading.summarise")
 
-__getattr__ = exporter(__name__, __all__, (*_HOMES, *_OF_GENERATION))
+__getattr__ = exporter(__name__, __all__, (*_HOMES, *_OF_GENERATION, *_OF_READING))

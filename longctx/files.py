@@ -1,4 +1,4 @@
-"""Writing files that are complete or not there, and JSON that every reader takes."""
+"""Reading text, writing files that are complete or not there, and JSON that every reader takes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .errors import DataError
 from .folders import refuse_other_than_file
 
-__all__ = ["finite", "write_whole"]
+__all__ = ["finite", "read_text", "write_whole"]
+
+
+def read_text(path: Path, expected: str) -> str:
+    """The text of a UTF-8 file.
+
+    Args:
+        path: of the file.
+        expected: what it should hold, for the message: "a document".
+
+    Raises:
+        DataError: it is not a file, cannot be read, or is not UTF-8.
+    """
+    if not path.is_file():  # reading a FIFO or a device would wait, or never end
+        what = "a folder, a device or a FIFO" if path.exists() else "not there"
+        raise DataError(f"{path} is {what}: expected a file with {expected}.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}): convert it.") from error
 
 
 def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:

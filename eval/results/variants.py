@@ -15,6 +15,7 @@ from longctx.errors import LongctxError, ModelError, RunError
 from longctx.fingerprint import effect_digest
 from longctx.model import rope_of, scaled_rope, text_config, window
 from longctx.patch import Method, patch_of
+from longctx.reading.read import Reading, parse_reading
 from longctx.registry import parse_method
 
 __all__ = ["Variant", "label", "original_window", "variants_of"]
@@ -35,6 +36,8 @@ class Variant:
     length_invariant: bool
     effect: str = ""
     """Digest of what the method puts on this model."""
+    reading: Reading | None = None
+    """How prompts are read in pieces; None: as a whole."""
 
     def applied(self, model: PreTrainedModel, *, replace: bool) -> AbstractContextManager[Any]:
         """Have the method on the model inside the block."""
@@ -44,6 +47,8 @@ class Variant:
 
     def record(self) -> dict[str, Any] | None:
         """Name, fields and effect, as JSON."""
+        if self.reading is not None:
+            return {"name": self.reading.name, **dataclasses.asdict(self.reading)}
         return None if self.method is None else {**_fields(self.method), "effect": self.effect}
 
 
@@ -52,7 +57,7 @@ def _fields(method: Method) -> dict[str, Any]:
     return {"name": method.name, **dataclasses.asdict(settings)}
 
 
-def label(method: Method | None) -> str:
+def label(method: Method | Reading | None) -> str:
     """Write a method as the command line does, without what is at its default.
 
     >>> from longctx.patches.yarn import Yarn
@@ -69,6 +74,8 @@ def label(method: Method | None) -> str:
             continue
         if field.name == "factor" and not items:
             items.append(f"{value:g}" if float(f"{value:g}") == value else repr(value))
+        elif field.name == "combine":
+            items.append(value)
         else:
             items.append(f"{field.name}={value}")
     return method.name + (":" + ",".join(items) if items else "")
@@ -86,14 +93,18 @@ def original_window(model: PreTrainedModel) -> int | None:
 
 
 def variants_of(
-    model: PreTrainedModel, methods: Sequence[Method | str | None] | str | None, *, replace: bool
+    model: PreTrainedModel,
+    methods: Sequence[Method | Reading | str | None] | str | None,
+    *,
+    replace: bool,
 ) -> list[Variant]:
     """Put each method on the model and take it off again, so that an impossible one fails now.
 
     Args:
         model: as it came; a patch may be in place.
         methods: instances, names as the command line writes them, None or "none" for the model as
-            it came; None in all: that alone.
+            it came, a `Reading` ("read:map") for that model reading in pieces; None in all: the
+            model as it came alone.
         replace: see `longctx.extend`.
 
     Raises:
@@ -102,11 +113,15 @@ def variants_of(
     """
     if isinstance(methods, str):
         methods = [methods]
-    parsed = [parse_method(m) if isinstance(m, str) else m for m in (methods or [None])]
+    parsed = [_parsed(m) if isinstance(m, str) else m for m in (methods or [None])]
     found: list[Variant] = []
     for method in parsed:
         if method is None:
             found.append(_as_it_came(model))
+        elif isinstance(method, Reading):
+            came = _as_it_came(model)
+            name = label(method) if came.label == "none" else f"{came.label} + {label(method)}"
+            found.append(dataclasses.replace(came, label=name, window=None, reading=method))
         else:
             with extend(model, method, replace=replace) as patch:
                 found.append(
@@ -124,6 +139,10 @@ def variants_of(
         if labels.count(name) > 1:
             raise RunError(f"method {name!r} is asked for twice: leave one out.")
     return found
+
+
+def _parsed(text: str) -> Method | Reading | None:
+    return parse_reading(text) if text.partition(":")[0] == Reading.name else parse_method(text)
 
 
 def _as_it_came(model: PreTrainedModel) -> Variant:

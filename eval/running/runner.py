@@ -95,13 +95,7 @@ class UnitRunner:
             return known
         begin = time.perf_counter()
         try:
-            found = job.task.measure(
-                self.model,
-                self.tokenizer,
-                unit,
-                batch_tokens=self.batch_tokens,
-                length_invariant=job.variant.length_invariant,
-            )
+            found = self._measured(job, unit)
             failed = None
         except Exception as error:
             if not is_out_of_memory(error):
@@ -127,6 +121,19 @@ class UnitRunner:
 
             table = table.add_column(0, "method", pa.repeat(job.variant.label, len(table)))
         return [self.store.put(record, table)]
+
+    def _measured(self, job: Job, unit: Unit) -> Measured:
+        reading, task = job.variant.reading, job.task
+        if reading is not None:
+            assert isinstance(task, Retrieval)
+            return task.measure_in_pieces(self.model, self.tokenizer, unit, reading)
+        return task.measure(
+            self.model,
+            self.tokenizer,
+            unit,
+            batch_tokens=self.batch_tokens,
+            length_invariant=job.variant.length_invariant,
+        )
 
     def recorded(self, job: Job, unit: Unit) -> list[Record]:
         """The records of a unit that was run, failed ones too."""
@@ -193,7 +200,7 @@ class SweepRunner:
 
     def check(self, job: Job, count: int, *, replace: bool) -> Verification | None:
         """Generate `count` answers of a retrieval task too; None for other tasks."""
-        if not isinstance(job.task, Retrieval) or not count:
+        if not isinstance(job.task, Retrieval) or not count or job.variant.reading is not None:
             return None
         records = self.collect(job)[0]
         model, tokenizer = self.unit_runner.model, self.unit_runner.tokenizer

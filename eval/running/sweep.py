@@ -17,12 +17,13 @@ from longctx.errors import DataError, ModelError, RunError
 from longctx.fingerprint import identity_of
 from longctx.model import learned_positions
 from longctx.patch import Method
+from longctx.reading.read import Reading
 from longctx.weights import refuse_small_vocabulary
 
 from ..reporting.files import refuse_lost_cells
 from ..results.store import Store
 from ..results.sweep_result import SweepResult, cell_key, rows_of
-from ..results.variants import original_window, variants_of
+from ..results.variants import Variant, original_window, variants_of
 from ..results.verification import notes_of
 from ..tasks.shared.adaptive import Adaptive
 from ..tasks.shared.protocol import Plan, Task
@@ -40,7 +41,7 @@ def sweep(
     tasks: Sequence[Task | str] | Task | str,
     lengths: int | str | Iterable[int | str],
     *,
-    methods: Sequence[Method | str | None] | str | None = None,
+    methods: Sequence[Method | Reading | str | None] | str | None = None,
     results: str | os.PathLike[str] | None = None,
     batch_tokens: int = 16_384,
     verify: int = 0,
@@ -67,7 +68,8 @@ def sweep(
         lengths: tokens, in any form that `parse_lengths` reads. A length beyond the window is
             measured and flagged.
         methods: instances, or as the command line writes them ("yarn:8"; "none" or None is the
-            model as it came); None alone by default.
+            model as it came; "read:map" that model, reading retrieval prompts in pieces); None
+            alone by default.
         results: JSON lines to append each result to, and to take those from that are there.
         batch_tokens: tokens that are forwarded at a time at most, if that is one prompt or more.
         verify: so many answers per method and retrieval task are generated too; what comes out
@@ -102,6 +104,7 @@ def sweep(
     refuse_small_vocabulary(model, tokenizer)
     identity = identity_of(model, tokenizer)
     variants = variants_of(model, methods, replace=replace)
+    _refuse_reading(variants, chosen)
     invariants = {variant.length_invariant for variant in variants}
     plans = _plans(chosen, tokenizer, sizes, invariants)
     jobs = [
@@ -221,6 +224,16 @@ def _refuse_fixed_prompts(tasks: Sequence[Task]) -> None:
                 f"task {task.name}: the prompts of a file cannot be asked one by one until a "
                 "length is decided: leave out `adaptive`, or the file."
             )
+
+
+def _refuse_reading(variants: Sequence[Variant], tasks: Sequence[Task]) -> None:
+    reading = [variant.label for variant in variants if variant.reading is not None]
+    others = [task.name for task in tasks if not isinstance(task, Retrieval)]
+    if reading and others:
+        raise RunError(
+            f"{reading[0]} answers questions, and task {others[0]} asks none: name the retrieval "
+            "tasks alone (--tasks passkey), or leave it out."
+        )
 
 
 def _refuse_beyond_table(model: PreTrainedModel, lengths: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..files import read_text
 
 __all__ = ["read_prompts"]
 
@@ -28,15 +29,7 @@ def read_prompts(path: Path) -> list[Any]:
     Raises:
         DataError: it is not a file, cannot be read, is not UTF-8, or holds another line or none.
     """
-    if not path.is_file():  # reading a FIFO or a device would wait, or never end
-        what = "a folder, a device or a FIFO" if path.exists() else "not there"
-        raise DataError(f"{path} is {what}: expected a file of prompts (.txt or .jsonl).")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}): convert it.") from error
+    lines = read_text(path, "prompts (.txt or .jsonl)").split("\n")
     numbered = [(i, line.rstrip("\r")) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise DataError(f"{path} holds no prompts: expected one a line.")

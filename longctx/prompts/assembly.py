@@ -43,6 +43,8 @@ class Prompt:
     """What the prompt was drawn with."""
     needle_stop: int | None = None
     """Index after the first needle's last token; None where it is not known."""
+    document: tuple[int, int] | None = None
+    """Index of the first token of what is asked about, and after its last; None if not known."""
 
     @property
     def distance(self) -> int | None:
@@ -135,6 +137,7 @@ def assemble(
         haystack=haystack.name if isinstance(haystack, Grass) else f"{haystack.name}@{start}",
         seed=seed,
         needle_stop=starts[places[0]] + len(chosen[0]),
+        document=(len(head), len(ids) - len(tail_ids)),
     )
 
 

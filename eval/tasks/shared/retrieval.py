@@ -23,7 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt
-from longctx.prompts.haystacks import Haystack
+from longctx.prompts.haystacks import Haystack, decode
+from longctx.reading.question import Question
+from longctx.reading.read import Reading, answer_in_pieces
 from longctx.scoring.prefix_sharing import score_prompts
 
 from ...stats.intervals import wilson
@@ -175,6 +177,51 @@ class Retrieval(ABC):
         )
         return Measured(found, scores.tokens, scores.how)
 
+    def measure_in_pieces(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        reading: Reading,
+    ) -> Measured:
+        """Generate the answers of a unit's prompts, whose documents are read in pieces.
+
+        Right is an answer that begins with the key's tokens. No NLL is known.
+
+        Raises:
+            DataError: a task whose prompts do not say what is the document.
+        """
+        found: list[Observation] = []
+        tokens = 0
+        for length, spec, prompt in self.cases(tokenizer, unit):
+            if prompt.document is None:
+                raise DataError(
+                    f"task {self.name}: its prompts cannot be read in pieces, only those with a "
+                    "haystack (passkey, needle, …): leave out `read`, or the task."
+                )
+            first, last = prompt.document
+            question = Question(
+                prompt.input_ids[:first], prompt.input_ids[last : prompt.answer_start]
+            )
+            answer = answer_in_pieces(
+                model,
+                tokenizer,
+                decode(tokenizer, prompt.input_ids[first:last]),
+                question,
+                reading,
+                max_new_tokens=len(prompt.answer_ids),
+            )
+            tokens += sum(piece.tokens + question.size for piece in answer.pieces)
+            said = list(answer.token_ids)
+            correct = said == list(prompt.answer_ids)
+            detail = {**_detail(length, spec, prompt), "said": answer.text}
+            found.append(
+                Observation(
+                    length, str(spec.index), self.cluster(spec, prompt), 0.0, 0, correct, detail
+                )
+            )
+        return Measured(tuple(found), tokens, "read in pieces, generated")
+
     def cases(
         self, tokenizer: PreTrainedTokenizerBase, unit: Unit
     ) -> list[tuple[int, PromptSpec, Prompt]]:
@@ -215,17 +262,7 @@ class Retrieval(ABC):
     ) -> Observation:
         total = float(nll.double().sum())
         said: list[int] = argmax.tolist()
-        detail: dict[str, Any] = {
-            "key": prompt.key,
-            "depth": prompt.depth,
-            "wanted_depth": spec.depth,
-            "haystack": prompt.haystack,
-            "seed": prompt.seed,
-        }
-        if prompt.distance is not None:
-            detail["distance"] = prompt.distance
-        if len(prompt.input_ids) != length:
-            detail["tokens"] = len(prompt.input_ids)
+        detail = _detail(length, spec, prompt)
         correct = None
         if not math.isnan(total):
             correct = said == list(prompt.answer_ids)
@@ -234,3 +271,19 @@ class Retrieval(ABC):
         return Observation(
             length, str(spec.index), self.cluster(spec, prompt), total, len(said), correct, detail
         )
+
+
+def _detail(length: int, spec: PromptSpec, prompt: Prompt) -> dict[str, Any]:
+    """What there is to know of a prompt, whatever is answered."""
+    detail: dict[str, Any] = {
+        "key": prompt.key,
+        "depth": prompt.depth,
+        "wanted_depth": spec.depth,
+        "haystack": prompt.haystack,
+        "seed": prompt.seed,
+    }
+    if prompt.distance is not None:
+        detail["distance"] = prompt.distance
+    if len(prompt.input_ids) != length:
+        detail["tokens"] = len(prompt.input_ids)
+    return detail
