@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 import torch
 from msgspec import Meta, Struct
 from torch import nn
@@ -30,7 +29,14 @@ from .core import extend
 from .errors import LongctxError, ModelError, RunError
 from .folders import left_over, new_folder
 from .gguf import convert_gguf
-from .model import build_rotary, decoder_of, rope_entry, text_config, unwrapped
+from .model import (
+    build_rotary,
+    put_rope_parameters,
+    put_rotary,
+    rope_entry,
+    text_config,
+    unwrapped,
+)
 from .patch import patch_of
 from .registry import make_method
 from .schema import conform
@@ -414,12 +420,11 @@ def _restore(model: PreTrainedModel) -> None:
 
 def _put_back(model: PreTrainedModel, record: _Record) -> None:
     config, before = text_config(model), copy.deepcopy(model.config)
-    original = msgspec.structs.asdict(record.original)
-    saved = {key: copy.deepcopy(getattr(config, key)) for key in original}
-    for key, value in original.items():
-        setattr(config, key, value)
+    saved = {key: copy.deepcopy(getattr(config, key)) for key in record.original.__struct_fields__}
+    config.max_position_embeddings = record.original.max_position_embeddings
+    put_rope_parameters(config, record.original.rope_parameters, setattr)
     _, layer_type = rope_entry(config)
-    decoder_of(model).rotary_emb = build_rotary(model, layer_type)
+    put_rotary(model, build_rotary(model, layer_type), setattr)
     delattr(model.config, "longctx")
     follow_config(model, before, setattr)
     for entry in record.methods:

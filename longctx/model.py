@@ -22,6 +22,8 @@ __all__ = [
     "decoder_of",
     "evaluating",
     "learned_positions",
+    "put_rope_parameters",
+    "put_rotary",
     "refusal",
     "rope_entry",
     "rope_of",
@@ -109,6 +111,25 @@ def rotary_of(model: PreTrainedModel) -> nn.Module:
     return decoder_of(model).get_submodule("rotary_emb")
 
 
+def put_rotary(
+    model: PreTrainedModel, rotary: nn.Module, put: Callable[[Any, str, Any], None]
+) -> None:
+    """Put a rotary in place.
+
+    Granite-SWA builds a rotary for each base in `layer_rope_theta`, and reads those.
+
+    Args:
+        model: whose layers are to read it.
+        rotary: of the model's present config.
+        put: sets an attribute, as `Patch.set` does.
+    """
+    decoder = decoder_of(model)
+    put(decoder, "rotary_emb", rotary)
+    by_base: nn.ModuleList | None = getattr(decoder, "rotary_embs", None)
+    if by_base is not None:
+        put(by_base, "0", rotary)
+
+
 def _nested(parameters: dict[str, Any]) -> bool:
     return "rope_type" not in parameters and _FULL in parameters
 
@@ -140,6 +161,24 @@ def with_rope_entry(config: PreTrainedConfig, entry: dict[str, Any]) -> dict[str
     """A copy of `config.rope_parameters` in which the extended entry is replaced."""
     parameters: dict[str, Any] = config.rope_parameters
     return {**parameters, _FULL: entry} if _nested(parameters) else entry
+
+
+def put_rope_parameters(
+    config: PreTrainedConfig,
+    parameters: dict[str, Any] | None,
+    put: Callable[[Any, str, Any], None],
+) -> None:
+    """Set `rope_parameters`, and the base where the config says it for each layer too.
+
+    Args:
+        config: of the text decoder.
+        parameters: all of them, nested where the family nests them.
+        put: sets an attribute, as `Patch.set` does.
+    """
+    put(config, "rope_parameters", parameters)
+    bases: list[float] | None = getattr(config, "layer_rope_theta", None)
+    if bases and parameters:
+        put(config, "layer_rope_theta", [base and parameters["rope_theta"] for base in bases])
 
 
 def refusal(config: PreTrainedConfig, entry: dict[str, Any]) -> str | None:
@@ -175,6 +214,13 @@ def rope_of(model: PreTrainedModel) -> Rope:
     rotary = rotary_of(model)
     config = text_config(model)
     entry, layer_type = rope_entry(config)
+    bases = {base for base in getattr(config, "layer_rope_theta", None) or () if base}
+    if bases and bases != {entry["rope_theta"]}:
+        raise ModelError(
+            f"model type {config.model_type!r} turns its layers by the bases {sorted(bases)} "
+            f"(layer_rope_theta), and rope_theta is {entry['rope_theta']:g}: longctx extends one "
+            "base, which both must say. It can still be measured."
+        )
     if layer_type is not None and layer_type not in (getattr(config, "layer_types", None) or ()):
         raise ModelError(
             f"all layers of this {config.model_type!r} model slide over "

@@ -120,7 +120,7 @@ def differences(model: PreTrainedModel, twin: PreTrainedModel) -> list[str]:
 
 
 def _native(name: str) -> str:
-    return name.replace("rotary_emb.native", "rotary_emb")
+    return name.replace(".native", "")
 
 
 def _unknown(buffer: Tensor) -> bool:

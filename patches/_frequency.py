@@ -10,7 +10,15 @@ import torch
 from transformers import PreTrainedModel
 
 from longctx.errors import MethodError, ModelError
-from longctx.model import build_rotary, decoder_of, refusal, rotary_of, text_config, with_rope_entry
+from longctx.model import (
+    build_rotary,
+    put_rope_parameters,
+    put_rotary,
+    refusal,
+    rotary_of,
+    text_config,
+    with_rope_entry,
+)
 from longctx.patch import Check, Method, Patch
 from longctx.rope import (
     STANDSTILL,
@@ -38,7 +46,7 @@ def install_rope(
         raise ModelError(
             f"{type(config).__name__} refuses rope_type {parameters['rope_type']!r}: {refused}"
         )
-    patch.set(config, "rope_parameters", with_rope_entry(config, parameters))
+    put_rope_parameters(config, with_rope_entry(config, parameters), patch.set)
     patch.set(config, "max_position_embeddings", length)
     rotary = ScaledRotary(build_rotary(model, patch.rope.layer_type), patch.rope.layer_type)
     hook: Any = getattr(rotary_of(model), "_hf_hook", None)
@@ -46,7 +54,7 @@ def install_rope(
         from accelerate.hooks import add_hook_to_module
 
         add_hook_to_module(rotary, hook)
-    patch.set(decoder_of(model), "rotary_emb", rotary)
+    put_rotary(model, rotary, patch.set)
     return rotary
 
 

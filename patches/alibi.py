@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from longctx.attention.dispatch import LinearBias
 from longctx.attention.hook import IdentityRotary
 from longctx.attention.layers import AttentionLayer
-from longctx.model import decoder_of, rotary_of, text_config
+from longctx.model import put_rotary, rotary_of, text_config
 from longctx.patch import Check, Patch
 from longctx.rope import Rope
 
@@ -80,7 +80,7 @@ class Alibi(AttentionMethod):
         super(Alibi, self).apply(model, patch)
         rope = patch.rope
         rotary = IdentityRotary(rotary_of(model), rope.layer_type)
-        patch.set(decoder_of(model), "rotary_emb", rotary)
+        put_rotary(model, rotary, patch.set)
         window = extended_length(self.name, self.factor, self.target, rope.length)
         patch.set(text_config(model), "max_position_embeddings", window)
 

@@ -28,7 +28,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from longctx.errors import MethodError
-from longctx.model import decoder_of, rotary_of, text_config
+from longctx.model import decoder_of, put_rotary, rotary_of, text_config
 from longctx.patch import Check, Method, Patch
 from longctx.rope import Frequencies, Rope, ScaledRotary, frequencies_of
 
@@ -334,7 +334,7 @@ class Dynamic(Method):
         static = install_rope(model, patch, self.native_rope(patch.rope), patch.rope.length)
         rotary = RequestRotary(static.native, patch.rope.layer_type, patch.rope.length)
         decoder = decoder_of(model)
-        patch.set(decoder, "rotary_emb", rotary)
+        put_rotary(model, rotary, patch.set)
         rotary.settle(patch.rope.length)
         patch.hook(decoder, rotary.begin)
         patch.hook(decoder, rotary.remember, after=True)

@@ -75,7 +75,15 @@ class Rotation:
                 f"channels for {len(self.planes.unique())} planes: methods that change distances "
                 "cannot turn its queries. Methods that change frequencies may work."
             )
-        self.pairing: Pairing | None = _pairing(self._apply, self.planes)
+        try:
+            self.pairing: Pairing | None = _pairing(self._apply, self.planes)
+        except Exception as error:  # the model's own code, with another signature or layout
+            raise ModelError(
+                f"model type {model.config.model_type!r} has an apply_rotary_pos_emb that cannot "
+                f"be called with queries, cos and sin ({type(error).__name__}: {error}): methods "
+                "that change distances cannot turn its queries. Methods that change frequencies "
+                "may work."
+            ) from error
         """How channels form planes; None where it is the model's function that knows."""
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from longctx.patch import Patch
 from longctx.patches.linear import Linear
 
 from ..families import WINDOW, build, tokens
+from ..test_matrix import demo_tokenizer
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -34,15 +37,16 @@ SMALL: dict[str, Any] = {
 }
 
 
-def granite_swa() -> PreTrainedModel:
+def granite_swa(**settings: Any) -> PreTrainedModel:
     """It keeps a rotary for each base, and one more that no layer reads."""
     types = ["sliding_attention", "full_attention"]
-    return made(
-        transformers.GraniteSWAForCausalLM,
-        transformers.GraniteSWAConfig,
-        layer_types=types,
-        sliding_window=24,
-    )
+    settings = {"layer_types": types, "sliding_window": 24} | settings
+    return made(transformers.GraniteSWAForCausalLM, transformers.GraniteSWAConfig, **settings)
+
+
+def two_bases() -> PreTrainedModel:
+    """A base for each kind of layer."""
+    return granite_swa(layer_rope_theta=[10_000.0, 500_000.0])
 
 
 def gpt_oss() -> PreTrainedModel:
@@ -57,9 +61,41 @@ def made(model: Any, config: Any, **settings: Any) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
+    "method",
+    [
+        "linear:4",
+        "dynamic:4",
+        "yarn:4",
+        "ntk:4",
+        "longrope:factor=4,divisors=[1, 2, 3, 4, 4, 4, 4, 4]",
+    ],
+)
+def test_the_rotary_that_is_read_is_replaced(method: str, tmp_path: Path) -> None:
+    """Granite-SWA names its base for each layer too, which a method that changes it must say."""
+    model = granite_swa(layer_rope_theta=[10_000.0, 0.0])
+    before, config = model(tokens(60)).logits, model.config.to_dict()
+    patch = longctx.extend(model, method)
+    # Built by transformers from the config alone.
+    native = type(model)(copy.deepcopy(model.config)).eval()
+    native.load_state_dict(model.state_dict())
+    found = model(tokens(200)).logits
+    assert torch.equal(found, native(tokens(200)).logits)
+    assert longctx.save(model, demo_tokenizer(), tmp_path / "out").plain
+    loaded, _ = longctx.load(tmp_path / "out")
+    assert torch.equal(loaded(tokens(200)).logits, found)
+    for extended in (model, loaded):
+        longctx.patch_of(extended).remove()  # pyright: ignore[reportOptionalMemberAccess]
+        assert torch.equal(extended(tokens(60)).logits, before)
+    assert model.config.rope_parameters == config["rope_parameters"]
+    assert model.config.layer_rope_theta == config["layer_rope_theta"]
+    assert loaded.config.layer_rope_theta == config["layer_rope_theta"]
+    assert not patch.active
+
+
+@pytest.mark.parametrize(
     ("model", "method", "found"),
     [
-        (granite_swa, "yarn:4", "do not read the rotary that was replaced"),
+        (two_bases, "yarn:4", r"by the bases \[10000.0, 500000.0\]"),
         (gpt_oss, "alibi:4", "attention sinks"),
     ],
 )

@@ -243,7 +243,8 @@ class LongTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Call the function that was passed, log its figures, and ask the gate."""
-        assert self.figures is not None and self.model is not None
+        assert self.figures is not None
+        assert self.model is not None
         model = unwrapped(self.model)
         training = model.training
         model.eval()

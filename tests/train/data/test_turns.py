@@ -78,7 +78,7 @@ def test_texts_of_content_parts() -> None:
     for part in ({"type": "image_url", "image_url": "x"}, {"type": "image"}, "a"):
         with pytest.raises(BadRecordError, match="and only text is learnt"):
             read_text([part], "turn 1")
-    with pytest.raises(BadRecordError, match="has images, and only text"):
+    with pytest.raises(BadRecordError, match="has 'images', and only text"):
         read(images=["a.png"])
 
 
