@@ -135,7 +135,8 @@ def timed() -> None:
         "Generation: DRY and the ban",
         "python -m benchmarks.generation time",
         rows,
-        "One row, a vocabulary of 49,152, random tokens of 40 different; CPU time, median of 60 steps.",
+        "One row, a vocabulary of 49,152, random tokens of 40 different; CPU time, median of 60 "
+        "steps.",
     )
 
 
