@@ -28,6 +28,7 @@ from torch.nn.functional import normalize, pad
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from ...attention.packed import grouped_queries
 from ...before_transformers_5_24 import cache_argument
 from ...errors import ModelError, RunError
 from ...model import decoder_of
@@ -195,7 +196,8 @@ class _Search:
         )
         bias = torch.zeros(seen.shape, dtype=dtype, device=mask.device)
         bias.masked_fill_(~seen, torch.finfo(dtype).min)
-        read = self._forward(model, candidates, bias[:, None], places.expand(rows, k))
+        with grouped_queries(model):
+            read = self._forward(model, candidates, bias[:, None], places.expand(rows, k))
 
         def choose(chosen: Tensor) -> None:
             index = torch.arange(rows, device=chosen.device)
