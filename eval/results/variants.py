@@ -18,7 +18,7 @@ from longctx.patch import Method, patch_of
 from longctx.reading.read import Reading, parse_reading
 from longctx.registry import parse_method
 
-__all__ = ["Variant", "label", "original_window", "variants_of"]
+__all__ = ["Variant", "label", "original_window", "parse_variant", "variants_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +70,13 @@ def label(method: Method | Reading | None) -> str:
     items: list[str] = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        if field.name == "combine":
+            items.append(value)
+            continue
         if field.default is not dataclasses.MISSING and value == field.default:
             continue
         if field.name == "factor" and not items:
             items.append(f"{value:g}" if float(f"{value:g}") == value else repr(value))
-        elif field.name == "combine":
-            items.append(value)
         else:
             items.append(f"{field.name}={value}")
     return method.name + (":" + ",".join(items) if items else "")
@@ -113,7 +114,7 @@ def variants_of(
     """
     if isinstance(methods, str):
         methods = [methods]
-    parsed = [_parsed(m) if isinstance(m, str) else m for m in (methods or [None])]
+    parsed = [parse_variant(m) if isinstance(m, str) else m for m in (methods or [None])]
     found: list[Variant] = []
     for method in parsed:
         if method is None:
@@ -141,7 +142,12 @@ def variants_of(
     return found
 
 
-def _parsed(text: str) -> Method | Reading | None:
+def parse_variant(text: str) -> Method | Reading | None:
+    """Read a method, or a way of reading in pieces, as the command line writes it.
+
+    Raises:
+        LongctxError: unknown, or settings that cannot be used.
+    """
     return parse_reading(text) if text.partition(":")[0] == Reading.name else parse_method(text)
 
 

@@ -46,13 +46,15 @@ class Sweep:
         longctx sweep smollm2 --methods none yarn:2 --lengths 4k,8k,12k,16k --samples 4
         longctx sweep smollm2-16k --tasks perplexity --text manual/ --lengths 1k:16k
         longctx sweep smollm2 --tasks needle multi_key:keys=8 lines --lengths 2k,4k
+        longctx sweep demo --tasks passkey --methods none read:map,chunk=180 --lengths 1k,2k
         longctx sweep longchat --tasks lines --file 200_lines.jsonl --lengths 8k
     """
 
     model: Positional[str]
     """Checkpoint folder (its saved patch in place), hub id, GGUF file, or "demo"."""
     methods: tuple[str, ...] = ("none",)
-    """NAME:FACTOR or NAME:field=value,…, and "none" for the model as it comes."""
+    """NAME:FACTOR or NAME:field=value,…, "none" for the model as it comes, and read:map, read:nbce
+    or read:windows for that model reading retrieval prompts in pieces."""
     lengths: str = ""
     """Tokens: FROM:TO doubles, or a list 4k,8k. Default: from a quarter of the window
     (at least 256) to twice it (at least 1k)."""
@@ -80,17 +82,17 @@ class Sweep:
     def run(self) -> int:
         """Load, sweep, print and write."""
         from longctx.eval import parse_lengths, print_sweep
+        from longctx.eval.results.variants import parse_variant
         from longctx.eval.running.runner import Ranks
 
         from ..checkpoint import locate
         from ..folders import refuse_inside, refuse_other_than_folder
-        from ..registry import parse_method
 
         refuse_other_than_folder(self.out)
         if not self.methods:
             raise RunError("--methods names none: leave it out, or write --methods none.")
         for method in self.methods:
-            parse_method(method)
+            parse_variant(method)
         self.chosen()
         if self.lengths:
             parse_lengths(self.lengths)

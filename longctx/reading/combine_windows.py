@@ -96,7 +96,8 @@ def _forward(
     model: PreTrainedModel, ids: Sequence[int], positions: range, seen: int, more: dict[str, Any]
 ) -> Any:
     """Read tokens at these positions; the mask says that all tokens seen are one text."""
-    device = model.get_input_embeddings().weight.device  # pyright: ignore[reportAttributeAccessIssue]
+    embedding: Any = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
     return model(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),

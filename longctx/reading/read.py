@@ -45,8 +45,8 @@ class Reading:
     chunk: int | None = None
     """Tokens of a piece, at most; None: what the window leaves beside question and answer."""
     overlap: int | None = None
-    """Tokens that neighbouring pieces share, at most. It must exceed what is sought, or a cut may
-    go through that. None: a quarter of the chunk, at most 256."""
+    """Tokens that neighbouring pieces share, at least. What is sought must fit into it, or a cut
+    may go through that. None: a quarter of the chunk, at most 256."""
     batch_size: int = 8
     """Pieces read at a time by map; nbce reads all at once."""
 
