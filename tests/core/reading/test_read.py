@@ -81,6 +81,7 @@ def test_how_sure_a_piece_is(demo: Any, hidden: tuple[str, str]) -> None:
         assert found.surety == pytest.approx(sum(logs) / 5, abs=1e-4)
 
 
+@torch.no_grad()
 def test_nbce_is_its_formula(demo: Any, hidden: tuple[str, str]) -> None:
     """In float64, by full forwards without cache or padding."""
     model, tokenizer = demo
