@@ -32,7 +32,7 @@ from ..scoring.greedy import neutral
 from .checks import check_flag, check_whole
 from .decoding import Call, Decoding
 from .detokenize import TextStream, text_of
-from .draws import Draws, seed_of
+from .draws import Draws, Finite, seed_of
 from .loop_guard import BanProcessor, LoopGuard, parse_guard
 from .registry import parse_decoding
 from .requests import Prompts, prompt_ids, refuse_beyond_window
@@ -89,6 +89,11 @@ def generate(
         raise ModelError(
             f"model type {inner.config.model_type!r} reads prompts with an encoder: expected a "
             "decoder-only model. transformers' own generate serves it."
+        )
+    if not inner.can_generate():
+        raise ModelError(
+            f"{type(inner).__name__} has no head that says tokens: load it with longctx.load, or "
+            "as AutoModelForCausalLM."
         )
     chosen, watched = _checked(
         decoding, guard, max_new_tokens, batch_size, seed, stream, ignore_eos, first_row
@@ -227,7 +232,7 @@ def _run(
     )
     banned = [BanProcessor(guard, call)] if guard is not None and guard.mode == "ban" else []
     drawn = Draws(rows, decoding.sampling, 0.0 if guard is None else guard.min_p)
-    processors: list[LogitsProcessor] = [*decoding.processors(call), *banned]
+    processors: list[LogitsProcessor] = [Finite(), *decoding.processors(call), *banned]
     if not decoding.beams:
         processors.append(drawn)
     with decoding.around(call):
