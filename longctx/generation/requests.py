@@ -13,7 +13,7 @@ from ..model import learned_positions, window
 from ..patch import Patch, patch_of
 from ..prompts.rendering import render_chat
 
-__all__ = ["Chat", "One", "Prompts", "prompt_ids", "refuse_beyond_window"]
+__all__ = ["Chat", "One", "Prompts", "prompt_ids", "reach", "refuse_beyond_window"]
 
 Chat: TypeAlias = Sequence[Mapping[str, str]]
 One: TypeAlias = str | Chat | Sequence[int] | Tensor
@@ -116,7 +116,7 @@ def refuse_beyond_window(
     Raises:
         DataError: one is.
     """
-    most, what = _reach(model)
+    most, what = reach(model)
     longest = max(map(len, prompts))
     if most is not None and longest + new_tokens > most:
         index = [len(prompt) for prompt in prompts].index(longest)
@@ -128,7 +128,7 @@ def refuse_beyond_window(
         )
 
 
-def _reach(model: PreTrainedModel) -> tuple[int | None, str]:
+def reach(model: PreTrainedModel) -> tuple[int | None, str]:
     """Tokens that the model reads at most, None for any number, and what sets that."""
     table = learned_positions(model)
     if table is not None:
