@@ -276,8 +276,10 @@ def _mean(values: Any) -> float:
 def main() -> None:
     """What is named on the command line, or all."""
     parts = {"time": timed, "keys": keys, "repetition": repetition}
+    threads = torch.get_num_threads()
     for name in sys.argv[1:] or parts:
         parts[name]()
+        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
