@@ -26,14 +26,16 @@ def check_number(
         raise RunError(f"{owner}: {field}={value!r}: expected a number {bound}{upper}.")
 
 
-def check_whole(owner: str, field: str, value: Any, *, least: int) -> None:
-    """Refuse what is not a whole number of at least `least`.
+def check_whole(owner: str, field: str, value: Any, *, least: int, most: int | None = None) -> None:
+    """Refuse what is not a whole number from `least` to `most`.
 
     Raises:
         RunError: it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise RunError(f"{owner}: {field}={value!r}: expected a whole number, {least} or more.")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        bound = f"{least} or more" if most is None else f"from {least} to {most:,}"
+        raise RunError(f"{owner}: {field}={value!r}: expected a whole number, {bound}.")
 
 
 def check_flag(owner: str, field: str, value: Any) -> None:

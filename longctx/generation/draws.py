@@ -21,15 +21,33 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..errors import ModelError
 from .decoding import Sampling
 from .rows import Row
 
-__all__ = ["Draws", "seed_of"]
+__all__ = ["Draws", "Finite", "seed_of"]
 
 
 def seed_of(seed: int, row: int) -> int:
     """The number that a row's draws begin with."""
     return Random(f"generate/{seed}/{row}").getrandbits(63)
+
+
+class Finite(LogitsProcessor):
+    """Refuses logits of which no token can be taken."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The logits [rows, V] as they are.
+
+        Raises:
+            ModelError: a row holds a NaN, an infinity, or nothing that is possible.
+        """
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise ModelError(
+                f"the model's logits after {input_ids.shape[1]} tokens are NaN or infinite: load "
+                'it in another precision (dtype="float32"), and look at it with `longctx doctor`.'
+            )
+        return scores
 
 
 class Draws(LogitsProcessor):

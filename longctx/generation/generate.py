@@ -9,9 +9,8 @@ end a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -32,10 +31,10 @@ from ..scoring.greedy import neutral
 from .checks import check_flag, check_whole
 from .decoding import Call, Decoding
 from .detokenize import TextStream, text_of
-from .draws import Draws, seed_of
+from .draws import Draws, Finite, seed_of
 from .loop_guard import BanProcessor, LoopGuard, parse_guard
 from .registry import parse_decoding
-from .requests import Prompts, prompt_ids, refuse_beyond_window
+from .requests import Prompts, prompt_ids, reach, refuse_beyond_window
 from .result import Generated
 from .rows import Row, Watch
 
@@ -89,6 +88,11 @@ def generate(
         raise ModelError(
             f"model type {inner.config.model_type!r} reads prompts with an encoder: expected a "
             "decoder-only model. transformers' own generate serves it."
+        )
+    if not inner.can_generate():
+        raise ModelError(
+            f"{type(inner).__name__} has no head that says tokens: load it with longctx.load, or "
+            "as AutoModelForCausalLM."
         )
     chosen, watched = _checked(
         decoding, guard, max_new_tokens, batch_size, seed, stream, ignore_eos, first_row
@@ -188,18 +192,26 @@ def _finish(
                     row.mend(tokenizer)
 
 
-def _groups(model: PreTrainedModel, rows: Sequence[Row]) -> Iterable[list[Row]]:
+def _groups(model: PreTrainedModel, rows: Sequence[Row]) -> list[list[Row]]:
     """Rows that may share a call.
 
-    Where logits depend on how long a request may become, rows with equally many tokens to come.
+    All rows of a call go on until the last of them ends, so none may leave the model's window by
+    then. Where logits depend on how long a request may become, as many tokens are to come in each.
     """
-    patch = patch_of(model)
+    alike, patch = True, patch_of(model)
     while patch is not None:
-        if not patch.method.length_invariant:
-            left = sorted(rows, key=lambda row: len(row.tokens))
-            return [[*group] for _, group in groupby(left, key=lambda row: len(row.tokens))]
-        patch = patch.below
-    return [[*rows]]
+        alike, patch = alike and patch.method.length_invariant, patch.below
+    most, _ = reach(model)
+    groups: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: len(row.tokens)):
+        first = groups[-1][0] if groups else row  # the one with most tokens to come
+        left = first.limit - len(first.tokens)
+        fits = most is None or len(row.prompt) + len(row.tokens) + left <= most
+        if groups and fits and (alike or len(row.tokens) == len(first.tokens)):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def _run(
@@ -227,7 +239,7 @@ def _run(
     )
     banned = [BanProcessor(guard, call)] if guard is not None and guard.mode == "ban" else []
     drawn = Draws(rows, decoding.sampling, 0.0 if guard is None else guard.min_p)
-    processors: list[LogitsProcessor] = [*decoding.processors(call), *banned]
+    processors: list[LogitsProcessor] = [Finite(), *decoding.processors(call), *banned]
     if not decoding.beams:
         processors.append(drawn)
     with decoding.around(call):

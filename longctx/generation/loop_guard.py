@@ -28,6 +28,7 @@ from .decoding import Call, same_start
 
 __all__ = ["BanProcessor", "LoopGuard", "LoopTracker", "parse_guard"]
 
+_LONGEST = 65_536  # tokens of a period: each step compares as many
 _MODES = ("ban", "mend")
 _STRATEGIES = ("resample", "split", "marker")
 
@@ -69,7 +70,8 @@ class LoopGuard:
                     f"{', '.join(known)}."
                 )
         check_whole("guard", "copies", self.copies, least=2)
-        for field in ("max_period", "min_length", "retries", "recover_after"):
+        check_whole("guard", "max_period", self.max_period, least=1, most=_LONGEST)
+        for field in ("min_length", "retries", "recover_after"):
             check_whole("guard", field, getattr(self, field), least=1)
         check_number("guard", "temperature", self.temperature, least=0, above=True)
         check_number("guard", "min_p", self.min_p, least=0, most=1)
@@ -136,7 +138,7 @@ class LoopTracker:
         self._enough = np.maximum(guard.copies * periods, guard.min_length) - periods
         # The last tokens, newest first; −1 where there is none. Filled from the back.
         self._room = guard.max_period
-        self._recent = np.full(64 * self._room, -1, dtype=np.int64)
+        self._recent = np.full(self._room + 4096, -1, dtype=np.int64)
         self._at = len(self._recent) - self._room
 
     def push(self, token: int) -> None:

@@ -77,18 +77,18 @@ def _ids(
             found = []
     elif isinstance(prompt, list | tuple) and prompt and all(map(_is_id, prompt)):
         found = prompt
-        wrong = [token for token in prompt if not 0 <= token < vocabulary]
-        if wrong:
-            raise DataError(
-                f"prompt {index}: token {wrong[0]} is not in the model's vocabulary of "
-                f"{vocabulary:,}: expected ids from 0 to {vocabulary - 1}."
-            )
     elif isinstance(prompt, list | tuple) and all(isinstance(part, Mapping) for part in prompt):
         found = _chat_ids(tokenizer, prompt, index) if prompt else []
     else:
         raise DataError(f"prompt {index} is {prompt!r:.60} ({type(prompt).__name__}): {_EXPECTED}.")
     if not found:
         raise DataError(f"prompt {index} is empty: there is nothing to go on from.")
+    wrong = [token for token in found if not 0 <= token < vocabulary]
+    if wrong:
+        raise DataError(
+            f"prompt {index}: token {wrong[0]} is not in the model's vocabulary of {vocabulary:,}: "
+            f"expected ids from 0 to {vocabulary - 1}, and the tokenizer that the model came with."
+        )
     return tuple(found)
 
 

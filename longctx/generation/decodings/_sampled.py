@@ -10,6 +10,8 @@ from ..decoding import Decoding, Sampling
 
 __all__ = ["Sampled"]
 
+_COLDEST = 1e-3
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled(Decoding):
@@ -25,7 +27,12 @@ class Sampled(Decoding):
     """Draw among tokens at least this share as likely as the likeliest."""
 
     def __post_init__(self) -> None:
-        check_number(self.name, "temperature", self.temperature, least=0)
+        check_number(self.name, "temperature", self.temperature, least=0, most=1000)
+        if 0 < self.temperature < _COLDEST:
+            raise RunError(
+                f"{self.name}: temperature={self.temperature!r} is greedy, but for overflow: "
+                f"expected 0, or {_COLDEST:g} and more."
+            )
         check_whole(self.name, "top_k", self.top_k, least=0)
         check_number(self.name, "top_p", self.top_p, least=0, most=1, above=True)
         check_number(self.name, "min_p", self.min_p, least=0, most=1)

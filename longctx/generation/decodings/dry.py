@@ -183,8 +183,7 @@ class DryProcessor(LogitsProcessor):
         taken = (settings.multiplier * grown).clamp(max=_MOST)
         taken = taken * (lengths >= settings.allowed)
         off = torch.zeros_like(scores).scatter_reduce(1, ids[:, 1:], taken.to(scores), "amax")
-        if self._single:
-            off[:, self._single] = 0
+        off[:, [token for token in self._single if token < off.shape[1]]] = 0
         return scores - off
 
 

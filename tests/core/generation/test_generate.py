@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 import longctx
 from longctx.catalogue import entries
-from longctx.errors import DataError, RunError
+from longctx.errors import DataError, ModelError, RunError
 from longctx.generation.decodings.dry import Dry
 from longctx.generation.decodings.greedy import Greedy
 from longctx.generation.detokenize import TextStream, text_of
@@ -223,6 +223,9 @@ def test_bad_prompts_are_refused(tiny: Any, prompts: Any, message: str) -> None:
         ({"decoding": "greedy:temperature=1"}, "greedy has no field 'temperature'"),
         ({"decoding": "sample:top_p=2"}, "top_p=2"),
         ({"decoding": "sample:temperature=0"}, "choose greedy"),
+        ({"decoding": "sample:temperature=1e-300"}, "0.001 and more"),
+        ({"decoding": "dry:temperature=nan"}, "temperature='nan'"),
+        ({"guard": "mend:max_period=1000000000"}, "from 1 to 65,536"),
         ({"decoding": "sample:0.7"}, "expected field=value"),
         ({"decoding": "beam:num_beams=1"}, "num_beams=1"),
         ({"decoding": "noise:where=weights"}, "where='weights'"),
@@ -257,6 +260,25 @@ def test_memory_that_runs_out_is_said(tiny: Any) -> None:
             longctx.generate(tiny, demo_tokenizer(), PROMPTS, batch_size=3, max_new_tokens=2)
     finally:
         handle.remove()
+
+
+def test_models_that_cannot_be_gone_on_with_are_refused(tiny: Any) -> None:
+    with pytest.raises(ModelError, match="has no head that says tokens"):
+        longctx.generate(tiny.model, demo_tokenizer(), [[5]])
+    broken = build("llama").eval()
+    with torch.no_grad():
+        broken.lm_head.weight[7] = torch.nan
+    for decoding in ("greedy", "beam", "contrastive", "sample"):
+        with pytest.raises(ModelError, match="after 2 tokens are NaN"):
+            longctx.generate(
+                broken, demo_tokenizer(), [[5, 6]], decoding=decoding, max_new_tokens=4
+            )
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny: Any) -> None:
+    _, tokenizer = longctx.load("demo")
+    with pytest.raises(DataError, match="the tokenizer that the model came with"):
+        longctx.generate(tiny, tokenizer, "The parser reads on", max_new_tokens=2)
 
 
 def test_a_decoding_is_one_file() -> None:

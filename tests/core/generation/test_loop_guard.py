@@ -148,6 +148,25 @@ def test_what_cannot_be_mended_ends_with_a_loop_and_says_so() -> None:
     assert kinds == ["loop", "retry", "loop", "retry", "loop", "gave up"]
 
 
+def test_rows_that_are_mended_together_stay_in_the_window(demo: tuple[Any, Any]) -> None:
+    """All of a call go on until the last ends, and a table of positions has no more than it has."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=1024, n_positions=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).double().eval()
+    common: Any = {"guard": "mend:copies=2,min_length=4", "max_new_tokens": 30, "ignore_eos": True}
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [20], [30, 31, 32]]
+    said = longctx.generate(model, demo[1], prompts, **common)
+    assert said.events
+    for row, prompt in enumerate(prompts):
+        alone = longctx.generate(model, demo[1], prompt, first_row=row, **common)
+        assert alone.token_ids[0] == said.token_ids[row]
+
+
 def test_the_first_settings_come_back(demo: tuple[Any, Any]) -> None:
     said = shown_by(demo, guard="mend:recover_after=10")
     places = {event.position for event in said.events if event.kind == "recovered"}
