@@ -21,16 +21,16 @@ from longctx.reading.read import Reading, answer_in_pieces
 
 from ...families import build
 
-WORDS = {"intro": CLASSIC.intro, "answer_prefix": "The pass key is "}
+WORDS: dict[str, Any] = {"intro": CLASSIC.intro, "answer_prefix": "The pass key is "}
 
 
 @pytest.fixture(scope="module")
-def demo() -> Any:
+def demo() -> tuple[Any, Any]:
     return longctx.load("demo")
 
 
 @pytest.fixture(scope="module")
-def hidden(demo: Any) -> tuple[str, str]:
+def hidden(demo: tuple[Any, Any]) -> tuple[str, str]:
     """A document of about 500 tokens and its key."""
     prompt = passkey(demo[1], 600, depth=0.7, seed=3, haystack=Grass())
     assert prompt.document is not None
@@ -41,7 +41,7 @@ def question(tokenizer: Any) -> Question:
     return Question.of(tokenizer, "What is the pass key?", **WORDS)
 
 
-def test_map_finds_a_key_and_its_place(demo: Any, hidden: tuple[str, str]) -> None:
+def test_map_finds_a_key_and_its_place(demo: tuple[Any, Any], hidden: tuple[str, str]) -> None:
     document, key = hidden
     seen: list[tuple[int, int]] = []
     answer = longctx.read(
@@ -65,7 +65,7 @@ def test_map_finds_a_key_and_its_place(demo: Any, hidden: tuple[str, str]) -> No
 
 
 @torch.no_grad()
-def test_how_sure_a_piece_is(demo: Any, hidden: tuple[str, str]) -> None:
+def test_how_sure_a_piece_is(demo: tuple[Any, Any], hidden: tuple[str, str]) -> None:
     """The mean log-probability of its own tokens, by full forwards of each piece alone."""
     model, tokenizer = demo
     asked = question(tokenizer)
@@ -82,7 +82,7 @@ def test_how_sure_a_piece_is(demo: Any, hidden: tuple[str, str]) -> None:
 
 
 @torch.no_grad()
-def test_nbce_is_its_formula(demo: Any, hidden: tuple[str, str]) -> None:
+def test_nbce_is_its_formula(demo: tuple[Any, Any], hidden: tuple[str, str]) -> None:
     """In float64, by full forwards without cache or padding."""
     model, tokenizer = demo
     asked = question(tokenizer)
@@ -128,7 +128,7 @@ def test_windows_are_one_masked_forward(family: str) -> None:
     assert list(said) == found
 
 
-def test_windows_refuse_what_they_cannot_join(demo: Any) -> None:
+def test_windows_refuse_what_they_cannot_join(demo: tuple[Any, Any]) -> None:
     model, tokenizer = demo
     with (
         longctx.extend(model, "dual_chunk", factor=4),
@@ -147,7 +147,7 @@ def test_windows_refuse_what_they_cannot_join(demo: Any) -> None:
         )
 
 
-def test_under_a_method_pieces_are_longer(demo: Any, hidden: tuple[str, str]) -> None:
+def test_under_a_method_pieces_are_longer(demo: tuple[Any, Any], hidden: tuple[str, str]) -> None:
     model, tokenizer = demo
     asked = question(tokenizer)
     before = Reading().pieces(model, tokenizer, hidden[0], asked, 5)
@@ -156,7 +156,7 @@ def test_under_a_method_pieces_are_longer(demo: Any, hidden: tuple[str, str]) ->
     assert len(before) > len(after) == 1
 
 
-def test_a_summary_ends_in_one(demo: Any, hidden: tuple[str, str]) -> None:
+def test_a_summary_ends_in_one(demo: tuple[Any, Any], hidden: tuple[str, str]) -> None:
     found = longctx.summarise(*demo, hidden[0], chunk=120, max_new_tokens=12)
     assert len(found.rounds[0]) > len(found.rounds[-1]) == 1
     assert found.rounds[-1][0] == found.text
@@ -179,7 +179,9 @@ def test_a_summary_ends_in_one(demo: Any, hidden: tuple[str, str]) -> None:
         ({"batch_size": True}, RunError, "batch_size=True"),
     ],
 )
-def test_bad_input(demo: Any, settings: Any, error: type[LongctxError], found: str) -> None:
+def test_bad_input(
+    demo: tuple[Any, Any], settings: Any, error: type[LongctxError], found: str
+) -> None:
     given = {"document": "One. Two.", "question": "Which?", "max_new_tokens": 8} | settings
     document, asked = given.pop("document"), given.pop("question")
     with pytest.raises(error, match=found):
