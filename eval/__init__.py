@@ -13,6 +13,8 @@ from longctx.lazy_exports import exporter
 if TYPE_CHECKING:
     from .comparison.compare import compare
     from .comparison.comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
+    from .decoding.bench import BenchSettings, DecodeBench, decode_bench
+    from .reporting.decodings import print_decode_bench, write_decode_bench
     from .reporting.files import write_comparison, write_sweep
     from .reporting.tables import print_comparison, print_sweep, regressions
     from .results.sweep_result import Row, SweepResult
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adaptive",
+    "BenchSettings",
     "ComparedCell",
     "ComparedTask",
     "Comparison",
+    "DecodeBench",
     "Lines",
     "Measured",
     "MultiKey",
@@ -57,16 +61,19 @@ __all__ = [
     "VariableTracking",
     "available_tasks",
     "compare",
+    "decode_bench",
     "key_tokens",
     "long_ppl",
     "parse_lengths",
     "parse_task",
     "position_curve",
     "print_comparison",
+    "print_decode_bench",
     "print_sweep",
     "regressions",
     "sweep",
     "write_comparison",
+    "write_decode_bench",
     "write_sweep",
 ]
 
@@ -91,6 +98,8 @@ __getattr__ = exporter(
         "results.sweep_result",
         "comparison.comparison",
         "comparison.compare",
+        "decoding.bench",
+        "reporting.decodings",
         "reporting.tables",
         "reporting.files",
         "stats.longppl",

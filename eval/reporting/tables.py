@@ -30,6 +30,7 @@ __all__ = [
     "print_comparison",
     "print_sweep",
     "regressions",
+    "show",
     "spread",
     "sweep_tables",
 ]
@@ -39,12 +40,12 @@ _WIDEST = 10_000  # columns, more than any table has
 
 def print_sweep(result: SweepResult, console: Console | None = None) -> None:
     """Print a table per task, with what it estimates under it."""
-    _show(sweep_tables(result), console)
+    show(sweep_tables(result), console)
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print a table per task, the cost inside the old window, and what is missing."""
-    _show(comparison_tables(comparison), console)
+    show(comparison_tables(comparison), console)
 
 
 def sweep_tables(result: SweepResult) -> list[RenderableType]:
@@ -59,7 +60,7 @@ def plain(text: object, style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
-def _show(items: Sequence[RenderableType], console: Console | None = None) -> None:
+def show(items: Sequence[RenderableType], console: Console | None = None) -> None:
     """Print one under the other; no table is cut off where the width is that of no terminal."""
     if console is None:
         console = Console()

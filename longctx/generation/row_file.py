@@ -76,6 +76,21 @@ class RowFile:
             ) from error
         self.done += 1
 
+    def tokens(self) -> list[list[int]]:
+        """The token ids of all rows that are there.
+
+        Raises:
+            RunError: a row without them.
+        """
+        self._file.seek(0)
+        found: list[list[int]] = []
+        for number, line in enumerate(self._file.read().splitlines(), 1):
+            ids: Any = json.loads(line).get("token_ids")
+            if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+                raise RunError(f"{self._path}:{number} holds no token_ids: name another file.")
+            found.append(ids)
+        return found
+
     def _lock(self) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,6 +21,7 @@ __all__ = [
     "rep_l",
     "seq_rep_n",
     "uniq",
+    "wrep_l",
 ]
 
 
@@ -66,14 +67,42 @@ def rep_l(predicted: Sequence[int], context: Sequence[int], l: int) -> float:  #
     Raises:
         DataError: the lengths differ, or l is below 1.
     """
+    recent = _recent(predicted, context, l)
+    return sum(recent) / len(recent) if recent else 0.0
+
+
+def wrep_l(
+    predicted: Sequence[int],
+    context: Sequence[int],
+    targets: Sequence[int],
+    l: int,  # noqa: E741
+) -> float:
+    """Share of next-token predictions that occur among the `l` tokens before them and are wrong.
+
+    Args:
+        predicted: as for `rep_l`.
+        context: as for `rep_l`.
+        targets: the tokens that really follow, as many.
+        l: as for `rep_l`.
+
+    Raises:
+        DataError: the lengths differ, or l is below 1.
+    """
+    if len(targets) != len(predicted):
+        raise DataError(f"{len(predicted)} predictions, {len(targets)} targets: expected equal.")
+    recent = _recent(predicted, context, l)
+    wrong = [r and p != right for r, p, right in zip(recent, predicted, targets, strict=True)]
+    return sum(wrong) / len(wrong) if wrong else 0.0
+
+
+def _recent(predicted: Sequence[int], context: Sequence[int], l: int) -> list[bool]:  # noqa: E741
     if len(predicted) != len(context):
         raise DataError(
             f"{len(predicted)} predictions, {len(context)} context tokens: expected equal."
         )
     if l < 1:
         raise DataError(f"l={l} looks at nothing: expected 1 or more.")
-    recent = [p in context[max(0, t + 1 - l) : t + 1] for t, p in enumerate(predicted)]
-    return sum(recent) / len(recent) if recent else 0.0
+    return [p in context[max(0, t + 1 - l) : t + 1] for t, p in enumerate(predicted)]
 
 
 def loop_onset(tokens: Sequence[int], repeats: int = 3) -> int | None:

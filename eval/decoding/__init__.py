@@ -1,0 +1,1 @@
+"""Decodings compared: what models and decodings do to text that is written on."""
