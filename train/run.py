@@ -22,14 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longctx.attention.remapped import needs_consecutive_positions
 from longctx.core import extend
 from longctx.errors import RunError
-from longctx.prompts.haystacks import bos_of
+from longctx.prompts.haystacks import bos_of, held_in
 from longctx.registry import parse_method
 from longctx.weights import refuse_small_vocabulary
 
 from .config import Gate
 from .data.chat_template import chat_template
 from .data.collate import pack
-from .data.passkeys import Passkeys, training_text
+from .data.passkeys import Passkeys
 from .data.preparation import Prepared, prepare
 from .data.sampling import DocumentSource, Epochs, Mixture, MixtureWeight, TrainDataset
 from .data.tokenize import TokenizeSettings
@@ -261,7 +261,7 @@ class TrainingPlan:
             )
         ]
         if recipe.retrieval:
-            keys = Passkeys(tokenizer, training_text())
+            keys = Passkeys(tokenizer, held_in())
             shares.append(MixtureWeight("retrieval", keys, recipe.retrieval))
         train_dataset = Mixture(
             shares,
