@@ -122,8 +122,8 @@ class MultiQuery(Conversion):
         still = torch.eye(layer.dim, dtype=keys.dtype, device=keys.device)
         still = still.repeat(layer.heads, 1, 1)
         lost = [
-            f"{what} {residual(vectors, turns, groups):.0%} ({residual(vectors, still, groups):.0%} "
-            "unaligned)"
+            f"{what} {residual(vectors, turns, groups):.0%} "
+            f"({residual(vectors, still, groups):.0%} unaligned)"
             for what, vectors, turns in (
                 ("keys", keys, alignment.keys),
                 ("values", values, alignment.values),
