@@ -1,4 +1,4 @@
-"""What conversions of weights cost, and what uptraining gives back: `python -m benchmarks.conversions`.
+"""What conversions of weights cost, and what uptraining gives back.
 
 The embedded model from 2 key/value heads to 1, averaged plainly and aligned, taught by its original
 on text and keys, on text alone, and with the weights of the attention alone; SmolLM2-135M from 3 to
@@ -25,7 +25,7 @@ from longctx.eval import Passkey, Perplexity, sweep
 from longctx.model import evaluating, window
 from longctx.patches.moe import Moe
 from longctx.patches.multi_query import MultiQuery
-from longctx.prompts.haystacks import encode, held_in, held_out
+from longctx.prompts.haystacks import encode, held_out
 from longctx.train.loss.load_balance import LoadBalance, expert_load
 from longctx.train.loss.objective import Losses
 from longctx.train.recipes import UPTRAIN, Recipe
@@ -98,7 +98,11 @@ def heads(
     rows: list[dict[str, str]] = []
 
     def add(name: str, model: PreTrainedModel, cache: int, seconds: str, tokens: int) -> None:
-        told = {"tokens trained": f"{tokens:,}", "seconds": seconds, "cache bytes / token": str(cache)}
+        told = {
+            "tokens trained": f"{tokens:,}",
+            "seconds": seconds,
+            "cache bytes / token": str(cache),
+        }
         rows.append({"model": name, **figures(model, tokenizer, length), **told})
         print(rows[-1], flush=True)
 
@@ -159,21 +163,21 @@ def mixture(source: str) -> None:
     add("original", original, "")
     add(str(method), made.model, load(made.model, ids, method.active))
     model, _ = trained("moe", made.model, MIXED, None, tokenizer, runs)
-    updates = MIXED.training.max_steps
+    updates = MIXED.training.max_steps or 0
+    read = updates * MIXED.training.batch_size * MIXED.max_length
     add(f"the same, {updates} updates", model, load(model, ids, method.active))
     write_results(
         f"Experts out of a dense model: {Path(source).name}",
         COMMAND,
         rows,
-        f"Held-out documents of Python's manual; trained on {updates * 2 * MIXED.max_length:,} "
-        "tokens of the others, load balance weighted 0.01. The load is each expert's share of all "
+        f"Held-out documents of Python's manual; trained on {read:,} tokens "
+        " of the others, load balance weighted 0.01. The load is each expert's share of all "
         "choices, averaged over layers, with the extremes over all layers.",
     )
 
 
 def main() -> None:
     """Train what is not there, measure all."""
-    assert held_in().documents
     text_only = replace(SHORT, retrieval=0.0)
     heads(
         "demo",
@@ -203,7 +207,11 @@ def main() -> None:
             sys.argv[2],
             1,
             512,
-            [("averaged", False, None), ("aligned", True, None), ("aligned, trained", True, SMOLLM2)],
+            [
+                ("averaged", False, None),
+                ("aligned", True, None),
+                ("aligned, trained", True, SMOLLM2),
+            ],
         )
         mixture(sys.argv[2])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from .attention.layers import attention_in_use
 from .conversion import Conversion, ConversionReport, Converted
 from .errors import DataError, LongctxError, MethodError, ModelError
 from .model import evaluating, text_config, unwrapped, window
@@ -66,7 +67,7 @@ def convert(
         made, found = method.convert(model, ids)
         made.generation_config = copy.deepcopy(model.generation_config)
         made.name_or_path = model.name_or_path  # `save` keeps away from the original's folder
-        made.set_attn_implementation(text_config(model)._attn_implementation)  # pyright: ignore[reportPrivateUsage]
+        made.set_attn_implementation(attention_in_use(model) or "sdpa")
         off = logits_differ(made, model)
         checks = [*found, *_checks(made, method, off)]
     failed = [check for check in checks if not check.ok]

@@ -41,7 +41,10 @@ def build_twin(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
 
 
 def build_with_weights(
-    build: type[PreTrainedModel], config: PreTrainedConfig, weights: Mapping[str, Tensor]
+    build: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    weights: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
 ) -> PreTrainedModel:
     """A model of a class from a config and all of its weights, which are not copied.
 
@@ -49,6 +52,8 @@ def build_with_weights(
         build: the class.
         config: of the new model.
         weights: by the names of its state dict.
+        buffers: of the model that they come from; for those that no checkpoint holds and the
+            family does not compute without weights (Gemma's scale of embeddings).
 
     Returns:
         The model in eval mode, on the device and in the dtype of the weights.
@@ -75,16 +80,16 @@ def build_with_weights(
         )
     made.load_state_dict(dict(weights), assign=True)
     made.tie_weights()
-    unknown = [name for name, buffer in made.named_buffers() if buffer.is_meta or _unknown(buffer)]
-    if unknown:
-        raise ModelError(
-            f"{build.__name__} does not say how its buffer {unknown[0]} is made from the config."
-        )
     device = next(iter(weights.values())).device
-    for module in made.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+    for place, buffer in list(made.named_buffers()):
+        if buffer.is_meta or _unknown(buffer):
+            if place not in buffers or buffers[place].shape != buffer.shape:
+                raise ModelError(
+                    f"{build.__name__} does not say how its buffer {place} is made from the config."
+                )
+            buffer = buffers[place].clone()
+        home, _, name = place.rpartition(".")
+        setattr(made.get_submodule(home), name, buffer.to(device))
     for parameter in made.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return made.eval()

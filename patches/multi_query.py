@@ -104,7 +104,7 @@ class MultiQuery(Conversion):
         config = copy.deepcopy(model.config)
         config.get_text_config(decoder=True).num_key_value_heads = self.kv_heads
         weights = {name: weight.clone() for name, weight in weights.items()}
-        return build_with_weights(type(model), config, weights), checks
+        return build_with_weights(type(model), config, weights, dict(model.named_buffers())), checks
 
     def _alignment(
         self, layer: HeadLayer, keys: Tensor, values: Tensor, planes: Planes | None
