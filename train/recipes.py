@@ -70,6 +70,11 @@ class Recipe:
         parse_method(self.method)
         if self.positions not in get_args(Policy):
             raise RunError(f"positions={self.positions!r}: expected {', '.join(get_args(Policy))}.")
+        if self.trained_weights not in get_args(TrainedWeights):
+            raise RunError(
+                f"trained_weights={self.trained_weights!r}: expected "
+                f"{', '.join(get_args(TrainedWeights))}."
+            )
         if not 0 <= self.retrieval < 1:
             raise RunError(f"retrieval={self.retrieval}: expected a share from 0 up to, not 1.")
         if self.max_length < 2:
