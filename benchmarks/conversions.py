@@ -105,7 +105,7 @@ def heads(
             "CPU seconds": seconds,
             "cache bytes / token": str(cache),
         }
-        rows.append({"model": name, **figures(model, tokenizer, length), **told})
+        rows.append({"model": name, **figures(model, tokenizer, length, prompts), **told})
         print(rows[-1], flush=True)
 
     before = 0

@@ -128,6 +128,12 @@ def _refuse(model: PreTrainedModel, method: Conversion) -> None:
         )
     if any("base_layer" in module._modules for module in model.modules()):  # pyright: ignore[reportPrivateUsage]
         raise ModelError("the model has adapters (PEFT) on it: merge them first.")
+    spread: Any = getattr(model, "hf_device_map", None) or {}
+    if len({*map(str, spread.values())}) > 1:
+        raise ModelError(
+            f"the model is spread over {', '.join(sorted({*map(str, spread.values())}))}: load it "
+            "on one device (--device cpu)."
+        )
     odd = [name for name, p in model.named_parameters() if not p.is_floating_point() or p.is_meta]
     if odd or getattr(model, "is_quantized", False):
         raise ModelError(

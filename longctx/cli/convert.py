@@ -18,7 +18,9 @@ __all__ = ["COMMAND", "Convert"]
 
 @dataclass(frozen=True, slots=True)
 class Convert:
-    """Write a checkpoint of a GGUF file or a hub id, or of other weights made from it.
+    """Write a checkpoint as a folder, or make one of other weights.
+
+    From a GGUF file, a hub id, a folder or the embedded model.
 
     Examples:
         longctx convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
