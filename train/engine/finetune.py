@@ -181,7 +181,7 @@ def finetune(
                 put_on.callback(attention.remove)
             put_on.enter_context(frozen(model, weights))
             if teacher is not None:
-                put_on.enter_context(listening(teacher, model, packed=attention is not None))
+                put_on.enter_context(listening(teacher, packed=attention is not None))
             loss_forward = LossForward.on(trained, losses, train_dataset.shares, teacher)
             put_on.callback(loss_forward.remove)
             put_on.callback(

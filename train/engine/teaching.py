@@ -76,8 +76,7 @@ def frozen(model: PreTrainedModel, weights: TrainedWeights) -> Generator[None]:
 
 
 @contextmanager
-def listening(teacher: PreTrainedModel, model: PreTrainedModel, *, packed: bool) -> Generator[None]:
-    """Put the teacher beside the model inside the block: same device, documents kept apart."""
-    teacher.to(model.device)  # pyright: ignore[reportArgumentType]
+def listening(teacher: PreTrainedModel, *, packed: bool) -> Generator[None]:
+    """Inside the block, the teacher without dropout, keeping documents apart as the model does."""
     with evaluating(teacher), packed_attention(teacher) if packed else nullcontext():
         yield

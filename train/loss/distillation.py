@@ -69,8 +69,11 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, **inputs: Any) -> Tensor:
-        """Its last hidden states, [B, S, D]."""
+        """Its last hidden states, [B, S, D]; it goes where the inputs are."""
         body: Any = self.model.base_model
+        device = inputs["input_ids"].device
+        if self.model.device != device:  # the trainer moved the model
+            self.model.to(device)  # pyright: ignore[reportArgumentType]
         return body(**inputs).last_hidden_state
 
     def log_probabilities(self, hidden: Tensor, temperature: float) -> Tensor:
