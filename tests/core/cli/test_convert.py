@@ -72,7 +72,10 @@ def test_extend_names_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_options_of_uptraining_reach_the_recipe() -> None:
     given: dict[str, Any] = {"model": "m", "data": ("manual",), "output_dir": Path("x")}
-    taken: Any = lambda **options: Train(**given, recipe="uptrain", **options)._recipe()  # noqa: E731
+
+    def taken(**options: Any) -> Any:
+        return Train(**given, recipe="uptrain", **options)._recipe()  # pyright: ignore[reportPrivateUsage]
+
     assert taken() == UPTRAIN
     recipe = taken(distillation=0.9, trained_weights="attention", load_balance=0.01)
     assert recipe.losses.distillation.alpha == 0.9
