@@ -10,6 +10,7 @@ experts moves. Runs are kept in the folder RUNS (longctx-conversions) and not tr
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -35,7 +36,7 @@ from ._measure import write_results
 
 COMMAND = "python -m benchmarks.conversions RUNS SMOLLM2"
 PROMPTS = {"demo": 100}
-FEW = 20
+FEW = 10
 
 DEMO = replace(
     UPTRAIN,
@@ -47,8 +48,8 @@ DEMO = replace(
 SHORT = replace(DEMO, training=replace(DEMO.training, max_steps=60))
 SMOLLM2 = replace(
     UPTRAIN,
-    max_length=512,
-    training=replace(UPTRAIN.training, max_steps=24, batch_size=2, learning_rate=5e-4, warmup=3),
+    max_length=256,
+    training=replace(UPTRAIN.training, max_steps=8, batch_size=4, learning_rate=5e-4, warmup=2),
 )
 MIXED = Recipe(
     method="none",
@@ -80,7 +81,7 @@ def trained(
 def figures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, prompts: int
 ) -> dict[str, str]:
-    tasks = [Passkey(samples=prompts), Perplexity(windows=20 if prompts > FEW else 8)]
+    tasks = [Passkey(samples=prompts), Perplexity(windows=20 if prompts > FEW else 4)]
     result = sweep(model, tokenizer, tasks, [length])
     rows: dict[Any, float] = {row.task: row.value for row in result.rows}
     return {
@@ -90,7 +91,7 @@ def figures(
 
 
 def heads(
-    source: str, kv_heads: int, length: int, variants: list[tuple[str, bool, Recipe | None]]
+    source: str, kv_heads: int, length: int, variants: list[tuple[str, bool | None, Recipe | None]]
 ) -> None:
     """One table: a model as it comes, and of fewer heads before and after training."""
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "longctx-conversions")
@@ -108,18 +109,18 @@ def heads(
         rows.append({"model": name, **figures(model, tokenizer, length, prompts), **told})
         print(rows[-1], flush=True)
 
-    before = 0
     for name, align, recipe in variants:
-        made = longctx.convert(original, MultiQuery(kv_heads, align), tokenizer=tokenizer)
+        made = longctx.convert(original, MultiQuery(kv_heads, bool(align)), tokenizer=tokenizer)
         before, cache = made.report().cache
-        if not rows:
-            add("original", original, before, "", 0)
+        start = made.model
+        if align is None:  # the control, which keeps its heads
+            start, cache = copy.deepcopy(original), before
         if recipe is None:
-            add(name, made.model, cache, "", 0)
+            add(name, start, cache, "", 0)
             continue
         teacher = original if recipe.losses.distillation else None
         key = f"{Path(source).name}-{name}".replace(", ", "-").replace(" ", "-")
-        model, seconds = trained(key, made.model, recipe, teacher, tokenizer, runs)
+        model, seconds = trained(key, start, recipe, teacher, tokenizer, runs)
         tokens = (recipe.training.max_steps or 0) * recipe.training.batch_size * recipe.max_length
         add(name, model, cache, seconds, tokens)
     size = original.config.num_key_value_heads
@@ -156,7 +157,7 @@ def mixture(source: str) -> None:
 
     def add(name: str, model: PreTrainedModel, shares: str) -> None:
         sizes = f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M"
-        result = sweep(model, tokenizer, [Perplexity(windows=8)], [MIXED.max_length])
+        result = sweep(model, tokenizer, [Perplexity(windows=4)], [MIXED.max_length])
         nats = f"{math.log(result.rows[0].value):.4f}"
         key = f"NLL at {MIXED.max_length}"
         rows.append({"model": name, key: nats, "parameters": sizes, "load of the experts": shares})
@@ -186,6 +187,12 @@ def main() -> None:
         1,
         window(longctx.load("demo")[0]) or 256,
         [
+            ("original", None, None),
+            (
+                "original, trained shortly without a teacher",
+                None,
+                replace(SHORT, losses=Losses()),
+            ),
             ("averaged", False, None),
             ("aligned", True, None),
             ("aligned, trained", True, DEMO),
@@ -208,8 +215,9 @@ def main() -> None:
         heads(
             sys.argv[2],
             1,
-            512,
+            256,
             [
+                ("original", None, None),
                 ("averaged", False, None),
                 ("aligned", True, None),
                 ("aligned, trained", True, SMOLLM2),
