@@ -13,6 +13,8 @@ from .lazy_exports import exporter
 
 if TYPE_CHECKING:
     from .checkpoint import Saved, load, save
+    from .conversion import Conversion, ConversionReport, Converted
+    from .converting import convert
     from .core import extend
     from .errors import DataError, LongctxError, MethodError, ModelError, RunError
     from .generation.generate import Generated, generate
@@ -22,13 +24,16 @@ if TYPE_CHECKING:
     from .reading.answers import Answer
     from .reading.read import Reading, read
     from .reading.summarise import summarise
-    from .registry import available, parse_method
+    from .registry import available, conversions, parse_conversion, parse_method
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
     "Check",
+    "Conversion",
+    "ConversionReport",
+    "Converted",
     "DataError",
     "Generated",
     "LongctxError",
@@ -43,9 +48,12 @@ __all__ = [
     "Saved",
     "available",
     "available_decodings",
+    "conversions",
+    "convert",
     "extend",
     "generate",
     "load",
+    "parse_conversion",
     "parse_decoding",
     "parse_method",
     "patch_of",
@@ -55,7 +63,7 @@ __all__ = [
 ]
 
 
-_HOMES = ("errors", "registry", "patch", "core", "checkpoint")
+_HOMES = ("errors", "conversion", "registry", "patch", "core", "converting", "checkpoint")
 _OF_GENERATION = ("generation.registry", "generation.loop_guard", "generation.generate")
 _OF_READING = ("reading.answers", "reading.read", "reading.summarise")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["Entry", "Field", "entries", "first_sentence", "public_files"]
+__all__ = ["Entry", "Field", "converts", "entries", "first_sentence", "public_files"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,8 @@ class Entry:
     """The names of those that no base has too."""
     needs_extent: bool = True
     """Whether its formula needs a factor (`FrequencyMethod.needs_extent`)."""
+    converts: bool = False
+    """Whether it makes a new model out of the weights (`longctx.convert`), its slot "weights"."""
 
     def example(self) -> str:
         """Write it as the command line does, with a field of its own.
@@ -128,6 +130,7 @@ def _entry(module: str, constant: str) -> Entry | None:
                     fields=tuple({**inherited, **own}.values()),
                     own=tuple(name for name in own if name not in inherited),
                     needs_extent="needs_extent: ClassVar[bool] = False" not in ast.unparse(made),
+                    converts=_converts(made),
                 )
     return None
 
@@ -145,6 +148,20 @@ def _class(module: str, name: str) -> ast.ClassDef:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return node
     raise LookupError(f"{module} has no class {name}")
+
+
+def _converts(made: ast.ClassDef) -> bool:
+    return "slots: ClassVar[tuple[str, ...]] = ('weights',)" in ast.unparse(made)
+
+
+def converts(module: str) -> bool:
+    """Whether the method of a file makes a new model, by the slot "weights" that its class names.
+
+    >>> converts("longctx.patches.multi_query"), converts("longctx.patches.yarn")
+    (True, False)
+    """
+    classes = (node for node in _parsed(module).body if isinstance(node, ast.ClassDef))
+    return any(map(_converts, classes))
 
 
 def _inherited(module: str, made: ast.ClassDef) -> dict[str, Field]:

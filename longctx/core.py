@@ -22,7 +22,7 @@ from .model import (
 )
 from .patch import HANDLE, Check, Method, Patch, patch_of, roll_back, slot_holder
 from .proof import can_run, prove, run_passes
-from .registry import make_method, parse_method
+from .registry import make_method, method_class, parse_method
 from .rope import frequencies_of
 from .twin import follow_config
 
@@ -153,6 +153,8 @@ def _resolve(method: Method | str, fields: dict[str, Any]) -> Method:
         return make_method(method, fields)
     if fields:
         raise MethodError(f"{method!r} is complete: set {', '.join(fields)} on it instead.")
+    if getattr(method, "slots", ()) == ("weights",):
+        method_class(method.name)  # which says that it goes through convert
     if isinstance(method, type) or not isinstance(method, Method):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MethodError(
             f"expected a method instance such as Yarn(factor=4) or a name, got {method!r}."

@@ -7,30 +7,74 @@ import dataclasses
 import importlib
 from typing import Any
 
-from .catalogue import public_files
+from .catalogue import converts, public_files
+from .conversion import Conversion
 from .errors import LongctxError, MethodError, nearest
 from .patch import Method
 
-__all__ = ["available", "make_method", "method_class", "parse_fields", "parse_method"]
+__all__ = [
+    "available",
+    "conversions",
+    "make_conversion",
+    "make_method",
+    "method_class",
+    "parse_conversion",
+    "parse_fields",
+    "parse_method",
+]
+
+_FOLDER = "longctx.patches"
 
 
 def available() -> tuple[str, ...]:
-    """Names of the methods that ship with longctx: the public files of `patches/`."""
-    return public_files("longctx.patches")
+    """Names of the methods that `extend` puts on: the public files of `patches/` but for these.
+
+    `conversions` lists the others.
+    """
+    return tuple(name for name in public_files(_FOLDER) if not converts(f"{_FOLDER}.{name}"))
+
+
+def conversions() -> tuple[str, ...]:
+    """Names of the methods that make a new model, which `longctx.convert` takes."""
+    return tuple(name for name in public_files(_FOLDER) if converts(f"{_FOLDER}.{name}"))
 
 
 def method_class(name: str) -> type[Any]:
-    """The dataclass of the method called `name`.
+    """The dataclass of the method called `name`, one that `extend` puts on.
 
     Raises:
         MethodError: no such method; the message suggests the nearest.
     """
     known = available()
+    if name in conversions():
+        raise MethodError(
+            f"{name} makes a new model of other weights, which is not put on and taken off: use "
+            f"longctx.convert(model, {name!r}, …), or `longctx convert MODEL OUT --to {name}:…`."
+        )
     if name not in known:
         raise MethodError(
             f"unknown method {name!r}{nearest(name, known)} (available: {', '.join(known)})"
         )
-    return named_class(f"longctx.patches.{name}", "METHOD", MethodError)
+    return named_class(f"{_FOLDER}.{name}", "METHOD", MethodError)
+
+
+def conversion_class(name: str) -> type[Any]:
+    """The dataclass of the conversion called `name`.
+
+    Raises:
+        MethodError: no such conversion; one that `extend` takes is said to be that.
+    """
+    known = conversions()
+    if name in available():
+        raise MethodError(
+            f"{name} leaves the weights as they are: use longctx.extend(model, {name!r}, …), or "
+            f"`longctx extend MODEL OUT --method {name}:…`."
+        )
+    if name not in known:
+        raise MethodError(
+            f"unknown conversion {name!r}{nearest(name, known)} (available: {', '.join(known)})"
+        )
+    return named_class(f"{_FOLDER}.{name}", "METHOD", MethodError)
 
 
 def named_class(module: str, constant: str, error: type[LongctxError]) -> type[Any]:
@@ -53,7 +97,15 @@ def named_class(module: str, constant: str, error: type[LongctxError]) -> type[A
 
 def make_method(name: str, fields: dict[str, Any]) -> Method:
     """Build the method `name` from its fields, refusing those that it does not have."""
-    cls = method_class(name)
+    return _made(method_class(name), name, fields)
+
+
+def make_conversion(name: str, fields: dict[str, Any]) -> Conversion:
+    """Build the conversion `name` from its fields, refusing those that it does not have."""
+    return _made(conversion_class(name), name, fields)
+
+
+def _made(cls: type[Any], name: str, fields: dict[str, Any]) -> Any:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in fields:
         if key not in known:
@@ -86,6 +138,25 @@ def parse_method(text: str) -> Method | None:
     """
     name, fields = parse_fields(text, first="factor", example="yarn:factor=4", error=MethodError)
     return None if (name, fields) == ("none", {}) else make_method(name, fields)
+
+
+def parse_conversion(text: str) -> Conversion:
+    """Read a conversion as the command line writes it.
+
+    >>> parse_conversion("multi_query:2").kv_heads
+    2
+
+    A first value without a name is for the conversion's first field.
+
+    Raises:
+        MethodError: unknown conversion or field, or an item that is not `field=value`.
+    """
+    cls = conversion_class(text.strip().partition(":")[0])
+    first = dataclasses.fields(cls)[0].name
+    name, fields = parse_fields(
+        text, first=first, example=f"{cls.name}:{first}=2", error=MethodError
+    )
+    return make_conversion(name, fields)
 
 
 def parse_fields(

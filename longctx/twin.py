@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .errors import ModelError
 from .model import declare_window
 
-__all__ = ["build_twin", "differences", "follow_config"]
+__all__ = ["build_twin", "build_with_weights", "differences", "follow_config"]
 
 _log = logging.getLogger(__name__)
 _Plain = int | float | str | None
+_SHOWN = 3  # names in a message
 _OF_A_RUN = ("training", "gradient_checkpointing", "name_or_path")
 """Attributes that say what is done with a model, not what it computes."""
 
@@ -36,9 +37,67 @@ def build_twin(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     Raises:
         ModelError: the class builds no model from this config.
     """
+    return _empty(type(model), config)
+
+
+def build_with_weights(
+    build: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    weights: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+) -> PreTrainedModel:
+    """A model of a class from a config and all of its weights, which are not copied.
+
+    Args:
+        build: the class.
+        config: of the new model.
+        weights: by the names of its state dict.
+        buffers: of the model that they come from; for those that no checkpoint holds and the
+            family does not compute without weights (Gemma's scale of embeddings).
+
+    Returns:
+        The model in eval mode, on the device and in the dtype of the weights.
+
+    Raises:
+        ModelError: the class builds no such model, or weights are missing, left over or of another
+            shape.
+    """
+    made: Any = _empty(build, config)
+    wanted = {name: tensor.shape for name, tensor in made.state_dict().items()}
+    odd = [
+        *(f"{name} is missing" for name in wanted if name not in weights),
+        *(f"{name} has no place" for name in weights if name not in wanted),
+        *(
+            f"{name} is {[*weights[name].shape]}, not {[*shape]}"
+            for name, shape in wanted.items()
+            if name in weights and weights[name].shape != shape
+        ),
+    ]
+    if odd:
+        raise ModelError(
+            f"{build.__name__} cannot hold these weights: {'; '.join(odd[:_SHOWN])}"
+            f"{f' and {len(odd) - _SHOWN} more' if odd[_SHOWN:] else ''}."
+        )
+    made.load_state_dict(dict(weights), assign=True)
+    made.tie_weights()
+    device = next(iter(weights.values())).device
+    for place, buffer in list(made.named_buffers()):
+        if buffer.is_meta or _unknown(buffer):
+            if place not in buffers or buffers[place].shape != buffer.shape:
+                raise ModelError(
+                    f"{build.__name__} does not say how its buffer {place} is made from the config."
+                )
+            buffer = buffers[place].clone()
+        home, _, name = place.rpartition(".")
+        setattr(made.get_submodule(home), name, buffer.to(device))
+    for parameter in made.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return made.eval()
+
+
+def _empty(build: Any, config: PreTrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"  # pyright: ignore[reportPrivateUsage]
-    build: Any = type(model)
     try:
         with torch.device("meta"):
             twin: PreTrainedModel = build._from_config(config)

@@ -39,7 +39,7 @@ def test_every_public_name_is_in_the_reference(module: str) -> None:
 
 def test_every_method_is_in_the_reference() -> None:
     known = referenced()
-    for name in longctx.available():
+    for name in (*longctx.available(), *longctx.conversions()):
         method: Any = importlib.import_module(f"longctx.patches.{name}")
         assert f"longctx.patches.{name}" in known
         assert method.METHOD.__doc__, f"{name}: a class without a docstring is left out"

@@ -161,7 +161,8 @@ def test_every_method_has_its_file_and_only_methods_do() -> None:
     import longctx
 
     files = {p.stem for p in (ROOT / "patches").glob("*.py") if not p.stem.startswith("_")}
-    assert set(longctx.available()) == files
+    assert {*longctx.available(), *longctx.conversions()} == files
+    assert not {*longctx.available()} & {*longctx.conversions()}
 
 
 def test_every_task_has_its_file_and_only_tasks_do() -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .data.tokenize import TokenizeSettings
     from .engine.finetune import Finetuned, finetune
     from .engine.lora import Lora, load_adapter
+    from .loss.distillation import Distillation
+    from .loss.load_balance import LoadBalance
     from .loss.objective import Contrastive, Losses, Unlikelihood
     from .loss.sequence_unlikelihood import SequenceUnlikelihood
     from .positions import FullLength, LengthSchedule, PoSE, Positions, RandomPositions
@@ -27,11 +29,13 @@ if TYPE_CHECKING:
 __all__ = [
     "RECIPES",
     "Contrastive",
+    "Distillation",
     "Epochs",
     "Finetuned",
     "FullLength",
     "Gate",
     "LengthSchedule",
+    "LoadBalance",
     "Lora",
     "Losses",
     "PoSE",
@@ -63,6 +67,8 @@ __getattr__ = exporter(
         "data.collate",
         "data.preparation",
         "loss.sequence_unlikelihood",
+        "loss.distillation",
+        "loss.load_balance",
         "loss.objective",
         "engine.lora",
         "engine.finetune",

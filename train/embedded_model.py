@@ -28,10 +28,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longctx.folders import new_folder, refuse_taken
-from longctx.prompts.haystacks import Grass, Texts
+from longctx.prompts.haystacks import Grass, Texts, held_in
 from longctx.prompts.passkey_prompts import CLASSIC
 
-from .data.passkeys import Passkeys, training_text
+from .data.passkeys import Passkeys
 
 __all__ = ["Pretraining", "Stage", "train"]
 
@@ -185,7 +185,7 @@ def loss_of(model: LlamaForCausalLM, inputs: Tensor, labels: list[Tensor]) -> Te
 def train(recipe: Pretraining) -> None:
     """Train, or go on training, and write the checkpoint to `recipe.out`."""
     refuse_taken(recipe.out, overwrite=False)
-    texts = training_text()
+    texts = held_in()
     tokenizer = train_tokenizer(texts)
     model = build_model(recipe.seed, recipe.rope_theta)
     encoded: Any = tokenizer("\n\n".join(texts.documents), add_special_tokens=False, verbose=False)

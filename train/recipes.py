@@ -17,6 +17,8 @@ from longctx.registry import parse_method
 from .config import Training
 from .data.tokenize import Overflow
 from .engine.lora import Lora
+from .engine.teaching import TrainedWeights
+from .loss.distillation import Distillation
 from .loss.objective import Losses
 from .positions import FullLength, LengthSchedule, PoSE, Positions, RandomPositions
 
@@ -26,6 +28,7 @@ __all__ = [
     "LONGCHAT_16K",
     "LONGLORA",
     "RECIPES",
+    "UPTRAIN",
     "YARN_POSE",
     "Policy",
     "Recipe",
@@ -58,6 +61,8 @@ class Recipe:
     """Train adapters instead of all weights."""
     shifted: bool = False
     """S²-Attn during training."""
+    trained_weights: TrainedWeights = "all"
+    """All weights, or those of the attention alone, which a conversion of heads has changed."""
     losses: Losses = field(default_factory=Losses)
     training: Training = field(default_factory=Training)
 
@@ -65,6 +70,11 @@ class Recipe:
         parse_method(self.method)
         if self.positions not in get_args(Policy):
             raise RunError(f"positions={self.positions!r}: expected {', '.join(get_args(Policy))}.")
+        if self.trained_weights not in get_args(TrainedWeights):
+            raise RunError(
+                f"trained_weights={self.trained_weights!r}: expected "
+                f"{', '.join(get_args(TrainedWeights))}."
+            )
         if not 0 <= self.retrieval < 1:
             raise RunError(f"retrieval={self.retrieval}: expected a share from 0 up to, not 1.")
         if self.max_length < 2:
@@ -161,11 +171,25 @@ EMBEDDED = Recipe(
 
 With "manual" and "sample" for data. Short documents first is what makes retrieval come back."""
 
+UPTRAIN = Recipe(
+    method="none",
+    max_length=2_048,
+    retrieval=0.25,
+    losses=Losses(distillation=Distillation()),
+    training=Training(learning_rate=3e-4, warmup=20),
+)
+"""A converted model (`longctx convert`) taught by its original: text, and keys hidden in text,
+since retrieval does not come back on text alone.
+
+Sources: Ainslie et al. 2023, GQA (arXiv:2305.13245), section 2.1, uptraining; Hinton et al. 2015
+(arXiv:1503.02531), the teacher's logits. The mix is ours."""
+
 RECIPES: dict[str, Recipe] = {
     "longchat": LONGCHAT_16K,
     "yarn-pose": YARN_POSE,
     "longlora": LONGLORA,
     "alibi": ALIBI,
     "embedded": EMBEDDED,
+    "uptrain": UPTRAIN,
 }
 """The recipes by the name that the command line gives them."""

@@ -22,19 +22,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longctx.attention.remapped import needs_consecutive_positions
 from longctx.core import extend
 from longctx.errors import RunError
-from longctx.prompts.haystacks import bos_of
+from longctx.prompts.haystacks import bos_of, held_in
 from longctx.registry import parse_method
 from longctx.weights import refuse_small_vocabulary
 
 from .config import Gate
 from .data.chat_template import chat_template
 from .data.collate import pack
-from .data.passkeys import Passkeys, training_text
+from .data.passkeys import Passkeys
 from .data.preparation import Prepared, prepare
 from .data.sampling import DocumentSource, Epochs, Mixture, MixtureWeight, TrainDataset
 from .data.tokenize import TokenizeSettings
 from .engine.finetune import Finetuned, finetune
 from .engine.run_folder import RunFolder
+from .engine.teaching import refuse_teacher
 from .engine.trainer_arguments import checked, rows_per_update
 from .parallel.compatibility import trainable_window
 from .positions import Positions
@@ -130,6 +131,7 @@ class Run:
         model: PreTrainedModel,
         *,
         evaluated: bool,
+        teacher: PreTrainedModel | None = None,
         gate: Gate | None = None,
         resume: bool = False,
     ) -> None:
@@ -152,6 +154,7 @@ class Run:
                 'distances from consecutive tokens: train with positions="full" or "schedule" '
                 "(--positions full)."
             )
+        refuse_teacher(model, teacher, recipe.losses, recipe.training)
         checked(model, recipe.training, gate, recipe.losses, evaluated=evaluated, **choices)
 
     def start(
@@ -160,6 +163,7 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         plan: TrainingPlan | None = None,
         *,
+        teacher: PreTrainedModel | None = None,
         evaluate: Evaluate | None = None,
         gate: Gate | None = None,
         resume: bool = False,
@@ -171,6 +175,7 @@ class Run:
             model: with the method in place (`extend`).
             tokenizer: its tokenizer.
             plan: from `plan`, if that was asked for before.
+            teacher: the original, where the recipe distils (`losses.distillation`).
             evaluate: figures for before, after and between.
             gate: what they decide.
             resume: go on with a run that is there.
@@ -195,6 +200,8 @@ class Run:
             lora=self.recipe.lora,
             packed=self.recipe.pack,
             shifted=self.recipe.shifted,
+            teacher=teacher,
+            weights=self.recipe.trained_weights,
             evaluate=evaluate,
             gate=gate,
             resume=resume,
@@ -261,7 +268,7 @@ class TrainingPlan:
             )
         ]
         if recipe.retrieval:
-            keys = Passkeys(tokenizer, training_text())
+            keys = Passkeys(tokenizer, held_in())
             shares.append(MixtureWeight("retrieval", keys, recipe.retrieval))
         train_dataset = Mixture(
             shares,

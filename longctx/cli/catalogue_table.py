@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from textwrap import fill
 
 from ..catalogue import Entry, first_sentence
@@ -11,13 +11,15 @@ from ..errors import RunError, nearest
 __all__ = ["print_entries"]
 
 
-def print_entries(found: Sequence[Entry], names: Sequence[str], example: str) -> None:
+def print_entries(
+    found: Sequence[Entry], names: Sequence[str], example: Callable[[Entry], str]
+) -> None:
     """Print all in short or, of those that are named, all that their files say of their use.
 
     Args:
         found: methods or tasks.
         names: of those to be shown at length.
-        example: a command line around `{}`, which stands for one of them.
+        example: the command line that uses one of them.
 
     Raises:
         RunError: a name that none has.
@@ -35,4 +37,4 @@ def print_entries(found: Sequence[Entry], names: Sequence[str], example: str) ->
         else:
             print(f"{entry.name:<18} {first_sentence(entry.text)}")
             print("\n".join(f"{'':20} {field}" for field in entry.fields))
-        print(f"{'':18} {example.format(entry.example())}\n")
+        print(f"{'':18} {example(entry)}\n")

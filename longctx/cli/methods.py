@@ -27,7 +27,15 @@ class Methods:
     def run(self) -> int:
         """Print them."""
         found = entries("longctx.patches", "METHOD")
-        print_entries(found, self.names, "longctx extend MODEL OUT --method {}")
+        print_entries(
+            found,
+            self.names,
+            lambda entry: (
+                f"longctx convert MODEL OUT --to {entry.example()}"
+                if entry.converts
+                else f"longctx extend MODEL OUT --method {entry.example()}"
+            ),
+        )
         return 0
 
 

@@ -27,7 +27,9 @@ class Tasks:
     def run(self) -> int:
         """Print them."""
         found = entries("longctx.eval.tasks", "TASK")
-        print_entries(found, self.names, "longctx sweep MODEL --tasks {}")
+        print_entries(
+            found, self.names, lambda entry: f"longctx sweep MODEL --tasks {entry.example()}"
+        )
         return 0
 
 

@@ -28,6 +28,7 @@ _RECIPE = (
     "positions",
     "window",
     "retrieval",
+    "trained_weights",
 )
 _TRAINING = (
     "max_steps",
@@ -55,7 +56,8 @@ class Train:
 
     A recipe gives every setting that you leave out: longchat (positions condensed by 8, all
     weights), yarn-pose (short windows on long positions), longlora (LoRA, norms, embeddings,
-    S²-Attn), alibi. The same command runs under torchrun or accelerate launch.
+    S²-Attn), alibi, uptrain (a converted model learns from its original, --teacher). The same
+    command runs under torchrun or accelerate launch.
 
     Examples:
         longctx train MODEL --method linear:8 --data chats.json --max-length 16384 \
@@ -74,7 +76,9 @@ class Train:
     """Conversations or texts: files, folders, hub ids; "sample" and "manual" ship with it."""
     output_dir: Path
     """Folder of the run; its model goes to OUTPUT_DIR/model."""
-    recipe: Literal["longchat", "yarn-pose", "longlora", "alibi", "embedded"] = "longchat"
+    recipe: Literal["longchat", "yarn-pose", "longlora", "alibi", "embedded", "uptrain"] = (
+        "longchat"
+    )
     """Where settings come from that are not given."""
     resume: bool = False
     """Go on with the run in OUTPUT_DIR from its last checkpoint."""
@@ -113,6 +117,15 @@ class Train:
     """Weight of sequence-level unlikelihood, which has half of the updates to itself."""
     contrastive: float | None = None
     """Margin of SimCTG's contrastive loss."""
+
+    teacher: str | None = None
+    """The original of a converted model, whose logits are learnt too."""
+    distillation: float | None = None
+    """Weight of the teacher's logits, the text having the rest; 0 for none."""
+    trained_weights: Literal["all", "attention"] | None = None
+    """Train the weights of the attention alone."""
+    load_balance: float | None = None
+    """Weight of the loss that lets a mixture's experts be used evenly."""
 
     template: str | None = None
     """Chat template: "vicuna" or a Jinja file; default: the tokenizer's own."""
@@ -190,6 +203,7 @@ class Train:
         RunFolder.refuse(self.output_dir, resume=self.resume)
         first = os.environ.get("RANK", "0") == "0"
         model, tokenizer = self._loaded(recipe)
+        teacher = None if self.teacher is None else self.device_options.load(self.teacher)[0]
         old = window(model) if patch_of(model) is None else None
         options: dict[str, Any] = {
             "salvage": self.salvage,
@@ -210,7 +224,8 @@ class Train:
         figures = figures_of(
             tokenizer, short, recipe.max_length, tasks=self.evaluate, samples=self.samples
         )
-        run.check(model, evaluated=bool(self.evaluate), gate=gate, resume=self.resume)
+        evaluated = bool(self.evaluate)
+        run.check(model, evaluated=evaluated, teacher=teacher, gate=gate, resume=self.resume)
         prepared = run.prepare(tokenizer)
         plan = run.plan(tokenizer, prepared)
         measured = {"tasks": self.evaluate, "samples": self.samples}
@@ -230,6 +245,7 @@ class Train:
             model,
             tokenizer,
             plan,
+            teacher=teacher,
             evaluate=figures if self.evaluate else None,
             gate=gate,
             resume=self.resume,
@@ -246,6 +262,8 @@ class Train:
     def _recipe(self) -> Recipe:
         """The recipe with what was given in its place."""
         from longctx.train.engine.lora import Lora
+        from longctx.train.loss.distillation import Distillation
+        from longctx.train.loss.load_balance import LoadBalance
         from longctx.train.loss.objective import Contrastive, Losses, Unlikelihood
         from longctx.train.loss.sequence_unlikelihood import SequenceUnlikelihood
         from longctx.train.recipes import RECIPES
@@ -269,7 +287,12 @@ class Train:
             raise RunError(f"{', '.join(lora)} without adapters: pass --lora-r too.")
         else:
             adapters = replace(base.lora or Lora(), **lora) if lora else base.lora
+        taught = base.losses.distillation
+        if self.distillation is not None:
+            taught = Distillation(self.distillation) if self.distillation else None
         losses = Losses(
+            distillation=taught,
+            load_balance=None if self.load_balance is None else LoadBalance(self.load_balance),
             unlikelihood=None if self.unlikelihood is None else Unlikelihood(self.unlikelihood),
             contrastive=None if self.contrastive is None else Contrastive(self.contrastive),
             sequence=None

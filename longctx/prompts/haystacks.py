@@ -23,6 +23,7 @@ __all__ = [
     "bos_of",
     "decode",
     "encode",
+    "held_in",
     "held_out",
     "tokenise",
 ]
@@ -61,14 +62,27 @@ Haystack: TypeAlias = Grass | Texts
 
 
 @lru_cache(maxsize=1)
+def held_in() -> Texts:
+    """133 documents of Python's manual (PSF licence), none of them in the held-out text.
+
+    Training and calibration read them.
+    """
+    return _manual("held_in.json.xz", "python-manual-train")
+
+
+@lru_cache(maxsize=1)
 def held_out() -> Texts:
     """Ten documents of Python's manual (PSF licence) that the embedded model was not trained on.
 
     They serve as the real-text haystack of the evaluation and for perplexity.
     """
-    packed = (files("longctx") / "demo" / "held_out.json.xz").read_bytes()
+    return _manual("held_out.json.xz", "python-manual")
+
+
+def _manual(file: str, name: str) -> Texts:
+    packed = (files("longctx") / "demo" / file).read_bytes()
     documents = cast(dict[str, str], json.loads(lzma.decompress(packed)))
-    return Texts(tuple(documents.values()), name="python-manual")
+    return Texts(tuple(documents.values()), name=name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import pytest
 
 from longctx.catalogue import Entry, entries, first_sentence
 from longctx.eval import parse_task
-from longctx.registry import parse_method
+from longctx.registry import parse_conversion, parse_method
 
 METHODS = entries("longctx.patches", "METHOD")
 TASKS = entries("longctx.eval.tasks", "TASK")
@@ -39,7 +39,8 @@ def test_fields_are_those_of_the_class(entry: Entry) -> None:
 @pytest.mark.parametrize("entry", METHODS, ids=lambda entry: entry.name)
 def test_the_example_of_a_method_is_one(entry: Entry) -> None:
     example = entry.example()
-    method = parse_method(example.replace("…", "()"))
+    parse = parse_conversion if entry.converts else parse_method
+    method = parse(example.replace("…", "()"))
     assert method is not None
     assert method.name == entry.name
 

@@ -96,7 +96,7 @@ def test_the_package_stays_small() -> None:
 
 
 def test_training_and_held_out_text_share_no_document_and_hardly_a_line() -> None:
-    train, held = embedded_model.training_text().documents, held_out().documents
+    train, held = embedded_model.held_in().documents, held_out().documents
     assert len(train) == 133
     assert not set(train) & set(held)
     lines = {line for document in train for line in document.splitlines() if len(line) > 60}
@@ -105,7 +105,7 @@ def test_training_and_held_out_text_share_no_document_and_hardly_a_line() -> Non
 
 
 def test_the_recipe_gives_the_packaged_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
-    trained = embedded_model.train_tokenizer(embedded_model.training_text())
+    trained = embedded_model.train_tokenizer(embedded_model.held_in())
     packaged = json.loads(Tokenizer.from_file(str(DEMO / "tokenizer.json")).to_str())
     assert json.loads(trained.backend_tokenizer.to_str())["model"] == packaged["model"]
     assert len(tokenizer) == 1024
@@ -179,7 +179,7 @@ def test_each_kind_weighs_the_same(batches: embedded_model.Batches) -> None:
 def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: embedded_model.Batches
 ) -> None:
-    monkeypatch.setattr(embedded_model, "training_text", lambda: batches.texts)
+    monkeypatch.setattr(embedded_model, "held_in", lambda: batches.texts)
     monkeypatch.setattr(embedded_model, "train_tokenizer", lambda _: batches.tokenizer)  # pyright: ignore[reportUnknownLambdaType]
     whole = embedded_model.Pretraining(tmp_path / "whole", stages=STAGES, save_every=3)
     embedded_model.train(whole)

@@ -8,10 +8,7 @@ is on the answer alone.
 
 from __future__ import annotations
 
-import json
-import lzma
 from dataclasses import dataclass
-from importlib.resources import files
 from random import Random
 
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +18,7 @@ from longctx.prompts.passkey_prompts import CLASSIC, SHORT, Prompt, passkey
 
 from .tokenize import IGNORED
 
-__all__ = ["Passkeys", "training_text"]
+__all__ = ["Passkeys"]
 
 _SHORTEST = 64  # tokens that any of the prompts fits in
 FILLERS = (
@@ -81,10 +78,3 @@ class Passkeys:
         prompt = self.prompt(tokens, rng)
         ids = list(prompt.input_ids)
         return ids, [IGNORED] * prompt.answer_start + ids[prompt.answer_start :]
-
-
-def training_text() -> Texts:
-    """Return 133 documents of Python's manual (PSF licence), none of them in the held-out text."""
-    packed = (files("longctx.train") / "text.json.xz").read_bytes()
-    documents: dict[str, str] = json.loads(lzma.decompress(packed))
-    return Texts(tuple(documents.values()), name="python-manual-train")

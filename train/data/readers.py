@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from longctx.errors import DataError
+from longctx.prompts.haystacks import held_in
 
-from .passkeys import training_text
 from .streams import COMPRESSED, LONGEST, Stream, not_utf8, open_stream
 from .turns import BadRecordError, shown
 from .unwrapping import unwrapped
@@ -90,7 +90,7 @@ class Records:
             yield from self._json(Path(str(files("longctx.train") / "sample.jsonl.xz")))
             return
         if self.source == MANUAL:
-            yield from ({"text": text} for text in training_text().documents)
+            yield from ({"text": text} for text in held_in().documents)
             return
         path = Path(self.source).expanduser()
         if path.is_dir() or (not path.exists() and _is_hub_id(str(self.source))):

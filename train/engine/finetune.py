@@ -31,6 +31,7 @@ from transformers import (
 
 from longctx.checkpoint import Saved
 from longctx.core import extend
+from longctx.errors import RunError
 from longctx.fingerprint import model_digest
 from longctx.model import unwrapped
 from longctx.patch import patch_of
@@ -49,6 +50,7 @@ from .lora import Lora, add_lora, merged, save_adapter
 from .loss_forward import LossForward
 from .packed_attention import packed_attention
 from .run_folder import RunFolder
+from .teaching import TrainedWeights, frozen, listening, refuse_teacher
 from .trainer import Evaluate, LongTrainer
 from .trainer_arguments import checked, trainer_arguments
 
@@ -95,6 +97,8 @@ def finetune(
     lora: Lora | None = None,
     packed: bool = True,
     shifted: bool = False,
+    teacher: PreTrainedModel | None = None,
+    weights: TrainedWeights = "all",
     evaluate: Evaluate | None = None,
     gate: Gate | None = None,
     resume: bool = False,
@@ -116,6 +120,8 @@ def finetune(
         lora: train adapters (and embeddings and norms, if so asked) instead of all weights.
         packed: rows may hold several documents.
         shifted: S²-Attn (`patches/shifted.py`) while it trains; the saved model attends to all.
+        teacher: the model whose logits are learnt (`losses.distillation`); it stays as it is.
+        weights: all of them, or those of the attention alone.
         evaluate: figures of the model, before, after and every `training.evaluate_every` updates.
         gate: which of them may stop the run, and which chooses the best checkpoint.
         resume: go on with the run in `output_dir`, if there is one.
@@ -132,6 +138,9 @@ def finetune(
     choices: dict[str, Any] = {"packed": packed, "shifted": shifted}
     evaluated = evaluate is not None
     setup, parallel = checked(model, training, gate, losses, evaluated=evaluated, **choices)
+    refuse_teacher(model, teacher, losses, training)
+    if lora is not None and weights != "all":
+        raise RunError(f"weights={weights!r} and adapters: adapters leave the weights as they are.")
     state = PartialState(cpu=model.device.type == "cpu", timeout=_PATIENCE)
     first = state.is_main_process
     # Joins the other processes: what the first one begins, the others find there.
@@ -149,6 +158,8 @@ def finetune(
                     "positions": str(positions),
                     "losses": str(losses),
                     "lora": str(lora),
+                    **({} if weights == "all" else {"trained_weights": weights}),
+                    **({} if teacher is None else {"teacher": model_digest(teacher)}),
                     "rows": len(train_dataset),
                     **choices,
                     **(record or {}),
@@ -168,7 +179,11 @@ def finetune(
             attention = packed_attention(model, kernel) if packed or kernel == FLASH else None
             if attention is not None:
                 put_on.callback(attention.remove)
-            put_on.callback(LossForward.on(trained, losses, train_dataset.shares).remove)
+            put_on.enter_context(frozen(model, weights))
+            if teacher is not None:
+                put_on.enter_context(listening(teacher, packed=attention is not None))
+            loss_forward = LossForward.on(trained, losses, train_dataset.shares, teacher)
+            put_on.callback(loss_forward.remove)
             put_on.callback(
                 setattr, config := unwrapped(trained).config, "use_cache", config.use_cache
             )

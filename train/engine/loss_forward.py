@@ -23,10 +23,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from longctx.model import unwrapped
+from longctx.errors import ModelError
+from longctx.model import text_config, unwrapped
 
+from ..data.collate import PADDING
 from ..data.tokenize import IGNORED
 from ..loss.cross_entropy import head_of, projection
+from ..loss.distillation import Teacher
 from ..loss.objective import Losses
 
 __all__ = ["LossForward"]
@@ -41,7 +44,13 @@ class LossForward:
     """The model's own forward."""
 
     @classmethod
-    def on(cls, model: Any, losses: Losses, shares: tuple[float, ...] = (1.0,)) -> LossForward:
+    def on(
+        cls,
+        model: Any,
+        losses: Losses,
+        shares: tuple[float, ...] = (1.0,),
+        teacher: PreTrainedModel | None = None,
+    ) -> LossForward:
         """Install the loss forward.
 
         Args:
@@ -49,12 +58,16 @@ class LossForward:
             losses: what is minimised.
             shares: of the loss, for each kind of document (`kind_ids`); each kind's tokens are
                 averaged apart. A kind without any token in an update gives its share to the others.
+            teacher: the model that is learnt from, frozen, called with the same inputs.
 
         Raises:
             ModelError: a head that the chunked loss does not know.
         """
         causal = unwrapped(model)
         head, native = head_of(causal), causal.forward
+        other = None if teacher is None else Teacher.of(teacher)
+        balance = losses.load_balance
+        active = 0 if balance is None else _active_experts(causal)
 
         def forward(
             self: PreTrainedModel,
@@ -74,12 +87,21 @@ class LossForward:
                 return native(*args, labels=labels, **inputs)
             assert labels is not None
             base: Any = self.base_model
-            hidden = base(*args, **inputs).last_hidden_state
+            routed = {} if balance is None else {"output_router_logits": True}
+            output = base(*args, **inputs, **routed)
+            hidden = output.last_hidden_state
+            taught = None if other is None else (other, other.hidden(**inputs))
             linear = projection(self)
             if isinstance(linear, FSDPModule):
                 linear.unshard()  # its own forward, which would do that, is never called
             wanted = torch.tensor(shares, device=count.device) * (count > 0)
             total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+            if balance is not None:
+                real = None if document_ids is None else (document_ids != PADDING).flatten()
+                learnt = (labels if labels_aligned else labels[:, 1:]) != IGNORED
+                part = learnt.sum() / count.sum().clamp(min=1)  # of the update, in this batch
+                even = balance(output.router_logits, active, real)
+                total = total + balance.weight * part * even
             for kind, share in enumerate(wanted / wanted.sum().clamp(min=1e-9)):
                 own = labels if kind_ids is None else labels.masked_fill(kind_ids != kind, IGNORED)
                 loss = losses(
@@ -92,6 +114,7 @@ class LossForward:
                     input_ids=inputs.get("input_ids"),
                     document_ids=document_ids,
                     labels_aligned=labels_aligned,
+                    teacher=taught,
                 )
                 total = total + share * loss.total
             return total
@@ -104,3 +127,19 @@ class LossForward:
         """Give the model its own forward back, whatever was wrapped around it meanwhile."""
         for name in ("forward", "_original_forward"):
             self.model.__dict__.pop(name, None)
+
+
+def _active_experts(model: PreTrainedModel) -> int:
+    """Experts that a token is sent to.
+
+    Raises:
+        ModelError: no mixture of experts that transformers gives the router's logits of.
+    """
+    config: Any = text_config(model)
+    active: int | None = getattr(config, "num_experts_per_tok", None)
+    if active is None or not hasattr(config, "output_router_logits"):
+        raise ModelError(
+            f"load balancing is for mixtures of experts, and model type {config.model_type!r} is "
+            "none that gives its router's logits: leave it out (--load-balance)."
+        )
+    return active

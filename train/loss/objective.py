@@ -1,4 +1,4 @@
-"""The loss of a batch: cross-entropy of supervised tokens, and two options against dull text.
+"""The loss of a batch: cross-entropy of supervised tokens, and what may be added to it.
 
     losses = Losses(contrastive=Contrastive(margin=0.5))
     head, linear = head_of(model), projection(model)                      # cross_entropy.py
@@ -30,6 +30,8 @@ from longctx.errors import RunError
 from ..data.collate import PADDING
 from ..data.tokenize import IGNORED
 from .cross_entropy import CHUNK, CrossEntropyKernel, Head, anchor, cross_entropy, prepared
+from .distillation import Distillation, Teacher, divergence
+from .load_balance import LoadBalance
 from .penalties import contrast, token_losses
 from .sequence_unlikelihood import SequenceUnlikelihood
 
@@ -89,6 +91,8 @@ class Loss:
     unlikelihood: Tensor | None
     """Without α."""
     contrastive: Tensor | None
+    distillation: Tensor | None
+    """Without α."""
     tokens: int
     """Supervised tokens in this batch."""
 
@@ -104,6 +108,11 @@ class Losses:
     sequence: SequenceUnlikelihood | None = None
     """In a share of the updates, in place of all others: unlikelihood of the model's own
     repetitions. The trainer's business (`engine/loss_forward.py`), not that of a call."""
+    distillation: Distillation | None = None
+    """Learning from a teacher's logits; None turns it off."""
+    load_balance: LoadBalance | None = None
+    """Even use of a mixture's experts; of the model's forward (`engine/loss_forward.py`), not of a
+    call."""
     chunk: int = CHUNK
     """Rows projected at a time."""
     kernel: CrossEntropyKernel = "auto"
@@ -127,6 +136,7 @@ class Losses:
         input_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         labels_aligned: bool = False,
+        teacher: tuple[Teacher, Tensor] | None = None,
     ) -> Loss:
         """The loss of a batch.
 
@@ -142,12 +152,15 @@ class Losses:
             document_ids: [B, S], for unlikelihood and the contrastive loss.
             labels_aligned: whether labels stand at the token that predicts them already (context
                 parallel's `shift_labels`).
+            teacher: for distillation, with its last hidden states [B, S, D'].
 
         Raises:
             RunError: something that a loss needs is missing, or shapes that do not fit.
         """
         head = head or Head()
         self._check(hidden, labels, input_ids, document_ids, labels_aligned)
+        if (self.distillation is None) != (teacher is None):
+            raise RunError("distillation needs a teacher, and a teacher distillation: pass both.")
         if not labels_aligned:
             labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         rows = (labels != IGNORED).flatten().nonzero().flatten()
@@ -168,13 +181,22 @@ class Losses:
             )
             unlikely = unlikely * share
         total = nats = nats * share
+        learnt: Tensor | None = None
+        if self.distillation is not None and teacher is not None:
+            other, theirs = teacher
+            alpha, temperature = self.distillation.alpha, self.distillation.temperature
+            learnt = share * divergence(
+                *(states[rows], weight, bias, head, other, theirs.flatten(0, 1)[rows]),
+                temperature=temperature,
+            )
+            total = (1 - alpha) * nats + alpha * learnt
         if self.unlikelihood is not None and unlikely is not None:
             total = total + self.unlikelihood.alpha * unlikely
         apart: Tensor | None = None
         if self.contrastive is not None:
             apart = self._contrast(hidden, labels, document_ids) * share
             total = total + apart
-        parts = (None if x is None else x.detach() for x in (nats, unlikely, apart))
+        parts = (None if x is None else x.detach() for x in (nats, unlikely, apart, learnt))
         return Loss(total, *parts, tokens=tokens)  # pyright: ignore[reportArgumentType]
 
     def _check(

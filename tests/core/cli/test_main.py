@@ -33,6 +33,7 @@ def test_methods_and_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["methods"]) == 0
     shown = capsys.readouterr().out
     assert all(f"{name} " in shown and f"--method {name}:" in shown for name in longctx.available())
+    assert all(f"{name} " in shown and f"--to {name}:" in shown for name in longctx.conversions())
     assert "beta_fast: float = 32.0" in shown
     assert main(["tasks"]) == 0
     shown = capsys.readouterr().out

@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset
 
 from longctx.errors import DataError, RunError
-from longctx.prompts.haystacks import Grass, Texts
+from longctx.prompts.haystacks import Grass, Texts, held_in
 from longctx.prompts.passkey_prompts import split_of
-from longctx.train.data.passkeys import Passkeys, training_text
+from longctx.train.data.passkeys import Passkeys
 from longctx.train.data.sampling import DocumentSource, Epochs, Mixture, MixtureWeight
 from longctx.train.data.tokenize import IGNORED
 from longctx.train.positions import FullLength, LengthSchedule
@@ -135,7 +135,7 @@ def test_passkeys_to_learn_are_of_the_training_split_with_loss_on_the_key(length
     from longctx import load
 
     _, tokenizer = load("demo")
-    source = Passkeys(tokenizer, training_text(), grass=0.0, shorter=0.0)
+    source = Passkeys(tokenizer, held_in(), grass=0.0, shorter=0.0)
     grass = Grass().line
     for seed in range(5):
         ids, labels = source.document(length, Random(seed))

@@ -1,0 +1,230 @@
+"""What conversions of weights cost, and what uptraining gives back.
+
+The embedded model from 2 key/value heads to 1, averaged plainly and aligned, taught by its original
+on text and keys, on text alone, and with the weights of the attention alone; SmolLM2-135M from 3 to
+1, where its checkpoint's folder is given; a mixture of experts out of it, and how the load of its
+experts moves. Runs are kept in the folder RUNS (longctx-conversions) and not trained twice.
+
+    python -m benchmarks.conversions [RUNS] [SMOLLM2]
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import longctx
+from longctx.eval import Passkey, Perplexity, sweep
+from longctx.model import evaluating, window
+from longctx.patches.moe import Moe
+from longctx.patches.multi_query import MultiQuery
+from longctx.prompts.haystacks import encode, held_out
+from longctx.train.loss.load_balance import LoadBalance, expert_load
+from longctx.train.loss.objective import Losses
+from longctx.train.recipes import UPTRAIN, Recipe
+from longctx.train.run import Run
+
+from ._measure import write_results
+
+COMMAND = "python -m benchmarks.conversions RUNS SMOLLM2"
+PROMPTS = {"demo": 100}
+FEW = 10
+
+DEMO = replace(
+    UPTRAIN,
+    max_length=256,
+    training=replace(
+        UPTRAIN.training, max_steps=240, batch_size=16, learning_rate=2e-3, weight_decay=0.1
+    ),
+)
+SHORT = replace(DEMO, training=replace(DEMO.training, max_steps=60))
+SMOLLM2 = replace(
+    UPTRAIN,
+    max_length=256,
+    training=replace(UPTRAIN.training, max_steps=8, batch_size=4, learning_rate=5e-4, warmup=2),
+)
+MIXED = Recipe(
+    method="none",
+    max_length=256,
+    losses=Losses(load_balance=LoadBalance(0.01)),
+    training=replace(UPTRAIN.training, max_steps=20, batch_size=1, learning_rate=1e-4, warmup=5),
+)
+
+
+def trained(
+    name: str,
+    model: PreTrainedModel,
+    recipe: Recipe,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    runs: Path,
+) -> tuple[PreTrainedModel, str]:
+    """The model of a run, trained now if it is not there, and the seconds of one core it took."""
+    folder, said = runs / name, runs / f"{name}.seconds"
+    if not (folder / "model").exists():
+        run = Run(recipe, ("manual",), folder)
+        begin = time.process_time()
+        run.extend(model)
+        run.start(model, tokenizer, teacher=teacher, resume=True)
+        said.write_text(f"{time.process_time() - begin:.0f}")
+    return longctx.load(folder / "model")[0], said.read_text()
+
+
+def figures(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, prompts: int
+) -> dict[str, str]:
+    tasks = [Passkey(samples=prompts), Perplexity(windows=20 if prompts > FEW else 4)]
+    result = sweep(model, tokenizer, tasks, [length])
+    rows: dict[Any, float] = {row.task: row.value for row in result.rows}
+    return {
+        f"NLL at {length}": f"{math.log(rows['perplexity']):.3f}",
+        f"passkeys of {prompts} at {length}": f"{rows['passkey']:.0%}",
+    }
+
+
+def heads(
+    source: str, kv_heads: int, length: int, variants: list[tuple[str, bool | None, Recipe | None]]
+) -> None:
+    """One table: a model as it comes, and of fewer heads before and after training."""
+    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "longctx-conversions")
+    runs.mkdir(parents=True, exist_ok=True)
+    original, tokenizer = longctx.load(source)
+    rows: list[dict[str, str]] = []
+    prompts = PROMPTS.get(source, FEW)
+
+    def add(name: str, model: PreTrainedModel, cache: int, seconds: str, tokens: int) -> None:
+        told = {
+            "tokens trained": f"{tokens:,}",
+            "CPU seconds": seconds,
+            "cache bytes / token": str(cache),
+        }
+        rows.append({"model": name, **figures(model, tokenizer, length, prompts), **told})
+        print(rows[-1], flush=True)
+
+    for name, align, recipe in variants:
+        made = longctx.convert(original, MultiQuery(kv_heads, bool(align)), tokenizer=tokenizer)
+        before, cache = made.report().cache
+        start = made.model
+        if align is None:  # the control, which keeps its heads
+            start, cache = copy.deepcopy(original), before
+        if recipe is None:
+            add(name, start, cache, "", 0)
+            continue
+        teacher = original if recipe.losses.distillation else None
+        key = f"{Path(source).name}-{name}".replace(", ", "-").replace(" ", "-")
+        model, seconds = trained(key, start, recipe, teacher, tokenizer, runs)
+        tokens = (recipe.training.max_steps or 0) * recipe.training.batch_size * recipe.max_length
+        add(name, model, cache, seconds, tokens)
+    size = original.config.num_key_value_heads
+    write_results(
+        f"Fewer key/value heads: {Path(source).name}, {size} to {kv_heads}",
+        COMMAND,
+        rows,
+        "NLL in nats per token of the held-out documents of Python's manual, passkeys in filler "
+        "sentences and in that text, keys that training never asks for. Training: the manual's "
+        "other documents, the teacher's logits and the text in equal parts, a quarter of it keys "
+        "hidden in text, where the row does not say otherwise. Part of any gain is plain further "
+        "training on this kind of text. One seed.",
+    )
+
+
+def load(model: PreTrainedModel, ids: torch.Tensor, active: int) -> str:
+    """The smallest and largest share of all choices that an expert of any layer gets."""
+    with evaluating(model), torch.no_grad():
+        routed: Any = model(input_ids=ids, output_router_logits=True, use_cache=False)
+    shares = torch.stack([expert_load(logits, active) for logits in routed.router_logits])
+    mean = " ".join(f"{share:.0%}" for share in shares.mean(0))
+    return f"{mean} (layers: {shares.min():.0%} to {shares.max():.0%})"
+
+
+def mixture(source: str) -> None:
+    """One table: a dense model, the mixture made of it, and that after a few updates."""
+    runs = Path(sys.argv[1])
+    original, tokenizer = longctx.load(source)
+    method = Moe(experts=4, active=2)
+    made = longctx.convert(original, method)
+    text = encode(tokenizer, held_out().documents[0])[:512]
+    ids = torch.tensor([text])
+    rows: list[dict[str, str]] = []
+
+    def add(name: str, model: PreTrainedModel, shares: str) -> None:
+        sizes = f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M"
+        result = sweep(model, tokenizer, [Perplexity(windows=4)], [MIXED.max_length])
+        nats = f"{math.log(result.rows[0].value):.4f}"
+        key = f"NLL at {MIXED.max_length}"
+        rows.append({"model": name, key: nats, "parameters": sizes, "load of the experts": shares})
+        print(rows[-1], flush=True)
+
+    add("original", original, "")
+    add(str(method), made.model, load(made.model, ids, method.active))
+    model, _ = trained("moe", made.model, MIXED, None, tokenizer, runs)
+    updates = MIXED.training.max_steps or 0
+    read = updates * MIXED.training.batch_size * MIXED.max_length
+    add(f"the same, {updates} updates", model, load(model, ids, method.active))
+    write_results(
+        f"Experts out of a dense model: {Path(source).name}",
+        COMMAND,
+        rows,
+        f"Held-out documents of Python's manual; trained on {read:,} tokens of "
+        "the others, load balance weighted 0.01. The load is each expert's share of all "
+        "choices, averaged over layers, with the extremes over all layers.",
+    )
+
+
+def main() -> None:
+    """Train what is not there, measure all."""
+    text_only = replace(SHORT, retrieval=0.0)
+    heads(
+        "demo",
+        1,
+        window(longctx.load("demo")[0]) or 256,
+        [
+            ("original", None, None),
+            (
+                "original, trained shortly without a teacher",
+                None,
+                replace(SHORT, losses=Losses()),
+            ),
+            ("averaged", False, None),
+            ("aligned", True, None),
+            ("aligned, trained", True, DEMO),
+            ("averaged, trained shortly", False, SHORT),
+            ("aligned, trained shortly", True, SHORT),
+            ("aligned, trained shortly on text alone", True, text_only),
+            (
+                "aligned, attention trained shortly",
+                True,
+                replace(SHORT, trained_weights="attention"),
+            ),
+            (
+                "aligned, trained shortly without the teacher",
+                True,
+                replace(SHORT, losses=Losses()),
+            ),
+        ],
+    )
+    if len(sys.argv) > 2:
+        heads(
+            sys.argv[2],
+            1,
+            256,
+            [
+                ("original", None, None),
+                ("averaged", False, None),
+                ("aligned", True, None),
+                ("aligned, trained", True, SMOLLM2),
+            ],
+        )
+        mixture(sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()
