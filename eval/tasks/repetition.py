@@ -13,24 +13,17 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any, ClassVar, Literal, TypeAlias
 
-import torch
-from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from longctx.errors import DataError
+from longctx.errors import DataError, RunError
+from longctx.generation.decodings.greedy import Greedy
+from longctx.generation.draws import BrokenLogits
+from longctx.generation.generate import generate
+from longctx.generation.registry import parse_decoding
 from longctx.prompts.haystacks import bos_of
-from longctx.scoring.batching import shrinking
-from longctx.scoring.greedy import greedy
+from longctx.scoring.batching import is_out_of_memory, shrinking
 
 from ..stats.intervals import mean_interval
 from .shared.protocol import Measured, Observation, Plan, Summary, Unit
@@ -44,6 +37,8 @@ _TEXT = 2000  # characters of a continuation that are kept
 
 _Window: TypeAlias = tuple[str, int]
 """A document, and the place in it that its prompts end before."""
+_Said: TypeAlias = tuple[tuple[int, ...], str | None]
+"""A continuation, and why it ended; None where the logits held a NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +54,10 @@ class Repetition:
     windows: int = 10
     """Prompts per length at most, spread over the documents; no document has two before each that
     is long enough has one."""
-    temperature: float = 0.0
-    """0: greedy. Else sampled, with draws of its own for each window: the same for every method and
-    length, and whatever the batch."""
-    top_p: float = 1.0
-    """Sample among the fewest tokens that hold this share of the probability."""
+    decoding: str = "greedy"
+    """How tokens are taken: a decoding or preset as `longctx decodings` lists them, such as dry or
+    "sample:temperature=0.7" (within --tasks, one of several fields needs quotes of its own). Draws
+    follow from the seed and the window's number: the same for every method and length."""
     seed: int = 0
     """Of the draws."""
     ignore_eos: bool = True
@@ -83,31 +77,33 @@ class Repetition:
                 f"new_tokens={self.new_tokens}, windows={self.windows}: expected at least 4 tokens "
                 "(a 4-gram) and one window."
             )
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise DataError(f"temperature={self.temperature}: expected 0 (greedy) or more.")
-        if not 0 < self.top_p <= 1:
-            raise DataError(f"top_p={self.top_p}: expected more than 0 and at most 1.")
-        if self.top_p < 1 and not self.temperature:
-            raise DataError(
-                f"top_p={self.top_p} has no effect on greedy decoding: set temperature."
-            )
+        parse_decoding(self.decoding)
 
     @property
     def estimand(self) -> str:
         """What the table shows."""
-        draws = f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}"
-        how = f"sampled ({draws})" if self.temperature else "greedy"
+        chosen = parse_decoding(self.decoding)
+        how = "greedy continuations" if chosen == Greedy() else "continuations"
+        by = "" if chosen == Greedy() else f" by {chosen}, seed {self.seed},"
         end = "" if self.ignore_eos else ", or as many as come before the end of text,"
         return (
             f"mean share of 4-grams that stood before in the same continuation, over {how} "
-            f"continuations of {self.new_tokens} tokens{end} after real text of exactly each "
-            "length"
+            f"of {self.new_tokens} tokens{end}{by} after real text of exactly each length"
         )
 
     def cache_key(self) -> dict[str, Any]:
-        """Settings, and the documents by their content."""
+        """Settings, and the documents by their content.
+
+        That of greedy decoding is as it was when the task had temperature and top_p of its own, so
+        that results from then are gone on with. Drawn ones from then had other draws, and are left.
+        """
+        settings = dataclasses.asdict(self)
+        chosen = parse_decoding(settings.pop("decoding"))
+        how = (
+            {"temperature": 0.0, "top_p": 1.0} if chosen == Greedy() else {"decoding": f"{chosen}"}
+        )
         documents = [digest(document) for document in texts_of(self.text).documents]
-        return {**dataclasses.asdict(self), "text": documents}
+        return {**settings, **how, "text": documents}
 
     def report_identity(self) -> dict[str, Any]:
         """The same: a cell's figure depends on nothing else."""
@@ -154,20 +150,13 @@ class Repetition:
         (length,) = unit.lengths
         documents, bos = documents_of(tokenizer, texts_of(self.text)), bos_of(tokenizer)
         windows: list[_Window] = [(name, end) for name, end in unit.spec["windows"]]
-        prompts = torch.tensor(
-            [[*bos, *documents[name][end - length + len(bos) : end]] for name, end in windows]
-        )
-        ends = set() if self.ignore_eos else _ends(model, tokenizer)
+        prompts = [[*bos, *documents[name][end - length + len(bos) : end]] for name, end in windows]
 
         def run(first: int, last: int) -> list[Observation]:
-            seeds = [f"{self.seed}/{name}@{end}" for name, end in windows[first:last]]
-            pick = _Pick(self.temperature, self.top_p, seeds)
-            said = greedy(model, prompts[first:last], self.new_tokens, ends=ends, pick=pick)
+            said = self._said(model, tokenizer, prompts[first:last], first)
             return [
-                self._observe(tokenizer, length, window, documents[window[0]], tokens, ends, broken)
-                for window, tokens, broken in zip(
-                    windows[first:last], said.tolist(), pick.broken.tolist(), strict=True
-                )
+                self._observe(tokenizer, length, window, documents[window[0]], tokens, stopped)
+                for window, (tokens, stopped) in zip(windows[first:last], said, strict=True)
             ]
 
         size = max(1, batch_tokens // (length + self.new_tokens))
@@ -175,23 +164,54 @@ class Repetition:
         tokens = sum(length + o.detail["tokens"] for o in found)
         return Measured(tuple(found), tokens, "generated")
 
+    def _said(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[list[int]],
+        first: int,
+    ) -> list[_Said]:
+        """What follows the prompts, of which `first` is the number of the first."""
+        try:
+            said = generate(
+                model,
+                tokenizer,
+                prompts,
+                decoding=self.decoding,
+                max_new_tokens=self.new_tokens,
+                batch_size=len(prompts),
+                seed=self.seed,
+                ignore_eos=self.ignore_eos,
+                first_row=first,
+                beyond_window=True,
+            )
+        except BrokenLogits:
+            if len(prompts) == 1:
+                return [((), None)]
+            apart = enumerate(prompts, first)
+            return [
+                one for at, prompt in apart for one in self._said(model, tokenizer, [prompt], at)
+            ]
+        except RunError as error:
+            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+                raise error.__cause__ from None  # so that a smaller batch is tried
+            raise
+        return list(zip(said.token_ids, said.finish_reasons, strict=True))
+
     def _observe(
         self,
         tokenizer: PreTrainedTokenizerBase,
         length: int,
         window: _Window,
         document: tuple[int, ...],
-        tokens: list[int],
-        ends: set[int],
-        broken: bool,
+        said: tuple[int, ...],
+        stopped: str | None,
     ) -> Observation:
         name, end = window
-        stop = next((i for i, token in enumerate(tokens) if token in ends), None)
-        said = tokens[:stop]
         detail: dict[str, Any] = {
             "end": end,
             "tokens": len(said),
-            "stopped": "length" if stop is None else "eos",
+            "stopped": stopped or "NaN",
             **{f"seq_rep_{n}": seq_rep_n(said, n) for n in (1, 2, 3, 4)},
             **{f"distinct_{n}": distinct_n(said, n) for n in (1, 2, 3, 4)},
             "diversity": diversity(said),
@@ -199,14 +219,14 @@ class Repetition:
             # Within the continuation: what is taken from the prompt is not a repetition of its own.
             f"rep_{_RECENT}": rep_l(said, [document[end - 1], *said[:-1]] if said else [], _RECENT),
             "text_seq_rep_4": seq_rep_n(document[end : end + self.new_tokens], 4),
-            "text": tokenizer.decode(said)[:_TEXT],
+            "text": str(tokenizer.decode(list(said)))[:_TEXT],
         }
-        if self.temperature:
+        if parse_decoding(self.decoding) != Greedy():
             detail["seed"] = self.seed
         onset = loop_onset(said)
         if onset is not None:  # left out where there is none: a recorded null is read as NaN
             detail["loop_onset"] = onset
-        nll = math.nan if broken else 0.0
+        nll = math.nan if stopped is None else 0.0
         return Observation(length, f"{name}@{end}", name, nll, targets=0, detail=detail)
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:
@@ -223,46 +243,6 @@ class Repetition:
             return Summary(mean, math.nan, math.nan, "none: all alike")
         name = f"t over {documents} documents, 95%"
         return Summary(mean, max(0.0, low), min(1.0, high), name)
-
-
-class _Pick(LogitsProcessor):
-    """What `generate` takes the argmax of: logits, or logits that are drawn with.
-
-    The argmax of log p − log E, with E drawn from the exponential distribution for each token, is
-    a sample from p (Gumbel's trick). Each row has a generator, so that batches do not matter.
-    """
-
-    def __init__(self, temperature: float, top_p: float, seeds: Sequence[str]) -> None:
-        self.broken = torch.zeros(len(seeds), dtype=torch.bool)
-        """Rows whose logits held a NaN or an infinity."""
-        self._generators: list[torch.Generator] = []
-        self._warpers = LogitsProcessorList()
-        if temperature:
-            numbers = [Random(f"repetition/{seed}").getrandbits(63) for seed in seeds]
-            self._generators = [torch.Generator().manual_seed(number) for number in numbers]
-            self._warpers.append(TemperatureLogitsWarper(temperature))
-            if top_p < 1:
-                self._warpers.append(TopPLogitsWarper(top_p))
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.broken |= ~scores.logsumexp(-1).isfinite().cpu()
-        if not self._generators:
-            return scores
-        logits: Tensor = self._warpers(input_ids, scores)  # pyright: ignore[reportArgumentType]
-        size = scores.shape[-1]
-        draws = torch.stack([
-            torch.empty(size, dtype=torch.float64).exponential_(generator=generator)
-            for generator in self._generators
-        ])  # fmt: skip
-        return logits - draws.log().to(logits)
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end a text: the checkpoint's generation settings may name several."""
-    named: Any = getattr(model.generation_config, "eos_token_id", None)
-    several: list[int | None] = named if isinstance(named, list) else [named]
-    own: Any = tokenizer.eos_token_id
-    return {token for token in (*several, own) if token is not None}
 
 
 TASK = Repetition

@@ -25,12 +25,16 @@ from ..errors import ModelError
 from .decoding import Sampling
 from .rows import Row
 
-__all__ = ["Draws", "Finite", "seed_of"]
+__all__ = ["BrokenLogits", "Draws", "Finite", "seed_of"]
 
 
 def seed_of(seed: int, row: int) -> int:
     """The number that a row's draws begin with."""
     return Random(f"generate/{seed}/{row}").getrandbits(63)
+
+
+class BrokenLogits(ModelError):
+    """A model's logits hold a NaN or an infinity."""
 
 
 class Finite(LogitsProcessor):
@@ -40,10 +44,10 @@ class Finite(LogitsProcessor):
         """The logits [rows, V] as they are.
 
         Raises:
-            ModelError: a row holds a NaN, an infinity, or nothing that is possible.
+            BrokenLogits: a row holds a NaN, an infinity, or nothing that is possible.
         """
         if not bool(scores.amax(-1).isfinite().all()):
-            raise ModelError(
+            raise BrokenLogits(
                 f"the model's logits after {input_ids.shape[1]} tokens are NaN or infinite: load "
                 'it in another precision (dtype="float32"), and look at it with `longctx doctor`.'
             )

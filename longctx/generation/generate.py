@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ..errors import ModelError, RunError
-from ..model import evaluating, unwrapped
+from ..model import evaluating, learned_positions, unwrapped
 from ..patch import patch_of
 from ..scoring.batching import is_out_of_memory
 from ..scoring.greedy import neutral
@@ -54,6 +54,7 @@ def generate(
     stream: Callable[[int, str], object] | None = None,
     ignore_eos: bool = False,
     first_row: int = 0,
+    beyond_window: bool = False,
 ) -> Generated:
     """Write on after prompts.
 
@@ -76,6 +77,8 @@ def generate(
         ignore_eos: go on after a token that ends the text.
         first_row: index of the first prompt, for what it draws: a call for prompts 8 to 15 of a
             list, with first_row=8, says what a call for all says.
+        beyond_window: go on where the prompt and the new tokens are more than the model's window,
+            to see what becomes of it there. A table of learned positions is never left.
 
     Raises:
         DataError: prompts that are empty, of another type, or too long for the model's window
@@ -99,7 +102,8 @@ def generate(
     )
     table: Any = inner.get_input_embeddings()
     ids = prompt_ids(tokenizer, prompts, int(table.weight.shape[0]))
-    refuse_beyond_window(inner, ids, max_new_tokens)
+    if not beyond_window or learned_positions(inner) is not None:
+        refuse_beyond_window(inner, ids, max_new_tokens)
     chosen.refuse(inner, tokenizer)
     own_ends = ends_of(inner, tokenizer)
     rows = [
@@ -202,6 +206,8 @@ def _groups(model: PreTrainedModel, rows: Sequence[Row]) -> list[list[Row]]:
     while patch is not None:
         alike, patch = alike and patch.method.length_invariant, patch.below
     most, _ = reach(model)
+    if most is not None and any(len(row.prompt) + row.limit > most for row in rows):
+        most = None  # as was asked for
     groups: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: len(row.tokens)):
         first = groups[-1][0] if groups else row  # the one with most tokens to come

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedModel
 
 __all__ = ["greedy", "neutral"]
 
 
-def greedy(
-    model: PreTrainedModel,
-    prompts: Tensor,
-    new_tokens: int,
-    *,
-    ends: Collection[int] = (),
-    pick: LogitsProcessor | None = None,
-) -> Tensor:
+def greedy(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> Tensor:
     """Return the tokens that follow prompts [B, S], each the argmax, on the CPU.
 
     Args:
         model: in place.
         prompts: token ids without padding.
-        new_tokens: so many at most; fewer if all rows came to an end.
-        ends: tokens that end a row; what comes after one means nothing.
-        pick: changes the logits that the argmax is taken of.
+        new_tokens: so many, past whatever token ends a text.
     """
     ids = prompts.to(model.device)
     settings = GenerationConfig(
@@ -42,15 +28,13 @@ def greedy(
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0),
+        pad_token_id=0,
     )
     with torch.no_grad(), neutral(model):
         out: Any = model.generate(  # pyright: ignore[reportCallIssue]
             ids,  # pyright: ignore[reportArgumentType]
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
-            logits_processor=LogitsProcessorList([] if pick is None else [pick]),
         )
     return out[:, ids.shape[1] :].cpu()
 

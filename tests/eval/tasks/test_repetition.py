@@ -11,15 +11,17 @@ import torch
 from transformers import GenerationConfig
 
 import longctx
-from longctx.errors import DataError
+from longctx.errors import DataError, RunError
 from longctx.eval import Observation, Task, Unit, sweep
 from longctx.eval.reporting.files import write_sweep
 from longctx.eval.reporting.tables import print_sweep
-from longctx.eval.tasks.repetition import Repetition, _Pick  # pyright: ignore[reportPrivateUsage]
+from longctx.eval.tasks.repetition import Repetition
+from longctx.generation.generate import generate
 
 from ..conftest import byte_model, byte_tokenizer
 
 LENGTHS = (100, 300)
+DRAWN = "sample:temperature=0.9,top_p=0.8"
 
 
 def greedy(model: Any, ids: list[int], count: int) -> list[int]:
@@ -87,28 +89,57 @@ def order(found: list[Observation]) -> Any:
 
 def test_a_batch_does_not_change_what_is_drawn(texts: tuple[str, ...]) -> None:
     model, tokenizer = byte_model(), byte_tokenizer()
-    task = Repetition(new_tokens=12, windows=4, temperature=0.9, top_p=0.8, seed=3, text=texts)
+    task = Repetition(new_tokens=12, windows=4, decoding=DRAWN, seed=3, text=texts)
     state = torch.get_rng_state()
     alone, together = (measured(task, model, tokenizer, n) for n in (1, 10_000))
     assert [o.detail for o in alone] == [o.detail for o in together]
     assert torch.equal(state, torch.get_rng_state()), "nobody else's draws are taken"
     assert alone[0].detail["seed"] == 3
-    other = Repetition(new_tokens=12, windows=4, temperature=0.9, top_p=0.8, seed=4, text=texts)
+    other = Repetition(new_tokens=12, windows=4, decoding=DRAWN, seed=4, text=texts)
     assert [o.detail["text"] for o in measured(other, model, tokenizer)] != [
         o.detail["text"] for o in alone
     ]
 
 
-def test_the_draws_follow_the_truncated_distribution() -> None:
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
-    count = 5_000
-    pick = _Pick(0.5, 0.95, ["one"])
-    said = torch.stack([pick(torch.zeros(1, 1), logits[None]).argmax() for _ in range(count)])
-    shares = torch.bincount(said, minlength=5) / count
-    # softmax of twice the logits: .865, .117, .016, .002, .0003; two hold 95%
-    kept = torch.tensor([4.0, 2.0]).softmax(0)
-    assert shares[2:].sum() == 0
-    assert float(shares[0]) == pytest.approx(float(kept[0]), abs=4 * math.sqrt(0.106 / count))
+def test_decodings_are_those_of_generate(texts: tuple[str, ...]) -> None:
+    model, tokenizer = byte_model(), byte_tokenizer()
+    for decoding in ("dry", "beam:num_beams=2", "contrastive", "sample:temperature=0.7,top_p=0.9"):
+        task = Repetition(new_tokens=12, windows=3, decoding=decoding, seed=2, text=texts)
+        found = [o for o in measured(task, model, tokenizer) if o.length == 100]
+        names = order(found)
+        clusters = sorted({o.cluster for o in found}, key=names)
+        prompts = [
+            [
+                1,
+                *documents(texts)[clusters.index(o.cluster)][
+                    o.detail["end"] - 99 : o.detail["end"]
+                ],
+            ]
+            for o in found
+        ]
+        said = generate(
+            model, tokenizer, prompts, decoding=decoding, seed=2, max_new_tokens=12, ignore_eos=True
+        )
+        assert [o.detail["text"] for o in found] == [
+            tokenizer.decode(list(ids)) for ids in said.token_ids
+        ]
+        assert decoding.partition(":")[0] in task.estimand.lower()
+
+
+def test_greedy_results_of_before_there_were_decodings_are_gone_on_with(
+    texts: tuple[str, ...],
+) -> None:
+    known = {"temperature": 0.0, "top_p": 1.0, "seed": 0, "ignore_eos": True, "windows": 10}
+    assert "decoding" in Repetition(text=texts, decoding="sample").cache_key()
+    key = Repetition(text=texts).cache_key()
+    assert {name: key[name] for name in known} == known
+    assert "greedy continuations of 256 tokens after real" in Repetition(text=texts).estimand
+
+
+def test_beyond_the_window_it_goes_on(texts: tuple[str, ...]) -> None:
+    model, tokenizer = byte_model(), byte_tokenizer()
+    model.config.max_position_embeddings = 128
+    assert len(measured(Repetition(new_tokens=8, windows=2, text=texts), model, tokenizer)) == 4
 
 
 def test_it_stops_before_the_end_of_text(texts: tuple[str, ...]) -> None:
@@ -154,8 +185,8 @@ def test_nan_logits_fail_the_cell(texts: tuple[str, ...], tokenizer: Any) -> Non
     model = byte_model()
     with torch.no_grad():
         model.lm_head.weight[5] = math.nan
-    for temperature in (0.0, 1.0):
-        task = Repetition(new_tokens=4, text=texts, temperature=temperature)
+    for decoding in ("greedy", "sample"):
+        task = Repetition(new_tokens=4, text=texts, decoding=decoding)
         result = sweep(model, tokenizer, [task], LENGTHS, progress=False)
         assert all("NaN" in str(row.failed) and math.isnan(row.value) for row in result.rows)
 
@@ -212,14 +243,13 @@ def test_documents_left_out_and_prompts_of_one_end(texts: tuple[str, ...], token
     [
         ({"new_tokens": 3}, "new_tokens=3"),
         ({"windows": 0}, "windows=0"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
-        ({"temperature": math.nan}, "temperature=nan"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0"),
-        ({"top_p": 0.9}, "no effect on greedy"),
+        ({"decoding": "greddy"}, "did you mean"),
+        ({"decoding": "sample:temperature=-1.0"}, "temperature=-1.0"),
+        ({"decoding": "sample:temperature=0,top_p=0.9"}, "no effect"),
     ],
 )
 def test_settings_that_mean_nothing(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+    with pytest.raises((DataError, RunError), match=said):
         Repetition(**fields)
 
 
