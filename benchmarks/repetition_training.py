@@ -24,10 +24,9 @@ import longctx
 from longctx.eval.stats.intervals import mean_interval, perplexity_of
 from longctx.eval.tasks.shared.repetition_metrics import seq_rep_n
 from longctx.eval.tasks.shared.texts import documents_of, spread
-from longctx.prompts.haystacks import Texts, bos_of, held_out
+from longctx.prompts.haystacks import Texts, bos_of, held_in, held_out
 from longctx.scoring.token_scores import score
 from longctx.train import Contrastive, Losses, SequenceUnlikelihood, Training, Unlikelihood
-from longctx.train.data.passkeys import training_text
 from longctx.train.recipes import Recipe
 from longctx.train.run import Run
 
@@ -137,7 +136,7 @@ def main() -> None:
     """Train what is not there, choose, measure, write."""
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "longctx-repetition")
     runs.mkdir(parents=True, exist_ok=True)
-    learnt, unseen = training_text(), held_out()
+    learnt, unseen = held_in(), held_out()
     grid = {
         loss: {
             name: summary(figures_of(runs, f"{loss} {name}".strip(), losses, 0, learnt))
@@ -164,7 +163,7 @@ def main() -> None:
         "python -m benchmarks.repetition_training",
         rows,
         f"The embedded model, {UPDATES} updates of {ROWS} rows of {LENGTH} tokens of the training "
-        f"documents, learning rate {RATE:g}; every loss sees the same rows, of which sequence-level "
+        f"documents, learning rate {RATE:g}; every loss sees the same rows. Sequence-level "
         "unlikelihood takes half of the updates for the model's own words. Greedy continuations of "
         f"{SAID} tokens after {PREFIX} of {PROMPTS} windows, perplexity over {WINDOWS} windows of "
         f"{LENGTH} tokens, of the ten held-out documents; intervals: t over documents, seeds "

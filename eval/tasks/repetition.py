@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import DataError, RunError
 from longctx.generation.decodings.greedy import Greedy
-from longctx.generation.draws import BrokenLogits
+from longctx.generation.draws import BrokenLogitsError
 from longctx.generation.generate import generate
 from longctx.generation.registry import parse_decoding
 from longctx.prompts.haystacks import bos_of
@@ -185,7 +185,7 @@ class Repetition:
                 first_row=first,
                 beyond_window=True,
             )
-        except BrokenLogits:
+        except BrokenLogitsError:
             if len(prompts) == 1:
                 return [((), None)]
             apart = enumerate(prompts, first)

@@ -27,7 +27,11 @@ class Decodings:
     def run(self) -> int:
         """Print them."""
         found = entries("longctx.generation.decodings", "DECODING")
-        print_entries(found, self.names, "longctx generate MODEL --prompt TEXT --decoding {}")
+        print_entries(
+            found,
+            self.names,
+            lambda entry: f"longctx generate MODEL --prompt TEXT --decoding {entry.example()}",
+        )
         if not self.names:
             from ..generation.presets import PRESETS
 

@@ -25,7 +25,7 @@ from ..errors import ModelError
 from .decoding import Sampling
 from .rows import Row
 
-__all__ = ["BrokenLogits", "Draws", "Finite", "seed_of"]
+__all__ = ["BrokenLogitsError", "Draws", "Finite", "seed_of"]
 
 
 def seed_of(seed: int, row: int) -> int:
@@ -33,7 +33,7 @@ def seed_of(seed: int, row: int) -> int:
     return Random(f"generate/{seed}/{row}").getrandbits(63)
 
 
-class BrokenLogits(ModelError):
+class BrokenLogitsError(ModelError):
     """A model's logits hold a NaN or an infinity."""
 
 
@@ -44,10 +44,10 @@ class Finite(LogitsProcessor):
         """The logits [rows, V] as they are.
 
         Raises:
-            BrokenLogits: a row holds a NaN, an infinity, or nothing that is possible.
+            BrokenLogitsError: a row holds a NaN, an infinity, or nothing that is possible.
         """
         if not bool(scores.amax(-1).isfinite().all()):
-            raise BrokenLogits(
+            raise BrokenLogitsError(
                 f"the model's logits after {input_ids.shape[1]} tokens are NaN or infinite: load "
                 'it in another precision (dtype="float32"), and look at it with `longctx doctor`.'
             )
