@@ -33,7 +33,7 @@ from .charts import (
 from .palette import COLOURS, DASHES, HEAT, INK, MARKERS
 from .tables import change
 
-__all__ = ["draw_comparison", "draw_sweep", "new_figure", "report_plots"]
+__all__ = ["draw_comparison", "draw_sweep", "report_plots"]
 
 _MARGIN = 0.03  # of an axis, beyond its ends
 _FOUND = LinearSegmentedColormap.from_list("found", [step.light for step in HEAT])
@@ -49,7 +49,7 @@ def draw_sweep(result: SweepResult) -> Figure:
     tasks = len(sweep.tasks)
     across = min(tasks, 3)
     down = math.ceil(tasks / across)
-    figure = new_figure(1.8 + 4.6 * across, 4.2 * down, sweep.model)
+    figure = _figure(1.8 + 4.6 * across, 4.2 * down, sweep.model)
     grid = figure.subplots(down, across, squeeze=False).flatten()
     for axes in grid[tasks:]:
         axes.set_visible(False)
@@ -137,7 +137,7 @@ def draw_comparison(comparison: Comparison) -> Figure:
     tasks, entries, lengths = comparison.tasks, comparison.entries, comparison.lengths
     height = 2.4 + 0.45 * len(entries)
     width = 7.5 + 0.9 * len(lengths) + 0.07 * max(map(len, entries))
-    figure = new_figure(width, max(3.2, height) * len(tasks), f"against {comparison.baseline}")
+    figure = _figure(width, max(3.2, height) * len(tasks), f"against {comparison.baseline}")
     grid = figure.subplots(len(tasks), 2, squeeze=False)
     for (left, right), task in zip(grid, tasks, strict=True):
         _draw_chart(left, comparison_chart(comparison, task), task.name)
@@ -222,7 +222,7 @@ def report_plots(sweeps: Sequence[SweepData], names: Sequence[str], out: Path) -
 
 
 def _chart_plot(chart: Chart, title: str) -> Figure:
-    figure = new_figure(6.4, 4.0, title)
+    figure = _figure(6.4, 4.0, title)
     axes = figure.subplots()
     _draw_chart(axes, chart)
     _legend(figure, axes)
@@ -234,7 +234,7 @@ def _heatmaps(maps: Sequence[dict[str, Any]], title: str) -> Figure:
     down = math.ceil(len(maps) / across)
     lengths, depths = maps[0]["lengths"], max(len(each["depths"]) for each in maps)
     width = across * (1.1 + 0.42 * len(lengths))
-    figure = new_figure(max(width, 4), down * (0.9 + 0.24 * depths), title)
+    figure = _figure(max(width, 4), down * (0.9 + 0.24 * depths), title)
     for axes, each in zip(figure.subplots(down, across, squeeze=False).flat, maps, strict=False):
         values = [
             [math.nan if c is None or c["value"] is None else c["value"] for c in row]
@@ -258,7 +258,7 @@ def _heatmaps(maps: Sequence[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
-def new_figure(width: float, height: float, title: str) -> Figure:
+def _figure(width: float, height: float, title: str) -> Figure:
     """An empty one, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
