@@ -43,6 +43,10 @@ _SIZES = {
     "hidden_size": 10_000_000,
     "intermediate_size": 10_000_000,
     "vocab_size": 100_000_000,
+    "num_labels": 1_000_000,
+    "num_experts": 100_000,
+    "num_local_experts": 100_000,
+    "n_routed_experts": 100_000,
 }
 """The largest that anyone may mean: above it building the model alone takes all memory."""
 _TEXT = ("text_config", "llm_config", "language_config")

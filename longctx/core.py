@@ -124,10 +124,8 @@ def _turns_otherwise(model: PreTrainedModel, patch: Patch, before: nn.Module) ->
     if not patch.method.length_invariant:
         return True
     kind = patch.rope.layer_type
-    (one, scaling), (other, own) = (
-        frequencies_of(rotary_of(model), kind),
-        frequencies_of(before, kind),
-    )
+    one, scaling = frequencies_of(rotary_of(model), kind)
+    other, own = frequencies_of(before, kind)
     # A formula at its neutral setting may round the last bit otherwise.
     return scaling != own or not torch.allclose(one.float(), other.float(), rtol=1e-6, atol=0)
 
@@ -183,9 +181,12 @@ def _refuse_lost_record(model: PreTrainedModel) -> None:
     """A saved patch that plain transformers loaded: its window would be taken for the original."""
     record: Any = getattr(model.config, "longctx", None)
     if record is not None:
-        names = ", ".join(str(entry.get("name")) for entry in record.get("methods", []))
+        methods: Any = record.get("methods") if isinstance(record, dict) else None
+        entries: list[Any] = methods if isinstance(methods, list) else []
+        names = [str(entry.get("name")) for entry in entries if isinstance(entry, dict)]
+        said = ", ".join(names) or "its record is damaged"
         raise MethodError(
-            f"this model was extended before ({names}), which plain transformers cannot undo: load "
+            f"this model was extended before ({said}), which plain transformers cannot undo: load "
             "it with longctx.load, call longctx.patch_of(model).remove(), then extend it."
         )
 

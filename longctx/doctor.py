@@ -170,13 +170,16 @@ def _window(
             f'"max_position_embeddings": {original}',
         )
     elif kind in ("yarn", "longrope") and round(length / original, 6) != round(factor, 6):
+        window = original * factor
+        right = f'"factor": {length / original:g}'
+        if window < 1e12:
+            right += f', or "max_position_embeddings": {int(window)}'
         yield Finding(
             "problem" if kind == "yarn" else "note",
             where,
             f"factor {factor} but max_position_embeddings / original is {length / original:g}: "
             "transformers scales by the factor, other servers by the ratio",
-            f'"factor": {length / original:g}, or "max_position_embeddings": '
-            f"{int(original * factor)}",
+            right,
         )
 
 

@@ -63,8 +63,9 @@ _KINDS = {
 
 
 def _refuse_other_than(expected: str, out: Path) -> None:
-    link = "link to a " if out.is_symlink() else ""
+    link = ""
     try:
+        link = "link to a " if out.is_symlink() else ""
         kind = _KINDS.get(stat.S_IFMT(out.stat().st_mode), "special file")
     except FileNotFoundError:
         kind = "missing file" if link else expected

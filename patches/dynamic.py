@@ -17,9 +17,11 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +41,10 @@ __all__ = ["METHOD", "Dynamic", "reserve"]
 
 _BEGUN = "longctx_requests"
 """The attribute of a cache that holds T of each of its rows."""
+_ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+"""The methods of a cache that move its rows."""
+_turns: weakref.WeakKeyDictionary[nn.Module, RLock] = weakref.WeakKeyDictionary()
+"""For each rotary, what threads that generate wait for."""
 _log = logging.getLogger(__name__)
 
 
@@ -146,6 +152,9 @@ class RequestRotary(ScaledRotary):
         for cache in output.values() if isinstance(output, dict) else output:
             if isinstance(cache, Cache):
                 setattr(cache, _BEGUN, self.requests)
+                for name in _ROWS if _ROWS[0] not in vars(cache) else ():
+                    # Partial objects are copied and pickled with the cache.
+                    setattr(cache, name, functools.partial(_move_rows, cache, name))
 
 
 def _ends(positions: Tensor, mask: Tensor | None) -> list[int]:
@@ -179,6 +188,19 @@ def _repeated(rows: Sequence[int], batch: int) -> tuple[int, ...]:
             f"{max(rows)} tokens, and the call has {batch}: expected as many, or a multiple."
         )
     return tuple(row for row in rows for _ in range(copies))
+
+
+def _move_rows(cache: Cache, name: str, rows: Any) -> None:
+    """Reorder, select or repeat the rows of a cache, and what they were begun for with them."""
+    getattr(type(cache), name)(cache, rows)
+    begun: tuple[int, ...] = getattr(cache, _BEGUN)
+    if name == "batch_repeat_interleave":
+        moved = _repeated(begun, len(begun) * rows)
+    elif len(set(begun)) == 1:
+        moved = begun[:1] * len(rows)
+    else:
+        moved = tuple(begun[row] for row in rows.tolist())
+    setattr(cache, _BEGUN, moved)
 
 
 def _begun(cache: Cache, read: int) -> tuple[int, ...]:
@@ -218,37 +240,47 @@ def _rotary(model: PreTrainedModel) -> RequestRotary:
 
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """`generate` with T settled first; it stands in place of the model instance's own."""
+    """`generate` with T settled first; it stands in place of the model instance's own.
+
+    Threads take turns: what is being read stands on the one rotary that they share.
+    """
     rotary = _rotary(model)
-    asked = _asked(model, args, kwargs)
-    cache = kwargs.get("past_key_values")
+    kind: Any = type(model)
+    plain = kind.generate
+    call = inspect.signature(plain).bind(model, *args, **kwargs).arguments
+    given: dict[str, Any] = {**call, **call.pop("kwargs", {})}
+    asked = _asked(model, given)
+    cache = given.get("past_key_values")
     if isinstance(cache, Cache) and cache.get_seq_length():
         kwargs["past_key_values"] = _fitting(model, cache, asked)
-    draft = kwargs.get("assistant_model")
-    before = rotary.asked
-    rotary.asked = asked
-    try:
-        with ExitStack() as begun:
+    draft = given.get("assistant_model")
+    with _turns.setdefault(rotary, RLock()), ExitStack() as begun:
+        before = rotary.asked
+        rotary.asked = asked
+        try:
             if draft is not None and isinstance(rotary_of(draft), RequestRotary):
                 begun.enter_context(reserve(draft, max(asked)))  # else every guess is a request
-            plain: Any = type(model)
-            return plain.generate(model, *args, **kwargs)
-    finally:
-        rotary.asked = before
+            return plain(model, *args, **kwargs)
+        finally:
+            rotary.asked = before
 
 
-def _asked(
-    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, ...]:
-    """T of each prompt of a call of `generate`: its tokens and those to come, without padding."""
-    config = kwargs.get("generation_config") or model.generation_config
-    named = (kwargs.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))
-    prompt = next((x for x in (*args[:1], *named) if isinstance(x, Tensor)), None)
+def _asked(model: PreTrainedModel, given: dict[str, Any]) -> tuple[int, ...]:
+    """T of each prompt of a call of `generate`: its tokens and those to come, without padding.
+
+    Args:
+        model: in place.
+        given: the arguments by name.
+    """
+    prepare: Any = model._prepare_generation_config  # pyright: ignore[reportPrivateUsage]
+    lengths = {key: given[key] for key in ("max_new_tokens", "max_length") if key in given}
+    config: Any = prepare(given.get("generation_config"), **lengths)[0]
+    named = (given.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))
+    prompt = next((x for x in named if isinstance(x, Tensor)), None)
     batch, read = (1, 1) if prompt is None else prompt.shape[:2]
-    new = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
-    end = kwargs.get("max_length", getattr(config, "max_length", None)) or read + 20
+    new, end = config.max_new_tokens, config.max_length or read + 20
     total = read + new if new is not None else max(end, read)
-    mask = kwargs.get("attention_mask")
+    mask = given.get("attention_mask")
     if mask is None and prompt is not None and not prompt.is_floating_point():
         mask = _inferred_mask(prompt, config)
     padding = [0] * batch

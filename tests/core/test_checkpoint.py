@@ -294,6 +294,11 @@ def test_settings_of_a_record_that_cannot_be_are_named(
 def test_a_patch_that_plain_transformers_loaded_is_not_extended_again(tmp_path: Path) -> None:
     folder = saved(tmp_path / "x", "ntk:4")
     plain = AutoModelForCausalLM.from_pretrained(folder)
+    for damaged in ("x", 5, [1], {"methods": [1]}, {"methods": 5}):
+        other = AutoModelForCausalLM.from_pretrained(folder)
+        other.config.longctx = damaged
+        with pytest.raises(MethodError, match="its record is damaged"):
+            longctx.extend(other, "yarn", factor=2)
     with pytest.raises(MethodError, match=r"extended before \(ntk\).*load it with longctx.load"):
         longctx.extend(plain, "yarn", factor=2)
 

@@ -59,6 +59,7 @@ def test_sound_checkpoints_have_no_findings(tmp_path: Path) -> None:
         ({"rope_type": "my_dynamic_thing"}, "not one that transformers knows; any name with"),
         ({"factor": None}, "yarn with factor None"),
         ({"factor": 2.0}, "factor 2.0 but max_position_embeddings / original is 4"),
+        ({"factor": 1e308, "original_max_position_embeddings": 1e308}, "factor 1e+308 but"),
         ({"rope_type": "dynamic"}, "it scales only past the former, so it never does"),
     ],
 )

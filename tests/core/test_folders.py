@@ -207,3 +207,9 @@ def test_results_do_not_go_into_the_checkpoint_they_are_of(
         assert main(line) == 2
         assert "is the input" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path / "m")) == before
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    for refuse in (refuse_other_than_file, refuse_other_than_folder):
+        with pytest.raises(RunError, match="File name too long"):
+            refuse(tmp_path / ("x" * 300))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import longctx
 from longctx.errors import MethodError, ModelError
@@ -181,3 +183,73 @@ def test_a_pickled_model_comes_back_with_its_patch() -> None:
         assert torch.equal(again.generate(ids, **call), model.generate(ids, **call))
         patch.remove()
         assert torch.equal(again(ids).logits, build("llama")(ids).logits)
+
+
+def test_lengths_are_those_that_generate_takes() -> None:
+    """By position, or from the model's own settings where a config names none."""
+    model = build("llama")
+    longctx.extend(model, Dynamic(factor=4))
+    model.generation_config.eos_token_id = None  # a config cannot say that there is none
+    ids = tokens(WINDOW - 8)
+    new = 3 * WINDOW
+    bare: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    wanted = model.generate(ids, max_new_tokens=new, **bare)
+    settings = GenerationConfig(max_new_tokens=new, **bare)
+    assert torch.equal(model.generate(ids, settings), wanted)
+    model.generation_config.max_new_tokens = new
+    assert torch.equal(model.generate(ids, generation_config=GenerationConfig(**bare)), wanted)
+
+
+def test_rows_of_a_cache_move_with_what_they_were_begun_for() -> None:
+    model = build("llama").double()
+    longctx.extend(model, Dynamic(factor=4))
+    long, short = tokens(2 * WINDOW), tokens(WINDOW + 10, seed=1)
+    pad = torch.zeros(1, WINDOW - 10, dtype=torch.long)
+    ids = torch.cat([long, torch.cat([pad, short], 1)])
+    mask = torch.cat([torch.ones_like(long), torch.cat([pad, torch.ones_like(short)], 1)])
+    said = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    cache = pickle.loads(pickle.dumps(said.past_key_values))
+    cache.crop(-7)
+    last = said.sequences[:, -8:-7]
+    whole = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    position = torch.tensor([[2 * WINDOW], [WINDOW + 10]])
+
+    def logits(cache: Any, rows: list[int]) -> torch.Tensor:
+        return model(
+            last[rows],
+            attention_mask=whole[rows],
+            position_ids=position[rows],
+            past_key_values=cache,
+        ).logits[:, -1]
+
+    wanted = logits(copy.deepcopy(cache), [0, 1])
+    flipped, one = copy.deepcopy(cache), copy.deepcopy(cache)
+    flipped.reorder_cache(torch.tensor([1, 0]))
+    torch.testing.assert_close(logits(flipped, [1, 0]), wanted[[1, 0]], rtol=0, atol=1e-9)
+    one.batch_select_indices(torch.tensor([1]))
+    torch.testing.assert_close(logits(one, [1]), wanted[[1]], rtol=0, atol=1e-9)
+    cache.batch_repeat_interleave(2)
+    rows = [0, 0, 1, 1]
+    torch.testing.assert_close(logits(cache, rows), wanted[rows], rtol=0, atol=1e-9)
+
+
+def test_threads_take_turns() -> None:
+    model = build("llama")
+    longctx.extend(model, Dynamic(factor=4))
+    prompts = [tokens(size, seed=size) for size in (WINDOW - 8, 2 * WINDOW, 20, 3 * WINDOW)]
+
+    def said(ids: torch.Tensor) -> torch.Tensor:
+        return model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None)
+
+    wanted = [said(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(said, prompts))
+    assert all(map(torch.equal, found, wanted))

@@ -145,8 +145,7 @@ class Records:
                     )
                     if array or not self.skip_bad:
                         raise bad from error
-                    window.at = at
-                    window.skip(re.compile(r"[^\n]*"))
+                    window.skip(re.compile(r"[^\n]*"))  # of the line that it begins on
                     count += 1
                     yield bad
                     continue

@@ -379,6 +379,12 @@ class Encoder:
 
     def _end_token(self, text: str, places: Places, first: int, after: int) -> int:
         """The last token that the model writes: what follows it is white space, if anything."""
+        name = cast(ChatTemplate, self._template).name
+        if after <= first:
+            raise DataError(
+                f"the chat template of {name} writes nothing of an answer: there is nothing to "
+                "learn. Pass another template (--template vicuna, or a Jinja file)."
+            )
         last = after - 1
         while last > first and int(places.ids[last]) not in self._end_ids:
             if not text[slice(*places.characters(last))].isspace():
@@ -387,9 +393,9 @@ class Encoder:
         if int(places.ids[last]) not in self._end_ids:
             begin, end = places.characters(first)[0], places.characters(after - 1)[1]
             raise DataError(
-                f"the chat template of {cast(ChatTemplate, self._template).name} ends an answer "
-                f"with {text[begin:end][-24:]!r}, no end token: the model "
-                "would not learn to stop. Pass a template that does (--template vicuna)."
+                f"the chat template of {name} ends an answer with {text[begin:end][-24:]!r}, no "
+                "end token: the model would not learn to stop. Pass a template that does "
+                "(--template vicuna)."
             )
         return last
 

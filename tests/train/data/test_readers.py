@@ -177,6 +177,15 @@ def test_bad_lines_can_be_stepped_over(tmp_path: Path) -> None:
     assert found[-1] == {"text": "b"}
 
 
+@pytest.mark.parametrize("cut", ['{"text": "b"', '{"text": "b", "more": [{"x": 1},'])
+def test_a_bad_line_costs_no_other(tmp_path: Path, cut: str) -> None:
+    """The parser finds the fault of a line that is not closed on the one after it."""
+    lines = ['{"text": "a"}', cut, *(f'{{"text": "{letter}"}}' for letter in "cde")]
+    records = Records(write(tmp_path / "a.jsonl", "\n".join(lines)), skip_bad=True)
+    found = [each if isinstance(each, dict) else each.reason for each in records]
+    assert found == [{"text": "a"}, "not JSON", *({"text": letter} for letter in "cde")]
+
+
 def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
     saved = datasets.Dataset.from_list(CHATS)
     datasets.DatasetDict({"train_sft": saved}).save_to_disk(tmp_path / "dict")

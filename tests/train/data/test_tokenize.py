@@ -308,3 +308,9 @@ def test_a_template_without_an_end_token_is_refused() -> None:
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         TokenizeSettings(**settings)
+
+
+@pytest.mark.parametrize("source", ["", "hello"])
+def test_a_template_that_writes_no_answer_is_refused(source: str) -> None:
+    with pytest.raises(DataError, match="writes nothing of an answer"):
+        encode(chats.turns("q", "a"), None, chats.tokenizer(source or "{# nothing #}"))
