@@ -49,6 +49,13 @@ _SIZES = {
     "n_routed_experts": 100_000,
 }
 """The largest that anyone may mean: above it building the model alone takes all memory."""
+_LONGEST = 10**12
+"""Tokens of a window, likewise."""
+_POSITIVE = (
+    *("rope_theta", "attention_factor", "partial_rotary_factor"),
+    *("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"),
+)
+"""Entries of RoPE settings that are numbers above zero."""
 _TEXT = ("text_config", "llm_config", "language_config")
 
 
@@ -93,10 +100,10 @@ def impossible(text: Mapping[str, Any]) -> Iterator[Doubt]:
         size = text.get(key)
         if isinstance(size, int | float) and not 0 < size <= most:
             yield key, f"it is {_shown(size)}", f"a number from 1 to {most:,}"
-    tokens = "a number of tokens, 1 or more"
+    tokens = f"a number of tokens from 1 to {_LONGEST:,}"
     for key in ("max_position_embeddings", "original_max_position_embeddings"):
         value = text.get(key)
-        if value is not None and not is_number(value):
+        if value is not None and not (is_number(value) and value <= _LONGEST):
             yield key, f"it is {_shown(value)}, which is no window", tokens
     if text.get("rope_theta") is not None and not is_number(text["rope_theta"]):
         yield "rope_theta", f"it is {_shown(text['rope_theta'])}, which is no base", "a number > 0"
@@ -114,9 +121,19 @@ def impossible(text: Mapping[str, Any]) -> Iterator[Doubt]:
         original = entry.get("original_max_position_embeddings")
         if original is not None and not is_number(original):
             yield where, f"original window {_shown(original)}", "a number of tokens > 0"
-        for key in ("rope_theta", "attention_factor", "partial_rotary_factor"):
+        for key in _POSITIVE:
             if entry.get(key) is not None and not is_number(entry[key]):
                 yield where, f"{key} {_shown(entry[key])}", "a number > 0"
+        share = entry.get("partial_rotary_factor")
+        if is_number(share) and share > 1:
+            yield where, f"partial_rotary_factor {_shown(share)}", "a share of at most 1"
+        low, high = entry.get("low_freq_factor"), entry.get("high_freq_factor")
+        if is_number(low) and is_number(high) and low >= high:
+            yield (
+                where,
+                f"low_freq_factor {_shown(low)}, high_freq_factor {_shown(high)}",
+                "the first below the second",
+            )
         for key in ("short_factor", "long_factor"):
             divisors = entry.get(key)
             if divisors is not None and not (
