@@ -16,7 +16,7 @@ __all__ = ["COMMAND", "DecodeBench"]
 
 @dataclass(frozen=True, slots=True)
 class DecodeBench:
-    """Measure repetition, variety and keys of decodings, and what of it is the model's own.
+    """Compare decodings by repetition, variety and keys.
 
     Two blocks: models on real text (perplexity, accuracy, rep/l, wrep/l), which no decoding
     changes; and each model under each decoding (seq-rep-n, loops, entropy, BLEU, keys), beside the

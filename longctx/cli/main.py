@@ -96,8 +96,11 @@ class _Output:
 def _overview() -> str:
     """The help of `longctx` by itself: a line for each command."""
     found = entries(__package__, "COMMAND")
+    names = [entry.name.replace("_", "-") for entry in found]
+    width = max(map(len, names))
     lines = [
-        f"  {entry.name.replace('_', '-'):9}{first_sentence(entry.class_text)}" for entry in found
+        f"  {name:{width}} {first_sentence(entry.class_text)}"
+        for name, entry in zip(names, found, strict=True)
     ]
     return "\n".join(
         [

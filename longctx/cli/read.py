@@ -19,7 +19,7 @@ __all__ = ["COMMAND", "Read"]
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Ask a document that is longer than the window, or sum it up, a piece at a time.
+    """Ask a document of any length, or sum it up, a piece at a time.
 
     Prints the answer, and on stderr the place in the document that it comes from.
 

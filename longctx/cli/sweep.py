@@ -35,7 +35,7 @@ def _task_options() -> type[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Measure retrieval and perplexity over lengths, under several methods.
+    """Measure retrieval and perplexity over lengths and methods.
 
     Results are appended to OUT/results.jsonl as they come: the same command goes on where an
     interrupted one was. OUT gets the table as CSV, JSON and parquet, the plot as PNG and SVG.

@@ -178,7 +178,13 @@ def test_sigint_leaves_a_valid_file_that_is_gone_on_with(tmp_path: Path) -> None
         sys.executable, "-m", "longctx", "generate", "demo", "--file", str(source), "--out",
         str(out), "--batch-size", "4", "--max-new-tokens", "60", "--ignore-eos",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
