@@ -177,6 +177,16 @@ def test_a_config_of_no_model_is_a_problem(config: dict[str, Any], tmp_path: Pat
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 2048,
+}
+
+
 @pytest.mark.parametrize(
     ("config", "where", "what"),
     [
@@ -196,7 +206,17 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
         ],
         *[
             ({"max_position_embeddings": wrong}, "max_position_embeddings", "no window")
-            for wrong in (0, -8192, "8192", [8192], True, {})
+            for wrong in (0, -8192, "8192", [8192], True, {}, 10**18)
+        ],
+        ({"num_labels": 10**9}, "num_labels", "it is 1000000000"),
+        ({"rope_parameters": {**YARN, "partial_rotary_factor": 3}}, "rope_", "_rotary_factor 3"),
+        *[
+            ({"rope_parameters": {**LLAMA3, **wrong}}, "rope_parameters", "_freq_factor")
+            for wrong in (
+                {"low_freq_factor": float("nan")},
+                {"high_freq_factor": -4},
+                {"low_freq_factor": 4.0},
+            )
         ],
         ({"rope_theta": "1e4"}, "rope_theta", "no base"),
         ({"rope_parameters": 3}, "rope_parameters", "it is 3"),
