@@ -131,8 +131,7 @@ def decode_bench(
     after = [
         documents[d][start + settings.prompt_tokens :][: settings.new_tokens] for d, start in places
     ]
-    draws = {text: _draws(decoding) for text, decoding in parsed.items()}
-    samples = {text: settings.samples if draws[text] else 1 for text in decodings}
+    samples = {text: settings.samples if parsed[text].draws else 1 for text in decodings}
     keys = _keys(tokenizer, settings)
     bench = _Bench(model, tokenizer, settings, Path(folder), batch_size)
     total = len(prompts) + sum(samples[text] * len(prompts) + len(keys) for text in decodings)
@@ -167,11 +166,6 @@ def decode_bench(
     return DecodeBench(
         called, settings, len(prompts), len({d for d, _ in places}), model_figures(read), blocks
     )
-
-
-def _draws(decoding: Any) -> bool:
-    """Whether two samples of a prompt can differ."""
-    return decoding.sampling.temperature > 0 or decoding.name == "noise"
 
 
 def _places(

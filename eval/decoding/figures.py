@@ -82,11 +82,13 @@ def model_figures(windows: Sequence[Read]) -> dict[str, Figure]:
         "ppl": Figure(*(perplexity_of(x) for x in (nll.value, nll.low, nll.high))),
         "accuracy": mean(hits),
     }
-    for l in CONTEXTS:  # noqa: E741
-        found[f"rep/{l}"] = mean([rep_l(w.argmax, w.context, l) * len(w.targets) for w in windows])
-    for l in CONTEXTS:  # noqa: E741
-        found[f"wrep/{l}"] = mean(
-            [wrep_l(w.argmax, w.context, w.targets, l) * len(w.targets) for w in windows]
+    for size in CONTEXTS:
+        found[f"rep/{size}"] = mean(
+            [rep_l(w.argmax, w.context, size) * len(w.targets) for w in windows]
+        )
+    for size in CONTEXTS:
+        found[f"wrep/{size}"] = mean(
+            [wrep_l(w.argmax, w.context, w.targets, size) * len(w.targets) for w in windows]
         )
     return found
 

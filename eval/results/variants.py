@@ -57,7 +57,7 @@ def _fields(method: Method) -> dict[str, Any]:
     return {"name": method.name, **dataclasses.asdict(settings)}
 
 
-def label(method: Method | Reading | None) -> str:
+def label(method: Method | None) -> str:
     """Write a method as the command line does, without what is at its default.
 
     >>> from longctx.patches.yarn import Yarn
@@ -70,9 +70,6 @@ def label(method: Method | Reading | None) -> str:
     items: list[str] = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.name == "combine":
-            items.append(value)
-            continue
         if field.default is not dataclasses.MISSING and value == field.default:
             continue
         if field.name == "factor" and not items:
@@ -121,7 +118,7 @@ def variants_of(
             found.append(_as_it_came(model))
         elif isinstance(method, Reading):
             came = _as_it_came(model)
-            name = label(method) if came.label == "none" else f"{came.label} + {label(method)}"
+            name = f"{method}" if came.label == "none" else f"{came.label} + {method}"
             found.append(dataclasses.replace(came, label=name, window=None, reading=method))
         else:
             with extend(model, method, replace=replace) as patch:

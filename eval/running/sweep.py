@@ -104,9 +104,9 @@ def sweep(
     refuse_small_vocabulary(model, tokenizer)
     identity = identity_of(model, tokenizer)
     variants = variants_of(model, methods, replace=replace)
-    _refuse_reading(variants, chosen)
     invariants = {variant.length_invariant for variant in variants}
     plans = _plans(chosen, tokenizer, sizes, invariants)
+    _refuse_reading(variants, chosen, tokenizer, sizes)
     jobs = [
         Job(variant, task, plans[task.name, variant.length_invariant])
         for variant in variants
@@ -226,13 +226,22 @@ def _refuse_fixed_prompts(tasks: Sequence[Task]) -> None:
             )
 
 
-def _refuse_reading(variants: Sequence[Variant], tasks: Sequence[Task]) -> None:
+def _refuse_reading(
+    variants: Sequence[Variant],
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+) -> None:
+    """Refuse tasks whose prompts do not say what is document and what is question."""
     reading = [variant.label for variant in variants if variant.reading is not None]
-    others = [task.name for task in tasks if not isinstance(task, Retrieval)]
-    if reading and others:
+    for task in tasks if reading else ():
+        if isinstance(task, Retrieval):
+            spec = task.prompt_spec(0, max(lengths), max(lengths))
+            if task.prompt(tokenizer, max(lengths), spec).document is not None:
+                continue
         raise RunError(
-            f"{reading[0]} answers questions, and task {others[0]} asks none: name the retrieval "
-            "tasks alone (--tasks passkey), or leave it out."
+            f"{reading[0]} asks a document a question, and the prompts of task {task.name} are "
+            "not such: name tasks with a haystack alone (--tasks passkey needle), or leave it out."
         )
 
 

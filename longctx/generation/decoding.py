@@ -76,6 +76,11 @@ class Decoding(Protocol):
         """How tokens are drawn from the logits."""
         return Sampling()
 
+    @property
+    def draws(self) -> bool:
+        """Whether two continuations of one prompt can differ."""
+        return self.sampling.temperature > 0
+
     def settings(self) -> dict[str, Any]:
         """Fields of transformers' GenerationConfig."""
         return {}

@@ -219,7 +219,9 @@ def write_review(path: Path, prompts: Sequence[Any], texts: Sequence[str], marks
                 "decision": known.get(row),
             }
             lines.append(json.dumps(line, ensure_ascii=False))
-    write_whole(path, lambda part: part.write_text("".join(f"{line}\n" for line in lines)))
+    # A lone surrogate becomes its JSON escape.
+    whole = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+    write_whole(path, lambda part: part.write_bytes(whole))
     return sum(bool(those) and known.get(row) is None for row, those in enumerate(marks.reasons))
 
 
@@ -248,8 +250,11 @@ def _decisions(
     path: Path, prompts: Sequence[Any], texts: Sequence[str]
 ) -> dict[int, Decision | None]:
     found: dict[int, Decision | None] = {}
-    for number, text in enumerate(read_text(path, "a review").splitlines(), 1):
+    # Not `splitlines`: a text may hold other line ends, which JSON does not escape.
+    for number, text in enumerate(read_text(path, "a review").split("\n"), 1):
         where = f"{path}:{number}"
+        if not text.strip():
+            continue
         try:
             value: Any = json.loads(text)
         except (ValueError, RecursionError) as error:

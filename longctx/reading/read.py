@@ -65,6 +65,12 @@ class Reading:
             check_whole("read", "overlap", self.overlap, least=0)
         check_whole("read", "batch_size", self.batch_size, least=1)
 
+    def __str__(self) -> str:
+        """As the command line writes it: "read:map,chunk=180"."""
+        given = {key: getattr(self, key) for key in ("chunk", "overlap")}
+        items = [f"{key}={value}" for key, value in given.items() if value is not None]
+        return ",".join([f"{self.name}:{self.combine}", *items])
+
     def pieces(
         self,
         model: PreTrainedModel,

@@ -186,19 +186,13 @@ class Retrieval(ABC):
     ) -> Measured:
         """Generate the answers of a unit's prompts, whose documents are read in pieces.
 
-        Right is an answer that begins with the key's tokens. No NLL is known.
-
-        Raises:
-            DataError: a task whose prompts do not say what is the document.
+        Right is an answer that begins with the key's tokens. No NLL is known. All prompts say what
+        their document is.
         """
         found: list[Observation] = []
         tokens = 0
         for length, spec, prompt in self.cases(tokenizer, unit):
-            if prompt.document is None:
-                raise DataError(
-                    f"task {self.name}: its prompts cannot be read in pieces, only those with a "
-                    "haystack (passkey, needle, …): leave out `read`, or the task."
-                )
+            assert prompt.document is not None, "the sweep refuses other tasks"
             first, last = prompt.document
             question = Question(
                 prompt.input_ids[:first], prompt.input_ids[last : prompt.answer_start]

@@ -47,6 +47,11 @@ class Noise(Decoding):
         if self.where not in ("logits", "embeddings"):
             raise RunError(f"noise: where={self.where!r}: expected 'logits' or 'embeddings'.")
 
+    @property
+    def draws(self) -> bool:
+        """The noise is drawn."""
+        return True
+
     def processors(self, call: Call) -> Sequence[LogitsProcessor]:
         """Noise on logits, where that is asked for."""
         return (_LogitNoise(call, self.sd),) if self.where == "logits" else ()

@@ -63,12 +63,16 @@ def test_what_is_marked_and_why() -> None:
 
 
 def test_a_review_keeps_its_decisions(tmp_path: Path) -> None:
-    path, prompts, texts = tmp_path / "review.jsonl", ["a", ["b"], "c"], ["", "Fine.", " "]
+    path, prompts, texts = (
+        tmp_path / "review.jsonl",
+        ["a", ["b"], "\u2028c\x85\ud800"],
+        ["", "Fine.", " "],
+    )
     marks = mark(texts)
     assert write_review(path, prompts, texts, marks) == 2
     with pytest.raises(DataError, match="2 of 2 rows are not decided, the first is row 0"):
         read_review(path, prompts, texts)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
     lines[0]["decision"] = "drop"
     path.write_text("\n".join(map(json.dumps, lines)))
     assert write_review(path, prompts, texts, marks) == 1

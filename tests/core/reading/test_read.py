@@ -11,6 +11,7 @@ import torch
 import longctx
 from longctx.cli.main import main
 from longctx.errors import DataError, LongctxError, ModelError, RunError
+from longctx.eval import Passkey, sweep
 from longctx.prompts import CLASSIC, Grass, passkey
 from longctx.prompts.haystacks import decode
 from longctx.reading.combine_nbce import BETA
@@ -204,3 +205,21 @@ def test_the_command(tmp_path: Path, hidden: tuple[str, str], capsys: Any) -> No
     file.write_bytes(b"\xff\xfe\x00")
     assert main([*line, *ask]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["perplexity", "lines"])
+def test_tasks_without_a_document_are_refused_before_any_work(
+    demo: tuple[Any, Any], task: str
+) -> None:
+    with pytest.raises(RunError, match=f"read:map asks a document.*task {task}"):
+        sweep(*demo, [task], [1024], methods=["read:map"], progress=False)
+
+
+def test_a_sweep_reads_in_pieces(demo: tuple[Any, Any]) -> None:
+    task = Passkey(samples=2, seed=1)
+    found = sweep(*demo, [task], [512], methods=["read:map,chunk=180"], progress=False)
+    (row,) = found.rows
+    assert row.method == "read:map,chunk=180"
+    assert [o.detail["key"] == o.detail["said"] for r in found.records for o in r.observations] == [
+        o.correct for r in found.records for o in r.observations
+    ]
