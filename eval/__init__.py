@@ -13,7 +13,8 @@ from longctx.lazy_exports import exporter
 if TYPE_CHECKING:
     from .comparison.compare import compare
     from .comparison.comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
-    from .decoding.bench import BenchSettings, DecodeBench, decode_bench
+    from .decoding.bench import DecodeBench, decode_bench
+    from .decoding.settings import BenchSettings
     from .reporting.decodings import print_decode_bench, write_decode_bench
     from .reporting.files import write_comparison, write_sweep
     from .reporting.tables import print_comparison, print_sweep, regressions
@@ -98,6 +99,7 @@ __getattr__ = exporter(
         "results.sweep_result",
         "comparison.comparison",
         "comparison.compare",
+        "decoding.settings",
         "decoding.bench",
         "reporting.decodings",
         "reporting.tables",

@@ -32,44 +32,12 @@ from ..running.progress import Progress
 from ..tasks.passkey import Passkey
 from ..tasks.shared.texts import documents_of, spread, texts_of
 from .figures import Figure, Read, Written, decoding_figures, keys_found, model_figures
+from .settings import BenchSettings
 
-__all__ = ["TEXT", "BenchSettings", "DecodeBench", "decode_bench"]
+__all__ = ["TEXT", "DecodeBench", "decode_bench"]
 
 TEXT = "the text itself"
 """The row of what really follows the prompts."""
-_SHORTEST = 8
-
-
-@dataclass(frozen=True, slots=True)
-class BenchSettings:
-    """What is written on, and how far."""
-
-    prompts: int = 50
-    """Windows of real text, spread over the documents, at most."""
-    prompt_tokens: int = 64
-    """Tokens before each continuation."""
-    new_tokens: int = 128
-    """Tokens of each continuation. Ends of text are passed over, so that all are equally long."""
-    samples: int = 4
-    """Continuations of each prompt where the decoding draws; else one."""
-    keys: int = 24
-    """Passkey prompts that are answered too; 0 for none."""
-    key_length: int = 256
-    """Tokens of each of those."""
-    guard: str = "none"
-    """Against loops, for all decodings: "ban", "mend", or MODE:field=value,…."""
-    seed: int = 0
-    """Of what is drawn, and of the keys."""
-    text: tuple[str, ...] = ()
-    """Files or folders, a document per file; none means the embedded held-out documents."""
-
-    def __post_init__(self) -> None:
-        least = {"prompts": 2, "prompt_tokens": 1, "new_tokens": _SHORTEST, "samples": 1}
-        for name, low in {**least, "keys": 0, "key_length": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < low:
-                raise RunError(f"{name}={value!r}: expected a whole number, {low} or more.")
-        parse_guard(self.guard)
 
 
 @dataclass(frozen=True, slots=True)

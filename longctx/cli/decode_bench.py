@@ -8,6 +8,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from longctx.eval.decoding.settings import BenchSettings
+
 from ..errors import RunError
 from .device_options import DeviceOptions
 
@@ -34,24 +36,7 @@ class DecodeBench:
     """NAME or NAME:field=value,…, or presets: see `longctx decodings`."""
     out: Path
     """Folder for tables, plot and continuations."""
-    prompts: int = 50
-    """Windows of real text to write on after, at most, spread over the documents."""
-    prompt_tokens: int = 64
-    """Tokens before each continuation."""
-    new_tokens: int = 128
-    """Tokens of each continuation; ends of text are passed over."""
-    samples: int = 4
-    """Continuations of each prompt where a decoding draws."""
-    keys: int = 24
-    """Passkey prompts that are answered too; 0 for none."""
-    key_length: int = 256
-    """Tokens of each of those."""
-    guard: str = "none"
-    """Against loops, for all decodings: "ban", "mend", or MODE:field=value,…."""
-    text: tuple[str, ...] = ()
-    """Files or folders, a document per file (default: the embedded held-out documents)."""
-    seed: int = 0
-    """Of what is drawn, and of the keys."""
+    settings: Annotated[BenchSettings, arg(name="")] = field(default_factory=BenchSettings)
     batch_size: int = 16
     """Prompts at a time."""
     overwrite: bool = False
@@ -60,7 +45,7 @@ class DecodeBench:
 
     def run(self) -> int:
         """Load each model, write on, print and write."""
-        from longctx.eval.decoding.bench import BenchSettings, decode_bench
+        from longctx.eval.decoding.bench import decode_bench
         from longctx.eval.reporting.decodings import (
             print_decode_bench,
             refuse_taken_bench,
@@ -83,17 +68,6 @@ class DecodeBench:
             )
         for decoding in self.decodings:
             parse_decoding(decoding)
-        settings = BenchSettings(
-            prompts=self.prompts,
-            prompt_tokens=self.prompt_tokens,
-            new_tokens=self.new_tokens,
-            samples=self.samples,
-            keys=self.keys,
-            key_length=self.key_length,
-            guard=self.guard,
-            seed=self.seed,
-            text=self.text,
-        )
         for source in self.models:
             refuse_inside(self.out, locate(source))
         found = []
@@ -104,7 +78,7 @@ class DecodeBench:
                     model,
                     tokenizer,
                     self.decodings,
-                    settings=settings,
+                    settings=self.settings,
                     folder=self.out / name,
                     name=name,
                     batch_size=self.batch_size,
