@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -26,7 +27,7 @@ from .registry import make_method, method_class, parse_method
 from .rope import frequencies_of
 from .twin import follow_config
 
-__all__ = ["extend"]
+__all__ = ["extend", "extend_all"]
 
 
 def extend(
@@ -91,6 +92,33 @@ def extend(
             f"config is of a form that longctx does not know ({type(error).__name__}: {error})."
         ) from error
     return patch
+
+
+def extend_all(
+    model: nn.Module, methods: Sequence[Method], *, replace: bool = False
+) -> tuple[Patch, ...]:
+    """Put methods on top of each other, the lowest first; all of them, or none.
+
+    Args:
+        model: as in `extend`.
+        methods: instances, as `parse_methods("yarn:2+log_n")` gives them.
+        replace: as in `extend`.
+
+    Returns:
+        A patch for each. Remove them in the opposite order.
+
+    Raises:
+        MethodError, ModelError: as `extend`; those below are off again.
+    """
+    patches: list[Patch] = []
+    try:
+        for method in methods:
+            patches += [extend(model, method, replace=replace)]
+    except BaseException:
+        for patch in reversed(patches):
+            patch.remove()
+        raise
+    return tuple(patches)
 
 
 _CONTINUOUS = (

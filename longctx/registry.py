@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 from .catalogue import converts, public_files
 from .conversion import Conversion
-from .errors import LongctxError, MethodError, nearest
+from .errors import DataError, LongctxError, MethodError, nearest
+from .files import read_text
 from .patch import Method
 
 __all__ = [
@@ -21,6 +25,7 @@ __all__ = [
     "parse_conversion",
     "parse_fields",
     "parse_method",
+    "parse_methods",
 ]
 
 _FOLDER = "longctx.patches"
@@ -132,12 +137,58 @@ def parse_method(text: str) -> Method | None:
     True
 
     A first value without a name is the factor. Values are Python literals; words stay words.
+    `NAME:@FILE` takes the fields from a file that `longctx search` wrote.
 
     Raises:
-        MethodError: unknown method or field, or an item that is not `field=value`.
+        MethodError: unknown method or field, an item that is not `field=value`, a file that does
+            not hold such fields, or several methods ("yarn:2+log_n").
     """
+    methods = parse_methods(text)
+    if len(methods) > 1:
+        raise MethodError(f"{text!r} names {len(methods)} methods: one is expected here.")
+    return methods[0] if methods else None
+
+
+def parse_methods(text: str) -> tuple[Method, ...]:
+    """Read methods that go on top of each other, the lowest first; "none" is no method.
+
+    >>> [method.name for method in parse_methods("yarn:2+dual_chunk:factor=4,log_n=True")]
+    ['yarn', 'dual_chunk']
+    >>> parse_methods("none")
+    ()
+
+    Raises:
+        MethodError: as `parse_method`, and "none" among others.
+    """
+    parts = re.split(r"\s*\+\s*(?=[a-z])", text.strip())  # that of "1e+6" stays
+    return () if parts == ["none"] else tuple(_parse_one(part) for part in parts)
+
+
+def _parse_one(text: str) -> Method:
+    name, _, rest = text.partition(":")
+    if rest.startswith("@"):
+        return make_method(name, _fields_in(Path(rest[1:]), name))
     name, fields = parse_fields(text, first="factor", example="yarn:factor=4", error=MethodError)
-    return None if (name, fields) == ("none", {}) else make_method(name, fields)
+    return make_method(name, fields)
+
+
+def _fields_in(path: Path, name: str) -> dict[str, Any]:
+    """The fields of method `name` in a JSON file {"method": NAME, "fields": {…}}."""
+    try:
+        found: Any = json.loads(read_text(path, f"the fields of {name}, as longctx search writes"))
+    except DataError as error:
+        raise MethodError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise MethodError(
+            f"{path} is not JSON ({error}): expected a file of longctx search."
+        ) from error
+    fields: Any = found.get("fields") if isinstance(found, dict) else None
+    if not isinstance(fields, dict) or found.get("method") != name:
+        raise MethodError(
+            f'{path} does not hold {{"method": "{name}", "fields": {{…}}}}: name a file that '
+            "longctx search wrote."
+        )
+    return fields
 
 
 def parse_conversion(text: str) -> Conversion:

@@ -46,8 +46,8 @@ def install_rope(
         raise ModelError(
             f"{type(config).__name__} refuses rope_type {parameters['rope_type']!r}: {refused}"
         )
+    patch.set(config, "max_position_embeddings", length)  # which parameters are checked against
     put_rope_parameters(config, with_rope_entry(config, parameters), patch.set)
-    patch.set(config, "max_position_embeddings", length)
     rotary = ScaledRotary(build_rotary(model, patch.rope.layer_type), patch.rope.layer_type)
     hook: Any = getattr(rotary_of(model), "_hf_hook", None)
     if hook is not None:  # a model spread by `device_map`: the new module joins it

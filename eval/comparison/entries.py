@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from longctx.errors import LongctxError, RunError, nearest
-from longctx.registry import parse_method
+from longctx.registry import parse_methods
 
 from ..results.reader import SweepData, data_of, mismatch, read_sweep
 from ..results.sweep_result import Row, SweepResult
@@ -99,10 +99,9 @@ def _open(source: Source) -> tuple[SweepData, tuple[str, ...]]:
 def _labelled(method: str) -> str:
     """A method as a sweep labels it, however it was typed; what is none stays as it is."""
     try:
-        parsed = parse_method(method)
+        return " + ".join(map(label, parse_methods(method))) or method
     except LongctxError:
         return method
-    return method if parsed is None else label(parsed)
 
 
 def _read(folder: Path) -> SweepData:

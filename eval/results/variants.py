@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from longctx.core import extend
+from longctx.core import extend_all
 from longctx.errors import LongctxError, ModelError, RunError
-from longctx.fingerprint import effect_digest
+from longctx.fingerprint import effect_digest, json_digest
 from longctx.model import rope_of, scaled_rope, text_config, window
 from longctx.patch import Method, patch_of
 from longctx.reading.read import Reading, parse_reading
-from longctx.registry import parse_method
+from longctx.registry import parse_methods
 
 __all__ = ["Variant", "label", "original_window", "parse_variant", "variants_of"]
+
+_SHOWN = 4  # values of a list that a label writes out
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A method as a sweep uses it."""
+    """A method, or several on top of each other, as a sweep uses it."""
 
     label: str
-    """As the command line writes it: "none", "yarn:8", "abf:theta=500000.0"."""
-    method: Method | None
-    """None: the model as it came."""
+    """As the command line writes it: "none", "yarn:8", "yarn:2 + log_n"."""
+    methods: tuple[Method, ...]
+    """The lowest first; none: the model as it came."""
     factor: float | None
     """Window over original window, None where neither factor nor target is part of the method."""
     window: int | None
@@ -39,17 +41,25 @@ class Variant:
     reading: Reading | None = None
     """How prompts are read in pieces; None: as a whole."""
 
-    def applied(self, model: PreTrainedModel, *, replace: bool) -> AbstractContextManager[Any]:
-        """Have the method on the model inside the block."""
-        if self.method is None:
-            return nullcontext()
-        return extend(model, self.method, replace=replace)
+    @contextmanager
+    def applied(self, model: PreTrainedModel, *, replace: bool) -> Generator[None]:
+        """Have the methods on the model inside the block."""
+        patches = extend_all(model, self.methods, replace=replace)
+        try:
+            yield
+        finally:
+            for patch in reversed(patches):
+                patch.remove()
 
     def record(self) -> dict[str, Any] | None:
         """Name, fields and effect, as JSON."""
         if self.reading is not None:
             return {"name": self.reading.name, **dataclasses.asdict(self.reading)}
-        return None if self.method is None else {**_fields(self.method), "effect": self.effect}
+        if not self.methods:
+            return None
+        fields = [_fields(method) for method in self.methods]
+        own = fields[0] if len(fields) == 1 else {"methods": fields}
+        return {**own, "effect": self.effect}
 
 
 def _fields(method: Method) -> dict[str, Any]:
@@ -59,6 +69,8 @@ def _fields(method: Method) -> dict[str, Any]:
 
 def label(method: Method | None) -> str:
     """Write a method as the command line does, without what is at its default.
+
+    Of a long list (the divisors of longrope) its length and a digest stand.
 
     >>> from longctx.patches.yarn import Yarn
     >>> label(Yarn(factor=8)), label(Yarn(target=4096, beta_fast=16))
@@ -74,6 +86,8 @@ def label(method: Method | None) -> str:
             continue
         if field.name == "factor" and not items:
             items.append(f"{value:g}" if float(f"{value:g}") == value else repr(value))
+        elif isinstance(value, tuple) and len(value) > _SHOWN:
+            items.append(f"{field.name}={len(value)}@{json_digest(value)[:6]}")
         else:
             items.append(f"{field.name}={value}")
     return method.name + (":" + ",".join(items) if items else "")
@@ -111,27 +125,16 @@ def variants_of(
     """
     if isinstance(methods, str):
         methods = [methods]
-    parsed = [parse_variant(m) if isinstance(m, str) else m for m in (methods or [None])]
     found: list[Variant] = []
-    for method in parsed:
-        if method is None:
-            found.append(_as_it_came(model))
-        elif isinstance(method, Reading):
+    for method in methods or [None]:
+        wanted = parse_variant(method) if isinstance(method, str) else method
+        if isinstance(wanted, Reading):
             came = _as_it_came(model)
-            name = f"{method}" if came.label == "none" else f"{came.label} + {method}"
-            found.append(dataclasses.replace(came, label=name, window=None, reading=method))
+            name = f"{wanted}" if came.label == "none" else f"{came.label} + {wanted}"
+            found.append(dataclasses.replace(came, label=name, window=None, reading=wanted))
         else:
-            with extend(model, method, replace=replace) as patch:
-                found.append(
-                    Variant(
-                        _labels_of(model),
-                        method,
-                        patch.factor,
-                        patch.window,
-                        _invariant(model),
-                        effect_digest(model),
-                    )
-                )
+            layers = wanted if isinstance(wanted, tuple) else () if wanted is None else (wanted,)
+            found.append(_tried(model, layers, replace=replace))
     labels = [variant.label for variant in found]
     for name in labels:
         if labels.count(name) > 1:
@@ -139,19 +142,31 @@ def variants_of(
     return found
 
 
-def parse_variant(text: str) -> Method | Reading | None:
-    """Read a method, or a way of reading in pieces, as the command line writes it.
+def _tried(model: PreTrainedModel, methods: tuple[Method, ...], *, replace: bool) -> Variant:
+    """What a model is under these methods, which are put on and taken off again."""
+    if not methods:
+        return _as_it_came(model)
+    variant = Variant("", methods, None, None, length_invariant=True)
+    with variant.applied(model, replace=replace):
+        came = _as_it_came(model)
+        return dataclasses.replace(came, methods=methods, effect=effect_digest(model))
+
+
+def parse_variant(text: str) -> tuple[Method, ...] | Reading:
+    """Read methods, or a way of reading in pieces, as the command line writes it.
 
     Raises:
         LongctxError: unknown, or settings that cannot be used.
     """
-    return parse_reading(text) if text.partition(":")[0] == Reading.name else parse_method(text)
+    return parse_reading(text) if text.partition(":")[0] == Reading.name else parse_methods(text)
 
 
 def _as_it_came(model: PreTrainedModel) -> Variant:
     patch = patch_of(model)
     factor, claimed = (patch.factor, patch.window) if patch else (None, window(model))
-    return Variant(_labels_of(model), None, factor, claimed, _invariant(model))
+    if patch and patch.below and patch.window:  # whose own factor counts on the window below
+        factor = patch.window / patch.rope.length
+    return Variant(_labels_of(model), (), factor, claimed, _invariant(model))
 
 
 def _labels_of(model: PreTrainedModel) -> str:

@@ -111,7 +111,7 @@ def _value(result: SweepResult, method: str, task: str, length: int) -> float:
 def _untrained(result: SweepResult) -> str:
     """Say what extension without training does, as far as it was measured."""
     first, last = result.lengths[0], result.lengths[-1]
-    labels = [variant.label for variant in result.variants if variant.method is not None]
+    labels = [variant.label for variant in result.variants if variant.methods]
     measured = {
         label: _value(result, label, "perplexity", last)
         for label in labels

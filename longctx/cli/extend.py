@@ -21,6 +21,8 @@ class Extend:
     Examples:
         longctx extend demo tiny-yarn --method yarn:4
         longctx extend smollm2 smollm2-16k --method yarn:target=16384
+        longctx extend demo demo-2k --method yarn:2+dual_chunk:factor=4,log_n=True
+        longctx extend demo demo-found --method longrope:@runs/search/longrope.json
         longctx extend meta-llama/Llama-3.1-8B out --method yarn:32 --replace
     """
 
@@ -29,7 +31,8 @@ class Extend:
     out: Positional[Path]
     """Folder to write; it must not exist yet, unless --overwrite."""
     method: str
-    """NAME:FACTOR or NAME:field=value,…: see `longctx methods`."""
+    """NAME:FACTOR, NAME:field=value,… or NAME:@FILE (fields that `longctx search` found), with a
+    "+" between several that go on top of each other. See `longctx methods`."""
     replace: bool = False
     """Replace the RoPE scaling that the checkpoint ships with."""
     overwrite: bool = False
@@ -39,17 +42,18 @@ class Extend:
     def run(self) -> int:
         """Load, extend, report, save."""
         from ..checkpoint import locate, save
-        from ..core import extend
+        from ..core import extend_all
         from ..errors import MethodError
         from ..folders import refuse_taken
-        from ..registry import parse_method
+        from ..registry import parse_methods
 
-        method = parse_method(self.method)
-        if method is None:
+        methods = parse_methods(self.method)
+        if not methods:
             raise MethodError("'none' extends nothing; `longctx convert` copies a checkpoint.")
         refuse_taken(self.out, self.overwrite, inputs=[locate(self.model)])
         model, tokenizer = self.device_options.load(self.model)
-        print(extend(model, method, replace=self.replace).report())
+        for patch in extend_all(model, methods, replace=self.replace):
+            print(patch.report())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the message says it too
             saved = save(model, tokenizer, self.out, overwrite=self.overwrite)

@@ -46,6 +46,7 @@ class Sweep:
         longctx sweep smollm2 --methods none yarn:2 --lengths 4k,8k,12k,16k --samples 4
         longctx sweep smollm2-16k --tasks perplexity --text manual/ --lengths 1k:16k
         longctx sweep smollm2 --tasks needle multi_key:keys=8 lines --lengths 2k,4k
+        longctx sweep demo --methods yarn:2 yarn:2+dual_chunk:factor=4,log_n=True --lengths 1k,2k
         longctx sweep demo --tasks passkey --methods none read:map,chunk=180 --lengths 1k,2k
         longctx sweep longchat --tasks lines --file 200_lines.jsonl --lengths 8k
     """
@@ -53,8 +54,9 @@ class Sweep:
     model: Positional[str]
     """Checkpoint folder (its saved patch in place), hub id, GGUF file, or "demo"."""
     methods: tuple[str, ...] = ("none",)
-    """NAME:FACTOR or NAME:field=value,…, "none" for the model as it comes, and read:map, read:nbce
-    or read:windows for that model reading retrieval prompts in pieces."""
+    """NAME:FACTOR or NAME:field=value,…, with a "+" between several that go on top of each other;
+    "none" for the model as it comes, and read:map, read:nbce or read:windows for that model reading
+    retrieval prompts in pieces."""
     lengths: str = ""
     """Tokens: FROM:TO doubles, or a list 4k,8k. Default: from a quarter of the window
     (at least 256) to twice it (at least 1k)."""

@@ -1,0 +1,1 @@
+"""Which method for this model at this length: candidates, screened and compared by measurement."""

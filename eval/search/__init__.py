@@ -1,0 +1,1 @@
+"""Search for the divisors of longrope by what it does to a model's answers."""

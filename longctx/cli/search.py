@@ -1,0 +1,134 @@
+"""The command that searches divisors: `longctx search`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from longctx.eval.search.settings import SearchSettings
+
+from ..errors import RunError
+from .device_options import DeviceOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from longctx.eval.search.search import FoundDivisors
+
+__all__ = ["COMMAND", "Search"]
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Search the divisors of longrope for one model and one length.
+
+    An evolution from PI, NTK, YaRN and no change, judged by how well the model says keys at the new
+    window and inside the old one. Ends with a sweep on other keys and texts, beside yarn and the
+    model as it came. OUT gets longrope.json, which `longrope:@OUT/longrope.json` reads, and the
+    sweep's files. The same command goes on where an interrupted one was.
+
+    Examples:
+        longctx search demo --target 2k --out runs/search
+        longctx extend demo demo-2k --method longrope:@runs/search/longrope.json
+        longctx search smollm2 --target 16k --prompts 12 --evaluations 40 --out runs/smollm2-search
+    """
+
+    model: Positional[str]
+    """Checkpoint folder, hub id, GGUF file, or "demo"."""
+    target: str
+    """The new window: tokens such as 32768 or 32k."""
+    out: Path
+    """Folder for the divisors, the evaluations and the sweep."""
+    settings: Annotated[SearchSettings, arg(name="")] = field(default_factory=SearchSettings)
+    report_samples: int = 40
+    """Passkey prompts per method and length of the sweep at the end; 0 leaves it out."""
+    report_seed: int = 1
+    """Of those prompts."""
+    batch_tokens: int = 16_384
+    """Tokens forwarded at a time; halved on out-of-memory in the sweep."""
+    replace: bool = False
+    """Replace the RoPE scaling that the checkpoint ships with."""
+    overwrite: bool = False
+    """Replace the divisors and the sweep that are there; evaluations of the same settings stay."""
+    device_options: Annotated[DeviceOptions, arg(name="")] = field(default_factory=DeviceOptions)
+
+    def run(self) -> int:
+        """Load, search, write, measure on other prompts."""
+        from longctx.eval import parse_lengths
+        from longctx.eval.search.search import search, write_found
+
+        from ..checkpoint import locate
+        from ..folders import refuse_inside, refuse_other_than_folder
+
+        refuse_other_than_folder(self.out)
+        lengths = parse_lengths(self.target)
+        if len(lengths) != 1:
+            raise RunError(f"--target {self.target}: expected one length, such as 32k.")
+        if self.report_samples < 0:
+            raise RunError(f"--report-samples {self.report_samples}: expected 0 or more.")
+        path = self.out / "longrope.json"
+        if path.exists() and not self.overwrite:
+            raise RunError(f"{path} is there: name another --out, or pass --overwrite.")
+        refuse_inside(self.out, locate(self.model))
+        model, tokenizer = self.device_options.load(self.model)
+        found = search(
+            model,
+            tokenizer,
+            lengths[0],
+            settings=self.settings,
+            folder=self.out,
+            batch_tokens=self.batch_tokens,
+            replace=self.replace,
+        )
+        code = self._report(model, tokenizer, found, lengths[0]) if self.report_samples else 0
+        write_found(found, path, overwrite=self.overwrite)
+        known = ", ".join(f"{name} {loss:.3f}" for name, loss in found.known_losses.items())
+        print(
+            f"{found.evaluations} divisors tried in {found.seconds / 60:.1f} minutes. Loss on "
+            f"prompts that none was chosen by: {found.loss:.3f} ({known}), in nats per token of "
+            f"the key.\n--method longrope:@{path}"
+        )
+        return code
+
+    def _report(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        found: FoundDivisors,
+        target: int,
+    ) -> int:
+        """Sweep on keys and texts of the evaluation, and compare with yarn."""
+        from longctx.eval import (
+            Passkey,
+            Perplexity,
+            compare,
+            print_comparison,
+            print_sweep,
+            sweep,
+            write_sweep,
+        )
+        from longctx.eval.results.variants import original_window
+
+        factor = found.method.factor
+        window = original_window(model)
+        result = sweep(
+            model,
+            tokenizer,
+            [Passkey(samples=self.report_samples, seed=self.report_seed), Perplexity()],
+            [window or target, target],
+            methods=[f"yarn:{factor!r}", None, found.method],
+            results=self.out / "results.jsonl",
+            batch_tokens=self.batch_tokens,
+            replace=self.replace,
+            overwrite=self.overwrite,
+        )
+        print_sweep(result)
+        print_comparison(compare({"search": result}))
+        write_sweep(result, self.out, overwrite=self.overwrite)
+        return 1 if any(row.failed for row in result.rows) else 0
+
+
+COMMAND = Search
