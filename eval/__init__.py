@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING
 from longctx.lazy_exports import exporter
 
 if TYPE_CHECKING:
+    from .choice.choose import Choice, Finalist, choose
+    from .choice.settings import ChoiceSettings
     from .comparison.compare import compare
     from .comparison.comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
     from .decoding.bench import DecodeBench, decode_bench
     from .decoding.settings import BenchSettings
+    from .reporting.choice import print_choice, write_choice
     from .reporting.decodings import print_decode_bench, write_decode_bench
     from .reporting.files import write_comparison, write_sweep
     from .reporting.tables import print_comparison, print_sweep, regressions
     from .results.sweep_result import Row, SweepResult
     from .running.lengths import parse_lengths
     from .running.sweep import sweep
+    from .searching.search import FoundDivisors, search, write_found
+    from .searching.settings import SearchSettings
     from .stats.longppl import key_tokens, long_ppl, position_curve
     from .tasks.lines import Lines
     from .tasks.multi_key import MultiKey
@@ -38,10 +43,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Adaptive",
     "BenchSettings",
+    "Choice",
+    "ChoiceSettings",
     "ComparedCell",
     "ComparedTask",
     "Comparison",
     "DecodeBench",
+    "Finalist",
+    "FoundDivisors",
     "Lines",
     "Measured",
     "MultiKey",
@@ -54,6 +63,7 @@ __all__ = [
     "PooledDifference",
     "Repetition",
     "Row",
+    "SearchSettings",
     "Summary",
     "SweepResult",
     "Task",
@@ -61,6 +71,7 @@ __all__ = [
     "Unit",
     "VariableTracking",
     "available_tasks",
+    "choose",
     "compare",
     "decode_bench",
     "key_tokens",
@@ -68,13 +79,17 @@ __all__ = [
     "parse_lengths",
     "parse_task",
     "position_curve",
+    "print_choice",
     "print_comparison",
     "print_decode_bench",
     "print_sweep",
     "regressions",
+    "search",
     "sweep",
+    "write_choice",
     "write_comparison",
     "write_decode_bench",
+    "write_found",
     "write_sweep",
 ]
 
@@ -99,6 +114,11 @@ __getattr__ = exporter(
         "results.sweep_result",
         "comparison.comparison",
         "comparison.compare",
+        "choice.settings",
+        "choice.choose",
+        "searching.settings",
+        "searching.search",
+        "reporting.choice",
         "decoding.settings",
         "decoding.bench",
         "reporting.decodings",

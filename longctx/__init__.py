@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .checkpoint import Saved, load, save
     from .conversion import Conversion, ConversionReport, Converted
     from .converting import convert
-    from .core import extend
+    from .core import extend, extend_all
     from .errors import DataError, LongctxError, MethodError, ModelError, RunError
     from .generation.generate import Generated, generate
     from .generation.loop_guard import LoopGuard
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from .reading.answers import Answer
     from .reading.read import Reading, read
     from .reading.summarise import summarise
-    from .registry import available, conversions, parse_conversion, parse_method
+    from .registry import (
+        available,
+        conversions,
+        parse_conversion,
+        parse_method,
+        parse_methods,
+    )
 
 __version__ = "0.1.0"
 
@@ -51,11 +57,13 @@ __all__ = [
     "conversions",
     "convert",
     "extend",
+    "extend_all",
     "generate",
     "load",
     "parse_conversion",
     "parse_decoding",
     "parse_method",
+    "parse_methods",
     "patch_of",
     "read",
     "save",

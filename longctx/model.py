@@ -181,12 +181,18 @@ def put_rope_parameters(
         put(config, "layer_rope_theta", [base and parameters["rope_theta"] for base in bases])
 
 
-def refusal(config: PreTrainedConfig, entry: dict[str, Any]) -> str | None:
+def refusal(config: PreTrainedConfig, entry: dict[str, Any], length: int) -> str | None:
     """Why this model's config class refuses such `rope_parameters`, None if it takes them.
 
     Phi-3's, for one, takes nothing but longrope.
+
+    Args:
+        config: of the text model.
+        entry: complete `rope_parameters`.
+        length: the window that goes with them, in tokens.
     """
     trial: Any = copy.copy(config)
+    trial.max_position_embeddings = length
     trial.rope_parameters = with_rope_entry(config, entry)
     try:
         trial.validate_rope()

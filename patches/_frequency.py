@@ -41,7 +41,7 @@ def install_rope(
 ) -> ScaledRotary:
     """Write `rope_parameters` into the config and put the rotary they describe in place."""
     config = text_config(model)
-    refused = refusal(config, parameters)
+    refused = refusal(config, parameters, length)
     if refused:
         raise ModelError(
             f"{type(config).__name__} refuses rope_type {parameters['rope_type']!r}: {refused}"
@@ -107,9 +107,9 @@ class FrequencyMethod(Method, ABC):
         rope = patch.rope
         self._check_count(rope)
         parameters = self.native_rope(rope)
-        if refusal(text_config(model), parameters):
-            parameters = as_longrope(rope, self.frequencies(rope), self.scale(rope))
         length = extended_length(self.name, self.factor, self.target, rope.length)
+        if refusal(text_config(model), parameters, length):
+            parameters = as_longrope(rope, self.frequencies(rope), self.scale(rope))
         install_rope(model, patch, parameters, length)
 
     def _check_count(self, rope: Rope) -> None:

@@ -42,19 +42,19 @@ def default_candidates(trained: int, target: int) -> tuple[str, ...]:
 
 def usable(
     model: PreTrainedModel, candidates: Sequence[str], *, replace: bool
-) -> tuple[list[str], dict[str, str]]:
+) -> tuple[dict[str, str], dict[str, str]]:
     """Those that can be put on this model, and why the others cannot.
 
     Returns:
-        The candidates, and the reasons of the others by their names.
+        The candidates by the labels that a sweep gives them, and the reasons of the others.
     """
-    fine: list[str] = []
+    fine: dict[str, str] = {}
     refused: dict[str, str] = {}
     for candidate in candidates:
         try:
-            variants_of(model, [candidate], replace=replace)
+            (variant,) = variants_of(model, [candidate], replace=replace)
         except LongctxError as error:
             refused[candidate] = str(error)
         else:
-            fine.append(candidate)
+            fine[variant.label] = candidate
     return fine, refused

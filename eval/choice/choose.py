@@ -34,7 +34,7 @@ from ..tasks.shared.retrieval import Retrieval
 from .candidates import default_candidates, usable
 from .settings import ChoiceSettings
 
-__all__ = ["Choice", "Finalist", "choose"]
+__all__ = ["Choice", "Finalist", "choose", "recommend"]
 
 _LEVEL = 0.05
 
@@ -84,7 +84,7 @@ class Choice:
     """Of the model as it came, in tokens."""
     target: int
     recommended: str
-    """A method as the command line writes it; "none" if nothing reads further than that."""
+    """A candidate as it was given; "none" if nothing was shown to read further than that."""
     reason: str
     finalists: tuple[Finalist, ...]
     """Most keys first; the model as it came is among them."""
@@ -163,18 +163,23 @@ def choose(
             progress=progress,
         )
 
-    first = swept("first", fine, _task(settings, settings.first_samples, 1), (target,))
+    first = swept("first", [*fine.values()], _task(settings, settings.first_samples, 1), (target,))
     left = _screened(first, dropped, len(fine))
-    screening = swept("screening", left, _task(settings, settings.screening_samples, 2), beyond)
+    screening = swept(
+        "screening",
+        [fine[label] for label in left],
+        _task(settings, settings.screening_samples, 2),
+        beyond,
+    )
     left = _screened(screening, dropped, settings.finalists)
-    keys = swept("keys", ["none", *left], _task(settings, settings.samples, 0), (trained, *beyond))
-    whole = [method for method in left if not method.startswith("read:")]
+    finals = ["none", *(fine[label] for label in left)]
+    keys = swept("keys", finals, _task(settings, settings.samples, 0), (trained, *beyond))
     inside = sweep(
         model,
         tokenizer,
         [Perplexity(windows=settings.windows)],
         [trained],
-        methods=["none", *whole],
+        methods=[method for method in finals if not method.startswith("read:")],
         results=None if place is None else place / "inside" / "results.jsonl",
         batch_tokens=batch_tokens,
         replace=replace,
@@ -182,12 +187,12 @@ def choose(
         progress=progress,
     )
     finalists = _finalists(keys, inside, beyond)
-    recommended, reason = _recommended(finalists)
+    taken, reason = recommend(finalists)
     return Choice(
         model=keys.model,
         window=trained,
         target=target,
-        recommended=recommended,
+        recommended=fine.get(taken, taken),
         reason=reason,
         finalists=tuple(finalists),
         dropped=dropped,
@@ -313,7 +318,7 @@ def _plain(variant: Variant) -> bool:
     return variant.reading is None and all(method.plain_loadable for method in variant.methods)
 
 
-def _recommended(finalists: Sequence[Finalist]) -> tuple[str, str]:
+def recommend(finalists: Sequence[Finalist]) -> tuple[str, str]:
     """The method to take, and why."""
     best = finalists[0]
     contenders = [one for one in finalists if one.contends]

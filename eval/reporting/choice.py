@@ -48,9 +48,10 @@ def print_choice(choice: Choice, console: Console | None = None) -> None:
     lengths = " and ".join(f"{n:,}" for n in choice.keys.lengths if n > choice.window)
     said = (
         f"keys: at {lengths} tokens, beyond the old window of {choice.window:,}, with Wilson's 95% "
-        "interval; vs best: share found minus that of the best, on the same prompts, t over haystacks, 95%; perplexity: change "
-        f"of that at {choice.window:,} tokens, t over documents, 95%; time: of these prompts as "
-        "they were measured here; plain: whether plain transformers loads it"
+        "interval; vs best: share found minus that of the best, on the same prompts, t over "
+        f"haystacks, 95%; perplexity: change of that at {choice.window:,} tokens, t over "
+        "documents, 95%; time: of these prompts as they were measured here; plain: whether plain "
+        "transformers loads it"
     )
     lines = [plain(f"dropped: {name}: {why}", style="dim") for name, why in choice.dropped.items()]
     verdict = plain(f"{choice.recommended}: {choice.reason}", style="bold")

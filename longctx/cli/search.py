@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from longctx.eval.search.settings import SearchSettings
+from longctx.eval.searching.settings import SearchSettings
 
 from ..errors import RunError
 from .device_options import DeviceOptions
@@ -16,7 +16,7 @@ from .device_options import DeviceOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from longctx.eval.search.search import FoundDivisors
+    from longctx.eval.searching.search import FoundDivisors
 
 __all__ = ["COMMAND", "Search"]
 
@@ -58,7 +58,7 @@ class Search:
     def run(self) -> int:
         """Load, search, write, measure on other prompts."""
         from longctx.eval import parse_lengths
-        from longctx.eval.search.search import search, write_found
+        from longctx.eval.searching.search import search, write_found
 
         from ..checkpoint import locate
         from ..folders import refuse_inside, refuse_other_than_folder

@@ -8,7 +8,7 @@ import pytest
 
 import longctx
 from longctx.errors import MethodError
-from longctx.registry import make_method, method_class, parse_method
+from longctx.registry import make_method, method_class, parse_method, parse_methods
 
 from ..families import build
 from ..shipping import shipped
@@ -60,3 +60,15 @@ def test_what_a_class_cannot_take_is_one_error(tmp_path: Path) -> None:
         assert make_method("cut", {}) == method_class("cut")()
         with pytest.raises(MethodError, match=r"shape \[7\], the model's rotary has \[8\]"):
             longctx.extend(build("llama"), "cut")
+
+
+def test_methods_on_top_of_each_other_are_one_word() -> None:
+    yarn, dual = parse_methods("yarn:2+dual_chunk:factor=4,log_n=True")
+    assert (yarn.name, dual.name) == ("yarn", "dual_chunk")
+    assert parse_methods("yarn:2 + log_n") == (parse_method("yarn:2"), parse_method("log_n"))
+    assert parse_methods("abf:theta=1e+6") == (parse_method("abf:theta=1e6"),)
+    assert parse_methods("none") == ()
+    with pytest.raises(MethodError, match="names 2 methods"):
+        parse_method("yarn:2+log_n")
+    with pytest.raises(MethodError, match="unknown method 'none'"):
+        parse_methods("yarn:2+none")

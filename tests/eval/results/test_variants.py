@@ -12,6 +12,7 @@ from longctx.errors import MethodError, RunError
 from longctx.eval.results.variants import label, original_window, variants_of
 from longctx.fingerprint import model_digest
 from longctx.patches.abf import Abf
+from longctx.patches.longrope import LongRope
 from longctx.patches.yarn import Yarn
 
 from ..conftest import WINDOW
@@ -70,3 +71,24 @@ def test_what_cannot_be_swept_fails_before_any_work(model: Any) -> None:
         variants_of(model, ["yarn:2", Yarn(factor=2)], replace=False)
     with pytest.raises(MethodError, match="did you mean 'yarn'"):
         variants_of(model, ["yarm:2"], replace=False)
+
+
+def test_methods_on_top_of_each_other_are_one_variant(model: Any) -> None:
+    before = model_digest(model)
+    stacked, yarn = variants_of(model, ["yarn:2+dual_chunk:factor=2", "yarn:2"], replace=False)
+    assert model_digest(model) == before
+    assert (stacked.label, stacked.factor) == ("yarn:2 + dual_chunk:2", 4.0)
+    assert stacked.window == 4 * WINDOW
+    record = stacked.record()
+    assert record is not None
+    assert [one["name"] for one in record["methods"]] == ["yarn", "dual_chunk"]
+    assert record["effect"] != yarn.effect
+    with pytest.raises(MethodError, match="holds its rotary slot"):
+        variants_of(model, ["yarn:2+linear:2"], replace=False)
+    assert model_digest(model) == before
+
+
+def test_a_long_list_is_a_digest_in_a_label() -> None:
+    one, other = (LongRope(factor=2, divisors=(1.0,) * 7 + (last,)) for last in (2.0, 3.0))
+    assert label(one).startswith("longrope:2,divisors=8@")
+    assert label(one) != label(other)

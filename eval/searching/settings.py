@@ -15,7 +15,7 @@ class SearchSettings:
 
     evaluations: int = 160
     """Divisors that are tried, those of known methods included."""
-    population: int = 20
+    population: int = 12
     """Divisors of a generation."""
     prompts: int = 24
     """Passkey prompts of the new window by which each is judged: with 8 a search learns them by

@@ -25,8 +25,8 @@ from longctx.rope import Rope
 __all__ = ["Divisors", "Evolution", "known_divisors"]
 
 _KEPT = 0.3  # of a generation
-_STEP = 0.3  # standard deviation of a mutation, in ln λ
-_FACTOR_STEP = 0.05  # of the factor on cos and sin, in its logarithm
+_STEPS = (0.3, 0.06)  # standard deviations of a mutation in ln λ: far ones and near ones
+_FACTOR_STEP = 0.15  # of the factor on cos and sin in its logarithm, as a share of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +114,16 @@ class Evolution:
     def _mutated(self, parent: Divisors) -> Divisors:
         """A stretch of planes changed by one factor, and each of some planes by its own."""
         rng, planes = self._rng, len(parent.values)
+        step = rng.choice(_STEPS)
         first, last = sorted(rng.sample(range(planes + 1), 2))
-        common = rng.gauss(0, _STEP)
+        common = rng.gauss(0, step)
         values = [
             value
             * math.exp(common * (first <= plane < last))
-            * math.exp(rng.gauss(0, _STEP) * (rng.random() < 0.25))
+            * math.exp(rng.gauss(0, step) * (rng.random() < 0.25))
             for plane, value in enumerate(parent.values)
         ]
-        factor = parent.attention_factor * math.exp(rng.gauss(0, _FACTOR_STEP))
+        factor = parent.attention_factor * math.exp(rng.gauss(0, _FACTOR_STEP * step))
         return Divisors(_legal(values, self._most), min(max(factor, 0.5), 2.0))
 
 
