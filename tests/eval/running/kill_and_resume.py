@@ -21,8 +21,6 @@ from longctx.prompts.passkey_prompts import SHORT
 
 from ..conftest import byte_model, byte_tokenizer
 
-KILLS = 20
-
 
 def run(folder: Path, texts: str) -> list[Any]:
     """Sweep into a folder; returns the rows without their times."""
@@ -54,13 +52,13 @@ def count(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def main(root: Path, texts: str) -> None:
-    """Compare `KILLS` killed and resumed sweeps with one that was left alone."""
+def main(root: Path, texts: str, kills: int) -> None:
+    """Compare `kills` killed and resumed sweeps with one that was left alone."""
     rows = run(root / "whole", texts)
     wanted = records(root / "whole")
     tables = sorted((root / "whole" / "tokens").iterdir())
     random, halfway = Random(0), 0
-    for number in range(KILLS):
+    for number in range(kills):
         folder = root / str(number)
         child = os.fork()
         if not child:
@@ -79,9 +77,9 @@ def main(root: Path, texts: str) -> None:
         for table in tables:
             assert pq.read_table(folder / "tokens" / table.name).equals(pq.read_table(table))  # pyright: ignore[reportUnknownMemberType]
         assert len(list((folder / "tokens").iterdir())) == len(tables), number
-    print(f"{KILLS} kills, {halfway} of them halfway")
-    assert halfway >= KILLS // 2
+    print(f"{kills} kills, {halfway} of them halfway")
+    assert halfway >= kills // 2
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -26,10 +27,12 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_twenty_killed_and_resumed_sweeps_equal_the_one_left_alone(
-    tmp_path: Path, texts: tuple[str, ...]
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_resumed_sweeps_equal_the_one_left_alone(
+    kills: int, tmp_path: Path, texts: tuple[str, ...]
 ) -> None:
-    assert "20 kills" in run("-m", "tests.eval.running.kill_and_resume", str(tmp_path), texts[0])
+    said = run("-m", "tests.eval.running.kill_and_resume", str(tmp_path), texts[0], str(kills))
+    assert f"{kills} kills" in said
 
 
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:

@@ -49,12 +49,12 @@ def test_what_is_generated_is_spread_over_lengths_haystacks_and_depths(
 
 
 def test_the_embedded_models_scores_are_what_it_generates() -> None:
-    """Some answers right, some wrong; 240 prompts in all, half of them with shared prefixes."""
+    """Some answers right, some wrong; 80 of them in all, half with shared prefixes."""
     model, tokenizer = longctx.load("demo")
     methods = ["none", "linear:2", "yarn:4", "alibi"]
     task = Passkey(samples=30)
-    result = sweep(model, tokenizer, [task], (256, 512), methods=methods, verify=60, progress=False)
-    assert [check.checked for check in result.verified] == [60] * 4
+    result = sweep(model, tokenizer, [task], (256, 512), methods=methods, verify=20, progress=False)
+    assert [check.checked for check in result.verified] == [20] * 4
     assert not [told for check in result.verified for told in check.disagreements]
     hits = [o.correct for record in result.records for o in record.observations]
     assert 30 < sum(map(bool, hits)) < 210
