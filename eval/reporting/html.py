@@ -27,7 +27,7 @@ from .palette import COLOURS, DASHES, HEAT, MARKERS
 from .svg import geometry
 from .tables import figure, intervals, spread
 
-__all__ = ["render", "write_html"]
+__all__ = ["refuse_other_content", "render", "write_html"]
 
 _TEMPLATE = "report.html.jinja"
 _LIMIT = 6_000_000  # bytes; what a mail or a chat still takes
@@ -74,7 +74,7 @@ def write_html(
         refuse_other_than_file(path)
         if path.exists() and not overwrite:
             raise RunError(f"{path} exists: name another --out, or pass --overwrite.")
-        _refuse_other_content(path)
+        refuse_other_content(path)
     try:
         for path, content in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def write_html(
     return list(files)
 
 
-def _refuse_other_content(path: Path) -> None:
+def refuse_other_content(path: Path) -> None:
     """Refuse to replace what is neither page nor plot: a run's own results, say."""
     if path.suffix in (".html", ".htm", ".png", ".svg") or not path.exists():
         return

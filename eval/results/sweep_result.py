@@ -214,7 +214,7 @@ class SweepResult:
         import pandas as pd
 
         frame = pd.DataFrame([dataclasses.asdict(row) for row in self.rows])
-        return frame.astype(dict.fromkeys(("far", "far_found"), "Int64"))
+        return frame.astype(dict.fromkeys(("window", "far", "far_found"), "Int64"))
 
     def per_token(self) -> pd.DataFrame:
         """Every scored token of text: method, document, length, index, context, token, nll.

@@ -124,9 +124,9 @@ class Evolution:
             for plane, value in enumerate(parent.values)
         ]
         factor = parent.attention_factor * math.exp(rng.gauss(0, _FACTOR_STEP * step))
-        return Divisors(_legal(values, self._most), min(max(factor, 0.5), 2.0))
+        return Divisors(_legal(values, self._most), round(min(max(factor, 0.5), 2.0), 4))
 
 
 def _legal(values: Sequence[float], most: float) -> tuple[float, ...]:
-    """Between 1 and `most`, none below the one before it."""
-    return tuple(accumulate((min(max(value, 1.0), most) for value in values), max))
+    """Between 1 and `most`, none below the one before it, in four places."""
+    return tuple(accumulate((round(min(max(value, 1.0), most), 4) for value in values), max))

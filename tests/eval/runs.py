@@ -57,7 +57,7 @@ def write_run(
 ) -> SweepResult:
     """Write a folder as `longctx sweep --out` does; `failed` is a length that ran out of memory."""
     tasks: list[Any] = [Passkey(samples=samples), Perplexity(), _Repetition()]
-    variants = [Variant(label, None, None, WINDOW, True) for label in methods]
+    variants = [Variant(label, (), None, WINDOW, True) for label in methods]
     store = Store(folder / "results.jsonl", IDENTITY)
     random, records = Random(0), list[Record]()
     for turn, variant in enumerate(variants):

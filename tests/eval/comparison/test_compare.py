@@ -75,7 +75,7 @@ def swept(
     """A sweep that found these observations; `failed`: a length that a method's passkey lacks."""
     rows: list[Row] = []
     records: list[Record] = []
-    variants = [Variant(label, None, None, None, True) for label in methods]
+    variants = [Variant(label, (), None, None, True) for label in methods]
     lengths = sorted({o.length for m in methods.values() for found in m.values() for o in found})
     for variant in variants:
         for task in tasks:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from longctx.eval.reporting.html import write_html
+from longctx.eval.reporting.leaderboard import write_leaderboard
 
 from ..runs import write_run
 
@@ -161,3 +162,31 @@ def test_a_pressed_method_is_brought_out(tab: _Tab) -> None:
     tab.page.locator('[data-lit="yarn:4"]').first.click()
     assert tab.page.locator('g[data-method="yarn:4"]').first.get_attribute("class") == "lit"
     assert tab.page.locator('g[data-method="none"]').first.get_attribute("class") == "dim"
+
+
+def test_a_leaderboard_is_sorted_and_filtered(browser: Any, report: Path) -> None:
+    board = report.with_name("board.html")
+    write_leaderboard([report.with_name("run"), report.with_name("other")], board)
+    for width in (1280, 360):
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.set_default_timeout(120_000)
+        page.goto(board.as_uri())
+        wide, shown = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert wide <= shown
+        table = page.locator("table").first
+        head = table.locator("thead th", has_text="method")
+        head.locator("button").click()
+        assert head.get_attribute("aria-sort") == "ascending"
+        methods = table.locator("tbody tr td:nth-child(2)").all_inner_texts()
+        assert methods == sorted(methods)
+        values = "all => all.map(cell => cell.dataset.sort)"
+        length = table.locator("thead th", has_text="256").first
+        length.locator("button").click()
+        column = length.evaluate("head => head.cellIndex") + 1
+        cells = table.locator(f"tbody tr td:nth-child({column})")
+        known = [float(text) for text in cells.evaluate_all(values) if text]
+        assert known == sorted(known, reverse=True)
+        assert table.locator(".best").count() > 0
+        page.locator("#filter").fill("7B-instruct")
+        assert table.locator("tbody tr:visible").count() == 2
+        page.close()
