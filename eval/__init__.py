@@ -13,9 +13,11 @@ from longctx.lazy_exports import exporter
 if TYPE_CHECKING:
     from .comparison.compare import compare
     from .comparison.comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
-    from .decoding.bench import DecodeBench, decode_bench
+    from .decoding.bench import decode_bench
+    from .decoding.result import DecodeBench
     from .decoding.settings import BenchSettings
-    from .reporting.decodings import print_decode_bench, write_decode_bench
+    from .reporting.decoding_files import write_decode_bench
+    from .reporting.decoding_tables import print_decode_bench
     from .reporting.files import write_comparison, write_sweep
     from .reporting.tables import print_comparison, print_sweep, regressions
     from .results.sweep_result import Row, SweepResult
@@ -100,8 +102,10 @@ __getattr__ = exporter(
         "comparison.comparison",
         "comparison.compare",
         "decoding.settings",
+        "decoding.result",
         "decoding.bench",
-        "reporting.decodings",
+        "reporting.decoding_files",
+        "reporting.decoding_tables",
         "reporting.tables",
         "reporting.files",
         "stats.longppl",
