@@ -112,6 +112,7 @@ def _picture(benches: Sequence[DecodeBench]) -> Picture:
         ax.set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     if len(benches) > 1:
-        axes[-1].legend()
+        # The text itself, whose points have the labels, has no keys.
+        axes[-1].legend(*axes[0].get_legend_handles_labels())
     picture.tight_layout()
     return picture

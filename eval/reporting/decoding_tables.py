@@ -103,4 +103,7 @@ def _number(value: float, share: bool) -> str:
     """Ends of a t interval may lie outside of what a share can be: they are cut."""
     if math.isnan(value):
         return "–"
-    return f"{min(max(0.0, value), 1.0):.3f}" if share else f"{max(0.0, value):.3g}"
+    if share:
+        return f"{min(max(0.0, value), 1.0):.3f}"
+    value = max(0.0, value)
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
