@@ -1,4 +1,4 @@
-"""Continuations that end in a loop, to be read: what stood before them, and where the loop begins."""
+"""Continuations that end in a loop, to be read: what stood before, and where the loop begins."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ __all__ = ["INTERVALS", "TEXT", "DecodeBench", "Figure", "LoopExample"]
 TEXT = "the text itself"
 """The row of what really follows the prompts."""
 INTERVALS = (
-    "95%, documents as clusters: t for means, Wilson with the design effect for loops, the jackknife "
-    "for entropy and uniq-seq; Wilson for keys, as if their prompts were independent"
+    "95%, documents as clusters: t for means, Wilson with the design effect for loops, the "
+    "jackknife for entropy and uniq-seq; Wilson for keys, as if their prompts were independent"
 )
 """How the interval of each figure comes about."""
 

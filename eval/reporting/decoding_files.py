@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
+
 from longctx.errors import RunError
 from longctx.files import finite, write_whole
 from longctx.folders import refuse_other_than_file

@@ -105,11 +105,6 @@ def _bench(bench: DecodeBench) -> dict[str, Any]:
     }
 
 
-def _cells(
-    block: dict[str, Figure], columns: Sequence[str]
-) -> list[tuple[str, str, Figure | None]]:
-    """Value and interval as they are written, and the figure; a dash where there is none."""
-    return [
-        (*written(name, block[name]), block[name]) if name in block else ("–", "", None)
-        for name in columns
-    ]
+def _cells(block: dict[str, Figure], columns: Sequence[str]) -> list[tuple[str, str]]:
+    """Value and interval as they are written; a dash where there is none."""
+    return [written(name, block[name]) if name in block else ("–", "") for name in columns]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-
 from typing import TypeVar
 
 from scipy import stats
@@ -79,9 +78,9 @@ def jackknife_interval(
 ) -> tuple[float, float, float]:
     """Return a statistic of all items and its t interval, leaving one cluster out at a time.
 
-    For statistics that are no mean, such as an entropy. With θᵢ without cluster i of n, the variance
-    is (n−1)/n · Σ (θᵢ − θ̄)², on n − 1 degrees of freedom. The interval is of what the statistic
-    gives for so many items, not for more. It is NaN for a single cluster.
+    For statistics that are not means, such as an entropy. With θᵢ without cluster i of n, the
+    variance is (n−1)/n · Σ (θᵢ − θ̄)², on n − 1 degrees of freedom. The interval is of what the
+    statistic gives for so many items, not for more. It is NaN for a single cluster.
 
     Source: Tukey 1958; Heltshe & Forrester 1983, Biometrics 39, 1-11, for numbers of kinds.
     """

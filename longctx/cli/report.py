@@ -16,7 +16,7 @@ class Report:
 
     Each RUN is the --out folder of a `longctx sweep` or `longctx decode-bench`. Heatmaps by length
     and depth, values with their intervals, loss by position, effective lengths, failed answers,
-    cost and settings; of decodings their figures, how far they repeat themselves, and loops to read.
+    cost and settings; of decodings their figures with intervals, and loops to read.
 
     Examples:
         longctx report sweep

@@ -156,7 +156,7 @@ def _damaged(folder: Path, change: Any) -> None:
 def test_a_damaged_file_is_told(change: Any, found: str, tmp_path: Path) -> None:
     write_bench(tmp_path / "run")
     _damaged(tmp_path / "run", change)
-    with pytest.raises(RunError, match="decodings.json") as error:
+    with pytest.raises(RunError, match=r"decodings\.json") as error:
         write_html([tmp_path / "run"], tmp_path / "page.html")
     assert found in str(error.value)
     assert "decode-bench" in str(error.value)
