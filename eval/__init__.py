@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from .choice.settings import ChoiceSettings
     from .comparison.compare import compare
     from .comparison.comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
-    from .decoding.bench import DecodeBench, decode_bench
+    from .decoding.bench import decode_bench
+    from .decoding.result import DecodeBench
     from .decoding.settings import BenchSettings
     from .reporting.choice import print_choice, write_choice
-    from .reporting.decodings import print_decode_bench, write_decode_bench
+    from .reporting.decoding_files import write_decode_bench
+    from .reporting.decoding_tables import print_decode_bench
     from .reporting.files import write_comparison, write_sweep
     from .reporting.tables import print_comparison, print_sweep, regressions
     from .results.sweep_result import Row, SweepResult
@@ -120,8 +122,10 @@ __getattr__ = exporter(
         "searching.search",
         "reporting.choice",
         "decoding.settings",
+        "decoding.result",
         "decoding.bench",
-        "reporting.decodings",
+        "reporting.decoding_files",
+        "reporting.decoding_tables",
         "reporting.tables",
         "reporting.files",
         "stats.longppl",

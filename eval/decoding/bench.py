@@ -31,29 +31,12 @@ from longctx.scoring.batching import score_batches
 from ..running.progress import Progress
 from ..tasks.passkey import Passkey
 from ..tasks.shared.texts import documents_of, spread, texts_of
-from .figures import Figure, Read, Written, decoding_figures, keys_found, model_figures
+from .examples import loop_examples
+from .figures import Read, Written, decoding_figures, keys_found, model_figures
+from .result import TEXT, DecodeBench, LoopExample
 from .settings import BenchSettings
 
-__all__ = ["TEXT", "DecodeBench", "decode_bench"]
-
-TEXT = "the text itself"
-"""The row of what really follows the prompts."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeBench:
-    """What was found for one model."""
-
-    model: str
-    """Its name."""
-    settings: BenchSettings
-    prompts: int
-    """Windows that there were."""
-    documents: int
-    model_block: dict[str, Figure]
-    """Of the model alone, on real text."""
-    decoding_block: dict[str, dict[str, Figure]]
-    """For each decoding, as the command line writes it, and for the text itself."""
+__all__ = ["decode_bench"]
 
 
 def decode_bench(
@@ -101,25 +84,25 @@ def decode_bench(
     ]
     samples = {text: settings.samples if parsed[text].draws else 1 for text in decodings}
     keys = _keys(tokenizer, settings)
-    bench = _Bench(model, tokenizer, settings, Path(folder), batch_size)
+    identity = identity_of(model, tokenizer)
+    bench = _Bench(model, tokenizer, settings, Path(folder), batch_size, identity)
     total = len(prompts) + sum(samples[text] * len(prompts) + len(keys) for text in decodings)
     with Progress(total, shown=progress) as bar:
         bar.at("reading")
         read = bench.read(places, prompts, after, bar)
-        blocks = {
-            TEXT: decoding_figures(
-                [Written(d, i, tuple(after[i])) for i, (d, _) in enumerate(places)]
-            )
-        }
+        itself = [Written(d, i, tuple(after[i])) for i, (d, _) in enumerate(places)]
+        blocks = {TEXT: decoding_figures(itself)}
+        examples: dict[str, tuple[LoopExample, ...]] = {}
         for text in decodings:
             bar.at(text)
             said = bench.write(text, "text", prompts * samples[text], settings.new_tokens, bar)
-            block = decoding_figures(
-                [
-                    Written(places[i % len(places)][0], i % len(places), tuple(tokens))
-                    for i, tokens in enumerate(said)
-                ]
-            )
+            rows = [
+                Written(places[i % len(places)][0], i % len(places), tuple(tokens))
+                for i, tokens in enumerate(said)
+            ]
+            block = decoding_figures(rows)
+            if looped := loop_examples(tokenizer, prompts, rows):
+                examples[text] = looped
             if keys:
                 longest = max(len(answer) for _, answer in keys)
                 answers = bench.write(text, "keys", [p for p, _ in keys], longest, bar)
@@ -132,7 +115,14 @@ def decode_bench(
             blocks[text] = block
     called = name or Path(model.name_or_path or model.config.model_type).name
     return DecodeBench(
-        called, settings, len(prompts), len({d for d, _ in places}), model_figures(read), blocks
+        called,
+        settings,
+        len(prompts),
+        len({d for d, _ in places}),
+        model_figures(read),
+        blocks,
+        bench.identity,
+        examples,
     )
 
 
@@ -184,6 +174,7 @@ class _Bench:
     settings: BenchSettings
     folder: Path
     batch_size: int
+    identity: dict[str, str]
 
     def read(
         self,
@@ -219,7 +210,7 @@ class _Bench:
             "guard": str(parse_guard(self.settings.guard)),
             "max_new_tokens": new_tokens,
             "seed": self.settings.seed,
-            **identity_of(self.model, self.tokenizer),
+            **self.identity,
         }
         digests = [json_digest(list(prompt)) for prompt in prompts]
         path = self.folder / f"{name}.jsonl"

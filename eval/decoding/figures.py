@@ -17,12 +17,18 @@ from dataclasses import dataclass
 
 from sacrebleu.metrics.bleu import BLEU
 
-from ..stats.intervals import mean_interval, perplexity_of, wilson
+from ..stats.intervals import (
+    clustered_wilson,
+    jackknife_interval,
+    mean_interval,
+    perplexity_of,
+    wilson,
+)
 from ..tasks.shared.repetition_metrics import loop_onset, rep_l, seq_rep_n, uniq, wrep_l
+from .result import Figure
 
 __all__ = [
     "CONTEXTS",
-    "Figure",
     "Read",
     "Written",
     "decoding_figures",
@@ -33,15 +39,6 @@ __all__ = [
 CONTEXTS = (16, 32, 128, 512)
 """Tokens that rep/l and wrep/l look back."""
 _MOST = 32  # other continuations that one is compared with
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A value with its 95% interval; NaN where there is none."""
-
-    value: float
-    low: float = math.nan
-    high: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +95,25 @@ def decoding_figures(rows: Sequence[Written]) -> dict[str, Figure]:
 
     `self-BLEU` compares the samples of one prompt and is left out where each has one; `cross-BLEU`
     compares the first samples of different prompts. Entropy is that of all tokens together, in
-    bits, and `uniq-seq` their number of different ones: both depend on how many there are, and have
-    no interval.
+    bits, and `uniq-seq` their number of different ones: both grow with the number of tokens, so
+    compare them between decodings that wrote as many.
     """
     clusters = [row.document for row in rows]
     ones = [1.0] * len(rows)
+    by_document: dict[str, list[Sequence[int]]] = defaultdict(list)
+    for row in rows:
+        by_document[row.document].append(row.tokens)
 
     def mean(values: Sequence[float]) -> Figure:
         return Figure(*mean_interval(values, ones, clusters))
 
     found = {f"seq-rep-{n}": mean([seq_rep_n(row.tokens, n) for row in rows]) for n in (1, 2, 3, 4)}
-    loops = sum(loop_onset(row.tokens) is not None for row in rows)
-    counts = Counter(token for row in rows for token in row.tokens)
-    total = sum(counts.values())
-    bits = -sum(n / total * math.log2(n / total) for n in counts.values())
+    loops = [loop_onset(row.tokens) is not None for row in rows]
     found |= {
         "different tokens": mean([float(uniq(row.tokens)) for row in rows]),
-        "loops": Figure(loops / len(rows), *wilson(loops, len(rows))),
-        "uniq-seq": Figure(float(len(counts))),
-        "entropy": Figure(bits if total else 0.0),
+        "loops": Figure(*clustered_wilson(loops, clusters, [row.prompt for row in rows])),
+        "uniq-seq": Figure(*jackknife_interval(_different, by_document)),
+        "entropy": Figure(*jackknife_interval(_entropy, by_document)),
     }
     by_prompt: dict[int, list[Written]] = defaultdict(list)
     for row in rows:
@@ -133,6 +130,18 @@ def decoding_figures(rows: Sequence[Written]) -> dict[str, Figure]:
             [(row.document, value) for row, value in zip(firsts, each, strict=True)]
         )
     return found
+
+
+def _different(texts: Sequence[Sequence[int]]) -> float:
+    """The number of different tokens of all texts together."""
+    return float(len({token for text in texts for token in text}))
+
+
+def _entropy(texts: Sequence[Sequence[int]]) -> float:
+    """The entropy of the tokens of all texts together, in bits."""
+    counts = Counter(token for text in texts for token in text)
+    total = sum(counts.values())
+    return sum(n / total * math.log2(total / n) for n in counts.values())
 
 
 def _mean_of(values: Sequence[tuple[str, float]]) -> Figure:

@@ -18,6 +18,7 @@ __all__ = [
     "Series",
     "Style",
     "comparison_chart",
+    "linear_axis",
     "position_chart",
     "styles",
     "tokens",
@@ -265,10 +266,17 @@ def value_axis(among: Sequence[Chart]) -> tuple[float, float, list[float]]:
         low, high = low / 1.1, high * 1.1
         steps = [m * 10.0**k for k in range(300) for m in (1, 2, 5) if low <= m * 10.0**k <= high]
         return low, high, steps[:: max(1, len(steps) // 5)]
+    return linear_axis(low, high, least=1 if among[0].log else None)
+
+
+def linear_axis(
+    low: float, high: float, *, least: int | None = None
+) -> tuple[float, float, list[float]]:
+    """Round ends around two values, and where the lines between are; `least` steps from 0 on."""
     step = 10 ** math.floor(math.log10(max(high - low, 1e-3)))
     step = next(s * step for s in (0.2, 0.5, 1, 2) if (high - low) / (s * step) <= 6)
     first, last = math.floor(low / step), math.ceil(high / step)
-    if among[0].log:
-        first = max(first, 1)
+    if least is not None:
+        first = max(first, least)
     first, last = (first, last) if first < last else (first, first + 1)
     return first * step, last * step, [round(i * step, 10) for i in range(first, last + 1)]

@@ -1,28 +1,32 @@
-"""One HTML file that shows what sweeps found: no request to anywhere, to be handed around.
+"""One HTML file that shows what sweeps and decode benches found: no request to anywhere.
 
 Charts and tables are part of the page; its script only adds tooltips and the choice of theme. What
 is shown is embedded as JSON too (`<script type="application/json" id="data">`), each run with its
-sweep.json as it is.
+sweep.json as it is, each bench as decodings.json has it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from longctx.errors import RunError
-from longctx.files import write_whole
+from longctx.files import finite, write_whole
 from longctx.folders import refuse_other_than_file
 
-from ..results.reader import SweepData, read_sweep, refuse_other_records
+from ..decoding.reader import BENCH_FILE
+from ..decoding.result import DecodeBench
+from ..results.reader import SWEEP_FILE, SweepData, read_sweep, refuse_other_records
 from ..results.verification import notes_of
 from . import sections
 from .charts import Chart, position_chart, styles, tokens, value_chart
+from .decoding_section import decoding_section, read_benches
 from .palette import COLOURS, DASHES, HEAT, MARKERS
 from .svg import geometry
 from .tables import figure, intervals, spread
@@ -36,30 +40,53 @@ _LIMIT = 6_000_000  # bytes; what a mail or a chat still takes
 def write_html(
     runs: Sequence[Path], out: Path, *, plots: bool = False, overwrite: bool = False
 ) -> list[Path]:
-    """Write the report of some sweep folders; returns the files.
+    """Write the report of some folders; returns the files.
 
     Args:
-        runs: folders that `longctx sweep --out` wrote.
+        runs: folders that `longctx sweep --out` or `longctx decode-bench --out` wrote.
         out: the HTML file.
-        plots: write each plot beside it, as PNG and SVG.
+        plots: write each plot of a sweep beside it, as PNG and SVG.
         overwrite: replace what is there.
 
     Raises:
-        RunError: no run or the same one twice, a folder that cannot be read as a sweep's, a file
-            that is there already, or a page above 6 MB.
+        RunError: no run or the same one twice, a folder that cannot be read, a file that is there
+            already, or a page above 6 MB.
     """
     if not runs:
-        raise RunError("no run to report: name one or more folders of `longctx sweep`.")
+        raise RunError(
+            "no run to report: name one or more folders of `longctx sweep` or `longctx "
+            "decode-bench`."
+        )
     refuse_other_than_file(out)
     resolved = [run.resolve() for run in runs]
     for run, place in zip(runs, resolved, strict=True):
         if resolved.count(place) > 1:
             raise RunError(f"{run} is named twice: leave one out.")
-    sweeps = [read_sweep(run) for run in runs]
+    benched = [run for run in runs if (run / BENCH_FILE).exists()]
+    swept = [run for run in runs if (run / SWEEP_FILE).exists()]  # a folder may hold both
+    for run in runs:
+        if run.is_dir() and run not in (*benched, *swept):
+            raise RunError(
+                f"{run} holds neither {SWEEP_FILE} nor {BENCH_FILE}, which a sweep and a decode "
+                "bench write at their end: finish it by the same command, which goes on where it "
+                "was, or name another folder."
+            )
+        if run not in benched and run not in swept:
+            raise RunError(
+                f"no folder {run}: expected one that `longctx sweep --out` or `longctx "
+                "decode-bench --out` wrote."
+            )
+    sweeps = [read_sweep(run) for run in swept]
+    benches = read_benches(benched)
     for sweep in sweeps:
         refuse_other_records(sweep)
+    if plots and not sweeps:
+        raise RunError(
+            "--plots draws what sweeps found, and no sweep is named: leave it out (`longctx "
+            "decode-bench` has drawn its own)."
+        )
     files: dict[Path, Any] = {}
-    text = render(sweeps)
+    text = render(sweeps, benches)
     if len(text.encode()) > _LIMIT:
         raise RunError(
             f"the report of {len(runs)} runs takes {len(text.encode()):,} bytes, more than the "
@@ -98,17 +125,18 @@ def refuse_other_content(path: Path) -> None:
         raise RunError(f"{path} is not an HTML page: name another --out, such as report.html.")
 
 
-def render(sweeps: Sequence[SweepData]) -> str:
+def render(sweeps: Sequence[SweepData], benches: Sequence[DecodeBench] = ()) -> str:
     """The whole page as text."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(_template),
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     filters: Any = environment.filters  # typed as the ones that jinja2 comes with
     filters.update(figure=figure, spread=spread, tokens=tokens, pretty=_pretty, intervals=intervals)
-    source = (
-        resources.files("longctx.eval.reporting").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    )
     names = _names(sweeps)
     looks = styles([method for sweep in sweeps for method in sweep.methods])
     runs = [_run(sweep, name) for sweep, name in zip(sweeps, names, strict=True)]
@@ -127,7 +155,9 @@ def render(sweeps: Sequence[SweepData]) -> str:
         }
     )
     shown = {run["name"]: sweep for run, sweep in zip(runs, sweeps, strict=True)}
-    return environment.from_string(source).render(
+    return environment.get_template(_TEMPLATE).render(
+        title=_title(runs, benches),
+        written=decoding_section(benches),
         runs=runs,
         sweeps=shown,
         tasks=tasks,
@@ -138,8 +168,29 @@ def render(sweeps: Sequence[SweepData]) -> str:
         heat=HEAT,
         dashes=[dash.svg for dash in DASHES],
         markers=[marker.svg for marker in MARKERS],
-        data={"longctx": "report", "runs": runs},
+        data={
+            "longctx": "report",
+            "runs": runs,
+            "decodings": [finite(dataclasses.asdict(bench)) for bench in benches],
+        },
     )
+
+
+def _template(name: str) -> str:
+    return resources.files("longctx.eval.reporting").joinpath(name).read_text(encoding="utf-8")
+
+
+def _title(runs: Sequence[dict[str, Any]], benches: Sequence[DecodeBench]) -> str:
+    said: list[str] = []
+    for verb, names in (
+        ("read", [run["name"] for run in runs]),
+        ("write", [bench.model for bench in benches]),
+    ):
+        if names:
+            s = "s" if len(names) == 1 else ""
+            how = "How far" if verb == "read" else "How"
+            said.append(f"{how} {', '.join(names)} {verb}{s}")
+    return said[0] if len(said) == 1 else f"{said[0]}, and {said[1][0].lower()}{said[1][1:]}"
 
 
 def _run(sweep: SweepData, name: str) -> dict[str, Any]:

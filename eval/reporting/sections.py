@@ -17,7 +17,7 @@ from ..stats.effective_length import effective_length, pi_length, ruler_length, 
 from ..stats.intervals import mean_interval, wilson
 from ..tasks.shared.protocol import Observation
 
-__all__ = ["cost", "depths", "effective", "failures", "positions", "repetition"]
+__all__ = ["cost", "depths", "effective", "failures", "positions", "repetition", "visible"]
 
 _DEPTHS = 20  # with more than this they were drawn at random, and are gathered into tenths
 _EXAMPLES = 12  # failed prompts that are shown per method and task
@@ -192,21 +192,25 @@ def failures(sweep: SweepData, task: str, method: str) -> dict[str, Any] | None:
             {
                 "length": o.length,
                 "depth": o.detail.get("depth"),
-                "haystack": _visible(o.detail.get("haystack")),
-                "key": _visible(o.detail.get("key")),
-                "said": _visible(o.detail.get("argmax")),
+                "haystack": _answer(o.detail.get("haystack")),
+                "key": _answer(o.detail.get("key")),
+                "said": _answer(o.detail.get("argmax")),
             }
             for o in shown
         ],
     }
 
 
-def _visible(text: Any) -> str:
-    """What is not printable (line ends, controls of direction) as its escape."""
+def _answer(text: Any) -> str:
     if text is None:
         return "–"
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    shown = visible(text)
     return shown if len(shown) <= _SAID else f"{shown[:_SAID]}…"
+
+
+def visible(text: object) -> str:
+    """The text with what is not printable (line ends, controls of direction) as its escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def cost(sweep: SweepData, task: str, method: str) -> dict[str, Any]:

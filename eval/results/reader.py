@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
+    "SWEEP_FILE",
     "SweepData",
     "TaskSettings",
     "data_of",
@@ -37,7 +38,7 @@ __all__ = [
     "refuse_other_records",
 ]
 
-_REPORT, _RESULTS = "sweep.json", "results.jsonl"
+SWEEP_FILE, _RESULTS = "sweep.json", "results.jsonl"
 _AGAIN = (
     "It is damaged, or another release wrote it. Run the same `longctx sweep` again with "
     "--overwrite; it goes on from its results."
@@ -199,10 +200,10 @@ def read_sweep(path: Path) -> SweepData:
     """
     if not path.is_dir():
         raise RunError(f"no folder {path}: expected one that `longctx sweep --out` wrote.")
-    report_path = path / _REPORT
+    report_path = path / SWEEP_FILE
     if not report_path.is_file():
         raise RunError(
-            f"{path} holds no {_REPORT}, which a sweep writes at its end: finish it by the same "
+            f"{path} holds no {SWEEP_FILE}, which a sweep writes at its end: finish it by the same "
             "`longctx sweep` command, which goes on where it was, or name another folder."
         )
     source: dict[str, Any] = parse(_text(report_path), dict, report_path, next_step=_AGAIN)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 from scipy import stats
 
-__all__ = ["mean_interval", "perplexity_of", "wilson"]
+__all__ = ["clustered_wilson", "jackknife_interval", "mean_interval", "perplexity_of", "wilson"]
 
+T = TypeVar("T")
 NAN = math.nan
 
 
@@ -26,6 +28,74 @@ def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
         return NAN, NAN
     interval = stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def clustered_wilson(
+    hits: Sequence[bool],
+    clusters: Sequence[str],
+    units: Sequence[Hashable],
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """Return the share of hits and Wilson's interval for trials that hang together.
+
+    The number of trials is divided by the design effect, which is how many times larger the
+    variance over clusters is than that of independent trials (1 at least), and by (t/z)², since a
+    variance over few clusters is itself uncertain. Where all trials agree nothing shows how they
+    hang together: there, those of one unit count as one. The interval is NaN for a single cluster.
+
+    Args:
+        hits: of each trial.
+        clusters: the independent units, such as documents.
+        units: what within a cluster may be one trial made several times, such as a prompt.
+        confidence: of the interval.
+
+    Source: Korn & Graubard 1998 (effective sample size and t), with Wilson's interval as in Franco,
+    Little, Louis & Slud 2019, Journal of Survey Statistics and Methodology 7(3), 334-364.
+    """
+    n = len(hits)
+    mean, low, high = mean_interval([float(hit) for hit in hits], [1.0] * n, clusters, confidence)
+    count = len(set(clusters))
+    if math.isnan(low):
+        return mean, NAN, NAN
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    t = float(stats.t.ppf((1 + confidence) / 2, count - 1))
+    if 0 < mean < 1:
+        variance = ((high - low) / 2 / t) ** 2
+        effective = min(n, mean * (1 - mean) / variance) if variance else n
+    else:
+        effective = len(set(units))
+    effective *= (z / t) ** 2
+    middle = mean + z**2 / (2 * effective)
+    reach = z * math.sqrt(mean * (1 - mean) / effective + (z / effective) ** 2 / 4)
+    scale = 1 + z**2 / effective
+    return mean, max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)
+
+
+def jackknife_interval(
+    statistic: Callable[[Sequence[T]], float],
+    clusters: Mapping[str, Sequence[T]],
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """Return a statistic of all items and its t interval, leaving one cluster out at a time.
+
+    For statistics that are not means, such as an entropy. With θᵢ without cluster i of n, the
+    variance is (n−1)/n · Σ (θᵢ − θ̄)², on n − 1 degrees of freedom. The interval is of what the
+    statistic gives for so many items, not for more. It is NaN for a single cluster.
+
+    Source: Tukey 1958; Heltshe & Forrester 1983, Biometrics 39, 1-11, for numbers of kinds.
+    """
+    whole = statistic([item for items in clusters.values() for item in items])
+    n = len(clusters)
+    if n < 2:
+        return whole, NAN, NAN
+    without = [
+        statistic([item for other, items in clusters.items() if other != name for item in items])
+        for name in clusters
+    ]
+    middle = math.fsum(without) / n
+    error = math.sqrt((n - 1) / n * math.fsum((value - middle) ** 2 for value in without))
+    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
+    return whole, whole - reach, whole + reach
 
 
 def mean_interval(

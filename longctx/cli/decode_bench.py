@@ -46,11 +46,8 @@ class DecodeBench:
     def run(self) -> int:
         """Load each model, write on, print and write."""
         from longctx.eval.decoding.bench import decode_bench
-        from longctx.eval.reporting.decodings import (
-            print_decode_bench,
-            refuse_taken_bench,
-            write_decode_bench,
-        )
+        from longctx.eval.reporting.decoding_files import refuse_taken_bench, write_decode_bench
+        from longctx.eval.reporting.decoding_tables import print_decode_bench
 
         from ..checkpoint import locate
         from ..folders import refuse_inside, refuse_other_than_folder

@@ -12,22 +12,24 @@ __all__ = ["COMMAND", "Report"]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Write what sweeps found as one HTML file that needs no network.
+    """Write what sweeps and decode benches found as one HTML file that needs no network.
 
-    Each RUN is the --out folder of a `longctx sweep`. Heatmaps by length and depth, values with
-    their intervals, loss by position, effective lengths, failed answers, cost and settings.
+    Each RUN is the --out folder of a `longctx sweep` or `longctx decode-bench`. Heatmaps by length
+    and depth, values with their intervals, loss by position, effective lengths, failed answers,
+    cost and settings; of decodings their figures with intervals, and loops to read.
 
     Examples:
         longctx report sweep
         longctx report runs/base runs/tuned --out compare.html --plots
+        longctx report runs/base runs/decodings --out all.html
     """
 
     runs: Positional[tuple[Path, ...]]
-    """Folders of sweeps, shown beside each other."""
+    """Folders of sweeps and decode benches, shown beside each other."""
     out: Path = Path("report.html")
     """File to write."""
     plots: bool = False
-    """Write every plot beside it too, as PNG and SVG."""
+    """Write every plot of a sweep beside it too, as PNG and SVG."""
     overwrite: bool = False
     """Replace files that are there."""
 

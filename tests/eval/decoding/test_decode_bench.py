@@ -16,8 +16,8 @@ import longctx
 from longctx.cli.main import main
 from longctx.errors import DataError, RunError
 from longctx.eval import BenchSettings, decode_bench
-from longctx.eval.decoding.bench import TEXT
 from longctx.eval.decoding.figures import Read, Written, decoding_figures, model_figures
+from longctx.eval.decoding.result import TEXT
 from longctx.eval.tasks.shared.repetition_metrics import rep_l, wrep_l
 from longctx.eval.tasks.shared.texts import documents_of, texts_of
 from longctx.prompts.haystacks import bos_of

@@ -208,7 +208,7 @@ def test_plots_lie_beside_the_page(folder: Path, tmp_path: Path) -> None:
 
 def test_bad_input_is_told(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    with pytest.raises(RunError, match=r"holds no sweep\.json, which a sweep writes"):
+    with pytest.raises(RunError, match=r"holds neither sweep\.json nor decodings\.json"):
         write_html([tmp_path], out)
     with pytest.raises(RunError, match="no run to report"):
         write_html([], out)

@@ -14,6 +14,7 @@ import pytest
 from longctx.eval.reporting.html import write_html
 from longctx.eval.reporting.leaderboard import write_leaderboard
 
+from ..benches import DECODINGS, write_bench
 from ..runs import write_run
 
 pytestmark = pytest.mark.browser
@@ -55,7 +56,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lengths = (256, 512, 1024, 2048, 4096)
     write_run(folder / "run", methods=_METHODS, lengths=lengths, failed=4096)
     write_run(folder / "other", model="a/very-long-name-of-a-checkpoint-of-7B-instruct")
-    write_html([folder / "run", folder / "other"], folder / "report.html")
+    write_bench(folder / "bench", "tiny", "a/very-long-name-of-a-checkpoint-of-7B-instruct")
+    runs = [folder / name for name in ("run", "other", "bench")]
+    write_html(runs, folder / "report.html")
     return folder / "report.html"
 
 
@@ -99,7 +102,7 @@ def test_both_themes_have_contrast_and_the_button_changes_them(tab: _Tab) -> Non
         const [a, b] = [own.color, getComputedStyle(under).backgroundColor].map(luminance);
         return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     }"""
-    texts = "h1, .soft, nav a, td small, .bad, thead th, #theme, td[data-hits]"
+    texts = "h1, .soft, nav a, td small, .bad, thead th, #theme, td[data-hits], .itself, mark"
     grounds: list[str] = []
     for _ in range(2):
         found = tab.page.locator(texts).evaluate_all(f"all => all.map({contrast})")
@@ -190,3 +193,18 @@ def test_a_leaderboard_is_sorted_and_filtered(browser: Any, report: Path) -> Non
         page.locator("#filter").fill("7B-instruct")
         assert table.locator("tbody tr:visible").count() == 2
         page.close()
+
+
+def test_decodings_are_points_with_tips_and_the_table_fits(tab: _Tab) -> None:
+    tip, points = tab.page.locator("#tip"), tab.page.locator("[data-point]")
+    assert points.count() == 2 * 2 * (1 + len(DECODINGS))
+    points.nth(0).focus()
+    tab.page.keyboard.press("ArrowRight")
+    assert tip.inner_text() == points.nth(1).get_attribute("aria-label")
+    tab.page.keyboard.press("Escape")
+    tab.page.locator('[data-lit="dry"]').first.click()
+    assert tab.page.locator('g[data-method="dry"]').first.get_attribute("class") == "lit"
+    wide, shown = tab.page.locator("[data-decodings]").evaluate_all(
+        "all => [Math.max(...all.map(t => t.scrollWidth)), all[0].parentElement.clientWidth]"
+    )
+    assert wide <= shown

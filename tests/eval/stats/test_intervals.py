@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from longctx.eval.stats.intervals import mean_interval, wilson
+from longctx.eval.stats.intervals import (
+    clustered_wilson,
+    jackknife_interval,
+    mean_interval,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +71,73 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         _, low, high = mean_interval(sums, [50.0] * 8, [str(i) for i in range(8)])
         covered += low < 3.0 < high
     assert 0.92 < covered / 400 < 0.98
+
+
+def test_independent_trials_are_wilson_up_to_t() -> None:
+    # Clusters of one trial each: the design effect is n/(n − 1), and t takes the place of z.
+    hits = [True] * 30 + [False] * 70
+    names = [str(i) for i in range(100)]
+    share, low, high = clustered_wilson(hits, names, names)
+    assert share == 0.3
+    assert (low, high) == pytest.approx(wilson(30, 100), abs=0.004)
+    assert high - low > np.diff(wilson(30, 100))[0]
+
+
+def test_copies_of_a_trial_say_nothing_new() -> None:
+    hits, names = [True, False, False, True, False] * 4, [str(i) for i in range(20)]
+    once = clustered_wilson(hits, names, names)
+    thrice = clustered_wilson(hits * 3, names * 3, names * 3)
+    assert thrice == pytest.approx(once)
+
+
+def test_where_all_agree_units_are_counted() -> None:
+    documents = [str(i // 8) for i in range(80)]
+    prompts = [i // 4 for i in range(80)]
+    share, low, high = clustered_wilson([False] * 80, documents, prompts)
+    assert (share, low) == (0.0, 0.0)
+    assert wilson(0, 20)[1] < high < wilson(0, 12)[1]
+    assert clustered_wilson([True] * 80, documents, prompts) == pytest.approx((1, 1 - high, 1))
+    assert all(map(math.isnan, clustered_wilson([True, False], ["a", "a"], [0, 1])[1:]))
+    assert all(map(math.isnan, clustered_wilson([], [], [])))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5])
+def test_shares_of_clusters_are_covered_where_wilson_is_not(share: float) -> None:
+    rng = np.random.default_rng(1)
+    documents = [str(i // 20) for i in range(200)]
+    prompts = [i // 4 for i in range(200)]
+    covered = plain = 0
+    for _ in range(300):  # 10 documents of 5 prompts of 4 samples, which hang together
+        level = rng.beta(share * 9, (1 - share) * 9, size=(10, 1)).repeat(5, 1).clip(1e-6, 1 - 1e-6)
+        prompt = rng.beta(level * 3, (1 - level) * 3)
+        hits = (rng.random((10, 5, 4)) < prompt[..., None]).ravel().tolist()
+        _, low, high = clustered_wilson(hits, documents, prompts)
+        covered += low <= share <= high
+        low, high = wilson(sum(hits), 200)
+        plain += low <= share <= high
+    assert covered / 300 > 0.9
+    assert plain / 300 < 0.85
+
+
+def test_the_jackknife_of_a_mean_is_the_t_interval() -> None:
+    values = {"a": [1.0], "b": [4.0], "c": [2.5], "d": [7.0]}
+    found = jackknife_interval(lambda items: sum(items) / len(items), values)
+    flat = [value for (value,) in values.values()]
+    assert found == pytest.approx(mean_interval(flat, [1.0] * 4, list("abcd")))
+    assert all(map(math.isnan, jackknife_interval(len, {"a": [1, 2]})[1:]))
+
+
+def test_the_jackknife_covers_an_entropy() -> None:
+    def entropy(items: Sequence[tuple[int, ...]]) -> float:
+        counts = np.sum(items, axis=0)
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log2(shares)).sum())
+
+    rng = np.random.default_rng(2)
+    common = 1 / np.arange(1, 101)
+    found = []
+    for _ in range(200):
+        documents = [rng.multinomial(300, rng.dirichlet(common * 20)) for _ in range(8)]
+        found.append(jackknife_interval(entropy, {str(i): [d] for i, d in enumerate(documents)}))
+    truth = np.mean([value for value, _, _ in found])  # of so many tokens, not of more
+    assert 0.9 < np.mean([low < truth < high for _, low, high in found]) < 0.99

@@ -1,4 +1,4 @@
-"""A decode bench as tables for the terminal, as files, and as a picture."""
+"""The files of a decode bench: CSV, JSON, and a picture as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -11,93 +11,17 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Picture
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
+from longctx.errors import RunError
 from longctx.files import finite, write_whole
 from longctx.folders import refuse_other_than_file
 
-from ..decoding.bench import TEXT, DecodeBench
-from ..decoding.figures import Figure
+from ..decoding.result import DecodeBench
 from .palette import COLOURS
-from .tables import plain, show
 
-__all__ = ["print_decode_bench", "refuse_taken_bench", "write_decode_bench"]
+__all__ = ["refuse_taken_bench", "write_decode_bench"]
 
 _NAME = "decodings"
-_SHARES = ("accuracy", "rep/", "wrep/", "seq-rep-", "loops", "keys")
-_SHOWN = (
-    *("seq-rep-1", "seq-rep-4", "different tokens", "loops", "entropy"),
-    *("self-BLEU", "cross-BLEU", "keys"),
-)
-
-
-def print_decode_bench(benches: Sequence[DecodeBench], console: Console | None = None) -> None:
-    """Print a block for the models, and one for each model and its decodings."""
-    show([_model_table(benches), *map(_decoding_table, benches)], console)
-
-
-def _model_table(benches: Sequence[DecodeBench]) -> RenderableType:
-    columns = list(benches[0].model_block)
-    table = _table("models, on real text", "model", columns)
-    for bench in benches:
-        table.add_row(plain(bench.model), *(_cell(bench.model_block, name) for name in columns))
-    said = (
-        "teacher-forced: ppl exp(mean NLL), accuracy of the next token, rep/l the share of "
-        "predictions among the l tokens before, wrep/l those of them that are wrong"
-    )
-    return Group(table, plain(said, style="dim"), _interval(benches[0]), Text())
-
-
-def _decoding_table(bench: DecodeBench) -> RenderableType:
-    blocks = bench.decoding_block
-    columns = [name for name in _SHOWN if any(name in block for block in blocks.values())]
-    table = _table(f"decodings · {bench.model}", "decoding", columns)
-    for name, block in blocks.items():
-        table.add_row(
-            plain(name, style="dim" if name == TEXT else ""),
-            *(_cell(block, column) for column in columns),
-        )
-    guard = "" if bench.settings.guard == "none" else f", guard {bench.settings.guard}"
-    said = (
-        f"continuations of {bench.settings.new_tokens} tokens after {bench.prompts} prompts of "
-        f"{bench.settings.prompt_tokens}{guard}; loops: ends in three copies of the same; entropy "
-        "in bits, of all tokens together; self-BLEU: samples of one prompt, cross-BLEU: different "
-        "prompts; keys: passkeys said"
-    )
-    return Group(table, plain(said, style="dim"), _interval(bench), Text())
-
-
-def _table(title: str, first: str, columns: Sequence[str]) -> Table:
-    table = Table(
-        title=plain(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    table.add_column(first, no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _interval(bench: DecodeBench) -> Text:
-    return Text(
-        f"interval: t over {bench.documents} documents, 95%; Wilson for loops and keys", style="dim"
-    )
-
-
-def _cell(block: dict[str, Figure], name: str) -> Text:
-    if name not in block:
-        return Text("–")
-    figure, share = block[name], name.startswith(_SHARES)
-    text = Text(_number(figure.value, share))
-    if figure.low == figure.low:  # not NaN
-        text.append(f"\n{_number(figure.low, share)}–{_number(figure.high, share)}", style="dim")
-    return text
-
-
-def _number(value: float, share: bool) -> str:
-    return f"{max(0.0, value):.3f}" if share else f"{value:.3g}"
 
 
 def refuse_taken_bench(folder: Path, overwrite: bool) -> None:
@@ -106,8 +30,6 @@ def refuse_taken_bench(folder: Path, overwrite: bool) -> None:
     Raises:
         RunError: a table is there, or something that is not a file stands in its place.
     """
-    from longctx.errors import RunError
-
     for ending in (".csv", ".json", ".png", ".svg"):
         path = folder / f"{_NAME}{ending}"
         refuse_other_than_file(path)
@@ -191,6 +113,7 @@ def _picture(benches: Sequence[DecodeBench]) -> Picture:
         ax.set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     if len(benches) > 1:
-        axes[-1].legend()
+        # The text itself, whose points have the labels, has no keys.
+        axes[-1].legend(*axes[0].get_legend_handles_labels())
     picture.tight_layout()
     return picture
