@@ -202,6 +202,7 @@ def _run(sweep: SweepData, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "report": sweep.source,
+        "headline": sections.headline(sweep),
         "effective": [sections.effective(sweep, *pair) for pair in asked],
         "depths": [each for each in found if each is not None],
         "positions": sections.positions(sweep),

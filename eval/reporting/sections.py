@@ -17,13 +17,84 @@ from ..stats.effective_length import effective_length, pi_length, ruler_length, 
 from ..stats.intervals import mean_interval, wilson
 from ..tasks.shared.protocol import Observation
 
-__all__ = ["cost", "depths", "effective", "failures", "positions", "repetition", "visible"]
+__all__ = [
+    "cost",
+    "depths",
+    "effective",
+    "failures",
+    "headline",
+    "positions",
+    "repetition",
+    "visible",
+]
 
 _DEPTHS = 20  # with more than this they were drawn at random, and are gathered into tenths
 _EXAMPLES = 12  # failed prompts that are shown per method and task
 _SAID = 80  # characters of an answer
 _PER_DOUBLING = 3  # bins of loss by position
 _FIRST = 16  # tokens: below, a bin would hold a handful
+
+
+def headline(sweep: SweepData) -> dict[str, Any] | None:
+    """How far the best method reads, against the model as it came, and at what cost.
+
+    "Reads to" is the longest length up to which every tested one has at least 80% of the first
+    answered task. The best reads furthest; of those that do, it finds most keys beyond the original
+    window, then most keys.
+
+    Returns:
+        `task` (whose chart goes with it) and `text`; None where no task has right answers.
+    """
+    task = next((name for name in sweep.tasks if sweep.is_answered(name)), None)
+    if task is None:
+        return None
+    reached = {method: _reads_to(sweep, task, method) for method in sweep.methods}
+    if not any(reached.values()):
+        shortest = sweep.lengths[0]
+        text = f"{sweep.model} finds less than 80% of {task} at {shortest:,} tokens already"
+        return {"task": task, "text": f"{text}{', under every method' * (len(reached) > 1)}."}
+
+    def worth(method: str) -> tuple[float, ...]:
+        rows = sweep.cells(task, method)
+        values = [row.value for row in rows if not math.isnan(row.value)]
+        return reached[method] or 0, sum(row.far_found or 0 for row in rows), sum(values)
+
+    best = max(sweep.methods, key=worth)
+    row = next(row for row in sweep.cells(task, best) if row.length == reached[best])
+    under = "as it came" if best == "none" else f"with {best}"
+    text = f"{sweep.model} reads to {row.length:,} tokens {under}: {row.value:.0%} of {row.n}"
+    if not math.isnan(row.low):
+        text += f" [{row.low:.0%} to {row.high:.0%}]"
+    text += f" at that length ({task})."
+    if row.length == sweep.lengths[-1]:
+        text += " None longer was asked."
+    if best != "none" and "none" in reached:
+        came = f"{reached['none']:,}" if reached["none"] else f"less than {sweep.lengths[0]:,}"
+        text += f" As it came it reads to {came}. {_cost_inside(sweep, best)}"
+    return {"task": task, "text": text.strip()}
+
+
+def _reads_to(sweep: SweepData, task: str, method: str) -> int | None:
+    rows = sweep.cells(task, method)
+    return pi_length({row.length: row.value for row in rows if not math.isnan(row.value)}, 0.8)
+
+
+def _cost_inside(sweep: SweepData, method: str) -> str:
+    """The perplexity at the longest length inside the original window, with and without."""
+    task = next((name for name, one in sweep.tasks.items() if one.scale == "perplexity"), None)
+    inside = [length for length in sweep.lengths if length <= (sweep.original_window or 0)]
+    if task is None or not inside:
+        return ""
+    came, now = (
+        next((row.value for row in sweep.cells(task, each) if row.length == inside[-1]), math.nan)
+        for each in ("none", method)
+    )
+    if math.isnan(came) or math.isnan(now):
+        return ""
+    return (
+        f"At {inside[-1]:,} tokens, inside the original window, {task} is {now:.3g} where it was "
+        f"{came:.3g}."
+    )
 
 
 def depths(sweep: SweepData, task: str, method: str) -> dict[str, Any] | None:

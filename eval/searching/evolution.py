@@ -15,11 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
+from typing import Any
 
-from longctx.patches.linear import Linear
-from longctx.patches.longrope import LongRope
-from longctx.patches.ntk import Ntk
-from longctx.patches.yarn import Yarn
+from longctx.patch import Method
+from longctx.registry import make_method
 from longctx.rope import Rope
 
 __all__ = ["Divisors", "Evolution", "known_divisors"]
@@ -38,9 +37,17 @@ class Divisors:
     attention_factor: float
     """Factor on cos and sin."""
 
-    def method(self, factor: float) -> LongRope:
-        """As the method that installs it, for a window `factor` times as long."""
-        return LongRope(factor=factor, divisors=self.values, attention_factor=self.attention_factor)
+    def fields(self, factor: float) -> dict[str, Any]:
+        """Those of `longrope`, for a window `factor` times as long."""
+        return {
+            "factor": factor,
+            "divisors": self.values,
+            "attention_factor": self.attention_factor,
+        }
+
+    def method(self, factor: float) -> Method:
+        """What installs it."""
+        return make_method("longrope", self.fields(factor))
 
 
 def known_divisors(rope: Rope, factor: float) -> dict[str, Divisors]:
@@ -51,10 +58,11 @@ def known_divisors(rope: Rope, factor: float) -> dict[str, Divisors]:
         factor: the new window over the old one, at least 1.
     """
     found = {"none": Divisors((1.0,) * (rope.dim // 2), 1.0)}
-    for method in (Linear(factor), Ntk(factor), Yarn(factor)):
+    for name in ("linear", "ntk", "yarn"):
+        method: Any = make_method(name, {"factor": factor})
         frequencies = method.frequencies(rope)
         values = (rope.inv_freq() / frequencies.inv_freq).tolist()
-        found[method.name] = Divisors(_legal(values, math.inf), frequencies.attention_scaling)
+        found[name] = Divisors(_legal(values, math.inf), frequencies.attention_scaling)
     return found
 
 

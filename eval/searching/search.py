@@ -25,8 +25,7 @@ from longctx.errors import MethodError, RunError
 from longctx.files import finite, write_whole
 from longctx.fingerprint import identity_of
 from longctx.model import rope_of
-from longctx.patch import patch_of
-from longctx.patches.longrope import LongRope
+from longctx.patch import Method, patch_of
 from longctx.prompts.haystacks import held_in
 
 from ..running.progress import Progress
@@ -45,8 +44,10 @@ _FRESH = 1000  # added to the seed for the prompts that judge the finalists
 class FoundDivisors:
     """What a search came to."""
 
-    method: LongRope
-    """Ready for `longctx.extend`."""
+    method: Method
+    """longrope, ready for `longctx.extend`."""
+    fields: Mapping[str, Any]
+    """Its fields, as a file has them."""
     loss: float
     """Of the best, on the finalists' prompts, in nats per token of the key."""
     known_losses: Mapping[str, float]
@@ -132,6 +133,7 @@ def search(
     best = min(fresh, key=fresh.__getitem__)
     return FoundDivisors(
         method=best.method(factor),
+        fields=best.fields(factor),
         loss=fresh[best],
         known_losses={name: fresh[candidate] for name, candidate in known.items()},
         evaluations=len(evolution.losses),
@@ -150,7 +152,7 @@ def write_found(found: FoundDivisors, path: Path, *, overwrite: bool = False) ->
         raise RunError(f"{path} is there: name another, or pass overwrite to replace it.")
     content: Any = {
         "method": found.method.name,
-        "fields": dataclasses.asdict(found.method),
+        "fields": dict(found.fields),
         "search": {
             "loss": found.loss,
             "known_losses": dict(found.known_losses),

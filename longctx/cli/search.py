@@ -112,7 +112,7 @@ class Search:
         )
         from longctx.eval.results.variants import original_window
 
-        factor = found.method.factor
+        factor = found.fields["factor"]
         window = original_window(model)
         result = sweep(
             model,

@@ -256,3 +256,21 @@ def test_damaged_folders_are_told(tmp_path: Path) -> None:
     next((folder / "tokens").iterdir()).write_bytes(b"cut")
     with pytest.raises(RunError, match="holds no scores of single tokens"):
         write_html([folder], out)
+
+
+def test_the_first_sentence_says_how_far_the_best_method_reads(tmp_path: Path) -> None:
+    from longctx.eval.reporting.sections import headline
+    from longctx.eval.results.reader import read_sweep
+
+    write_run(tmp_path / "run")
+    sweep = read_sweep(tmp_path / "run")
+    found = headline(sweep)
+    assert found is not None
+    assert found["task"] == "passkey"
+    reached = {m: {r.length: r.value for r in sweep.cells("passkey", m)} for m in sweep.methods}
+    long_enough = {
+        m: [n for n in v if all(v[k] >= 0.8 for k in v if k <= n)] for m, v in reached.items()
+    }
+    furthest = max((max(n, default=0) for n in long_enough.values()), default=0)
+    said = f"tiny reads to {furthest:,} tokens" if furthest else "tiny finds less than 80%"
+    assert found["text"].startswith(said)
