@@ -40,7 +40,7 @@ from .model import (
 )
 from .patch import patch_of
 from .registry import make_method
-from .restoring import restore_conversion
+from .restoring import restore_conversion, without_report
 from .schema import conform
 from .twin import build_twin, differences, follow_config
 from .weights import (
@@ -129,16 +129,17 @@ def load(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         # Whatever attention the config itself names.
         config._attn_implementation = _attention(attn, config, on_gpu)  # pyright: ignore[reportPrivateUsage]
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # named below
-            output_loading_info=True,
-            **placed,
-        )
+        with without_report(config):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # named below
+                output_loading_info=True,
+                **placed,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
         taken = "" if isinstance(path, Path) else " (no folder here, so taken for a hub id)"
         raise ModelError(f"cannot load {str(source)!r}{taken}: {error}") from error

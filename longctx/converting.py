@@ -97,9 +97,7 @@ def convert(
     return Converted(made, method, report)
 
 
-def logits_differ(
-    one: PreTrainedModel, other: PreTrainedModel, *, tokens: int = _PROOF
-) -> float:
+def logits_differ(one: PreTrainedModel, other: PreTrainedModel, *, tokens: int = _PROOF) -> float:
     """Largest difference of logits on a few tokens, relative to the largest of the second's."""
     ids = _ids(other, tokens)
     found, wanted = (m(input_ids=ids, use_cache=False).logits.float() for m in (one, other))
@@ -170,7 +168,9 @@ def _calibration(
         return None
     device = next(model.parameters()).device
     if isinstance(given, Tensor) and method.asks_for_keys and tokenizer is None:
-        raise MethodError(f"{method} asks for keys hidden in text: pass the model's tokenizer= too.")
+        raise MethodError(
+            f"{method} asks for keys hidden in text: pass the model's tokenizer= too."
+        )
     row = min(window(model) or _ROW, _ROW)
     if isinstance(given, Tensor):
         high = int(text_config(model).vocab_size)
@@ -203,7 +203,8 @@ def _prompts(
     if not method.asks_for_keys or tokenizer is None:
         return ()
     count = max(4, _TOKENS // length)
-    settings: dict[str, Any] = {"haystack": texts, "split": "train", "wording": SHORT}
+    haystack = Texts(_part(texts, length), name=texts.name)
+    settings: dict[str, Any] = {"haystack": haystack, "split": "train", "wording": SHORT}
     return tuple(
         passkey(tokenizer, length, depth=(i + 0.5) / count, seed=i, **settings)
         for i in range(count)
@@ -214,16 +215,19 @@ def _rows(tokenizer: PreTrainedTokenizerBase, texts: Texts, length: int) -> Tens
     """Rows [N, length] from all over the texts, BOS first where the tokenizer puts one."""
     bos = bos_of(tokenizer)
     size, rows = length - len(bos), _TOKENS // length
-    share = max(1, len(texts.documents) // rows)  # the whole text takes minutes to tokenise
-    ids: list[int] = []
-    for document in texts.documents[::share]:
-        ids += encode(tokenizer, document[: 16 * length])
+    ids = [x for document in _part(texts, length) for x in encode(tokenizer, document)]
     if len(ids) < size:
         raise DataError(
             f"calibration text {texts.name!r} has {len(ids)} tokens: expected {size} or more."
         )
     starts = torch.linspace(0, len(ids) - size, min(rows, len(ids) // size)).int().tolist()
     return torch.tensor([[*bos, *ids[start : start + size]] for start in starts])
+
+
+def _part(texts: Texts, length: int) -> tuple[str, ...]:
+    """Beginnings of documents from all over the texts: the whole takes minutes to tokenise."""
+    share = max(1, len(texts.documents) // (_TOKENS // length))
+    return tuple(document[: 16 * length] for document in texts.documents[::share])
 
 
 def _checks(made: PreTrainedModel, method: Conversion, off: float) -> Sequence[Check]:

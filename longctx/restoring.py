@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +18,13 @@ from .registry import make_conversion
 from .schema import conform
 from .weights import read_tensors
 
-__all__ = ["restore_conversion"]
+__all__ = ["restore_conversion", "without_report"]
 
 _ANEW = "Convert the original anew."
+
+
+_REPORTER = "transformers.modeling_utils"
+"""The logger that reports tensors which a model's class has no place for."""
 
 
 class _Version(Struct):
@@ -57,3 +63,24 @@ def restore_conversion(
     except LongctxError as error:
         raise type(error)(f"{where}: {error} {_ANEW}") from error
     return names
+
+
+@contextmanager
+def without_report(config: object) -> Generator[None]:
+    """Load a recorded conversion without transformers' advice to ignore its tensors.
+
+    Those that nothing restores are refused by name later (`weights.refuse_incomplete`).
+    """
+    if getattr(config, RECORD, None) is None:
+        yield
+        return
+
+    def unreported(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger(_REPORTER)
+    logger.addFilter(unreported)
+    try:
+        yield
+    finally:
+        logger.removeFilter(unreported)

@@ -148,9 +148,9 @@ class Fitting:
         del positions
         wanted = attend(q, k, v, slopes=(0.0,) * q.shape[1], mask=mask, scaling=scaling)
         heads, dim = q.shape[1], q.shape[-1]
-        rule = HedgehogAttention(
-            heads, k.shape[1], dim, self.window, self.features or 2 * dim
-        ).to(q.device)
+        rule = HedgehogAttention(heads, k.shape[1], dim, self.window, self.features or 2 * dim).to(
+            q.device
+        )
         given = tuple(x.detach().float() for x in (q, k, v))
         before = _missed(rule, given, wanted, scaling)
         with torch.enable_grad():
@@ -184,9 +184,7 @@ def _missed(
 
 
 @torch.no_grad()
-def forms_differ(
-    rule: HedgehogAttention, given: tuple[Tensor, ...], scaling: float
-) -> float:
+def forms_differ(rule: HedgehogAttention, given: tuple[Tensor, ...], scaling: float) -> float:
     """Largest difference of the chunked and the recurrent from the quadratic form, in float64.
 
     Args:

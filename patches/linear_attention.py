@@ -155,7 +155,8 @@ class LinearAttention(Conversion):
             MethodError: layers or a window that the model does not have.
         """
         layers = self._layers(model)
-        assert isinstance(self.keep, tuple)
+        if not isinstance(self.keep, tuple):
+            raise MethodError(f"{self.name}: keep={self.keep!r} of a saved model: expected layers.")
         names = {id(module): name for name, module in model.named_modules()}
         config: Any = text_config(model)
         heads = int(config.num_attention_heads)
@@ -173,7 +174,12 @@ class LinearAttention(Conversion):
             query, key = tensors[wanted[0]], tensors[wanted[1]]
             shapes = [[*tensors[name].shape] for name in wanted]
             fits = query.ndim == key.ndim == 3 and query.shape[1:] == key.shape[1:]
-            if not fits or len(query) != heads or heads % len(key) or shapes[2:] not in ([], [[heads]]):
+            if (
+                not fits
+                or len(query) != heads
+                or heads % len(key)
+                or shapes[2:] not in ([], [[heads]])
+            ):
                 raise ModelError(
                     f"{prefix} has tensors of shapes {shapes}, which do not fit {heads} heads."
                 )
@@ -276,7 +282,11 @@ def _checks(
     for index, fitting in fitted.items():
         before, after = fitting.off
         asked = f"; keys lose {lost[index]:+.2f} nats a token without it" if lost else ""
-        said = "kept" if index in kept else f"misses {after:.0%} of the outputs ({before:.0%} unfitted)"
+        said = (
+            "kept"
+            if index in kept
+            else f"misses {after:.0%} of the outputs ({before:.0%} unfitted)"
+        )
         checks.append(Check(f"layer {index}", True, said + asked))
     return checks
 

@@ -2,7 +2,7 @@
 
 With features φ_q(q), φ_k(k) ≥ 0 and a window of W tokens, the query's own among them, query i gets
 
-    out_i = (Σ_{i−j<W} γ e^{s_ij − c_i} v_j + Σ_{i−j≥W} φ_q(q_i)·φ_k(k_j) v_j) / (the same without v)
+    out_i = (Σ_{i−j<W} γ e^{s_ij−c_i} v_j + Σ_{i−j≥W} φ_q(q_i)·φ_k(k_j) v_j) / (same without v)
 
 with s_ij = scaling · q_i·k_j and c_i = max s_ij over the window. γ, of each head, weighs the window
 against the past. W = 0 is linear attention alone.
