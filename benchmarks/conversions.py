@@ -12,6 +12,7 @@ of SmolLM2, and how their load moves. Runs are kept in the folder RUNS and not t
 from __future__ import annotations
 
 import copy
+import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -177,27 +178,30 @@ def linear(source: str, runs: Path) -> None:
     """One table: a model as it comes, and with bounded caches before and after training."""
     original, tokenizer = longctx.load(source)
     rows: list[dict[str, str]] = []
-    lengths = [256, 512]
+    lengths, short = [256, 512], replace(SHORT, training=replace(SHORT.training, max_steps=30))
     both = f"linear_attention:window={WINDOW}"
     variants = {
-        "features alone": "linear_attention:window=0",
-        f"window of {WINDOW} alone": f"sink_window:sinks=0,window={WINDOW}",
         "window and features": both,
-        "the same, 1 layer kept": f"{both},keep=auto:1",
         "the same, 2 layers kept": f"{both},keep=auto:2",
+        "the same, 1 layer kept": f"{both},keep=auto:1",
+        f"window of {WINDOW} alone": f"sink_window:sinks=0,window={WINDOW}",
+        "features alone": "linear_attention:window=0",
     }
 
     def add(name: str, model: PreTrainedModel, seconds: str, tokens: int, cache: str) -> None:
         told = {"tokens trained": f"{tokens:,}", "CPU seconds": seconds, "cache bytes": cache}
-        rows.append({"model": name, **figures(model, tokenizer, lengths, MANY), **told})
+        kept = runs / f"{Path(source).name}-{name}.json".replace(", ", "-").replace(" ", "-")
+        if not kept.exists():
+            kept.write_text(json.dumps(figures(model, tokenizer, lengths, MANY)))
+        rows.append({"model": name, **json.loads(kept.read_text()), **told})
         print(rows[-1], flush=True)
 
     token = longctx.convert(original, "multi_query:1", tokenizer=tokenizer).report().cache[0]
     add("original", original, "", 0, f"{token:,} a token")
     for name, method in variants.items():
-        recipe = SHORT
+        recipe = short
         if method.startswith("sink_window"):
-            recipe = replace(SHORT, method=method)
+            recipe = replace(short, method=method)
             start = copy.deepcopy(original)
             with longctx.extend(start, method):
                 cache = f"{WINDOW * token:,}"
