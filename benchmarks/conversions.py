@@ -1,25 +1,28 @@
 """What conversions of weights cost, and what uptraining gives back.
 
-The embedded model from 2 key/value heads to 1, averaged plainly and aligned, taught by its original
-on text and keys, on text alone, and with the weights of the attention alone; SmolLM2-135M from 3 to
-1, where its checkpoint's folder is given; a mixture of experts out of it, and how the load of its
-experts moves. Runs are kept in the folder RUNS (longctx-conversions) and not trained twice.
+heads: the embedded model from 2 key/value heads to 1, averaged plainly and aligned, taught by its
+original on text and keys, on text alone, and with the weights of the attention alone; SmolLM2-135M
+from 3 to 1, where its checkpoint's folder is given. linear: the embedded model under features
+alone, a window alone, both, and both with the layers kept that keys need most. mixture: experts out
+of SmolLM2, and how their load moves. Runs are kept in the folder RUNS and not trained twice.
 
-    python -m benchmarks.conversions [RUNS] [SMOLLM2]
+    python -m benchmarks.conversions [RUNS] [--smollm2 FOLDER] [--model demo] [--parts linear …]
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
-import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tyro.conf import Positional
 
 import longctx
 from longctx.eval import Passkey, Perplexity, sweep
@@ -34,9 +37,9 @@ from longctx.train.run import Run
 
 from ._measure import write_results
 
-COMMAND = "python -m benchmarks.conversions RUNS SMOLLM2"
-PROMPTS = {"demo": 100}
-FEW = 10
+COMMAND = "python -m benchmarks.conversions RUNS --smollm2 SMOLLM2"
+MANY, FEW = 100, 10
+Part = Literal["heads", "linear", "mixture"]
 
 DEMO = replace(
     UPTRAIN,
@@ -57,6 +60,29 @@ MIXED = Recipe(
     losses=Losses(load_balance=LoadBalance(0.01)),
     training=replace(UPTRAIN.training, max_steps=20, batch_size=1, learning_rate=1e-4, warmup=5),
 )
+WINDOW = 64
+SMALL: list[tuple[str, bool | None, Recipe | None]] = [
+    ("original", None, None),
+    (
+        "original, trained shortly without a teacher",
+        None,
+        replace(SHORT, losses=Losses()),
+    ),
+    ("averaged", False, None),
+    ("aligned", True, None),
+    ("aligned, trained", True, DEMO),
+    ("averaged, trained shortly", False, SHORT),
+    ("aligned, trained shortly", True, SHORT),
+    ("aligned, trained shortly on text alone", True, replace(SHORT, retrieval=0.0)),
+    ("aligned, attention trained shortly", True, replace(SHORT, trained_weights="attention")),
+    ("aligned, trained shortly without the teacher", True, replace(SHORT, losses=Losses())),
+]
+LARGE: list[tuple[str, bool | None, Recipe | None]] = [
+    ("original", None, None),
+    ("averaged", False, None),
+    ("aligned", True, None),
+    ("aligned, trained", True, SMOLLM2),
+]
 
 
 def trained(
@@ -79,26 +105,29 @@ def trained(
 
 
 def figures(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, prompts: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: list[int], prompts: int
 ) -> dict[str, str]:
     tasks = [Passkey(samples=prompts), Perplexity(windows=20 if prompts > FEW else 4)]
-    result = sweep(model, tokenizer, tasks, [length])
-    rows: dict[Any, float] = {row.task: row.value for row in result.rows}
-    return {
-        f"NLL at {length}": f"{math.log(rows['perplexity']):.3f}",
-        f"passkeys of {prompts} at {length}": f"{rows['passkey']:.0%}",
-    }
+    result = sweep(model, tokenizer, tasks, lengths)
+    rows: dict[Any, float] = {(row.task, row.length): row.value for row in result.rows}
+    found: dict[str, str] = {}
+    for length in lengths:
+        found[f"NLL at {length}"] = f"{math.log(rows['perplexity', length]):.3f}"
+        found[f"passkeys of {prompts} at {length}"] = f"{rows['passkey', length]:.0%}"
+    return found
 
 
 def heads(
-    source: str, kv_heads: int, length: int, variants: list[tuple[str, bool | None, Recipe | None]]
+    source: str,
+    runs: Path,
+    kv_heads: int,
+    prompts: int,
+    variants: list[tuple[str, bool | None, Recipe | None]],
 ) -> None:
     """One table: a model as it comes, and of fewer heads before and after training."""
-    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "longctx-conversions")
-    runs.mkdir(parents=True, exist_ok=True)
     original, tokenizer = longctx.load(source)
     rows: list[dict[str, str]] = []
-    prompts = PROMPTS.get(source, FEW)
+    length = min(window(original) or 256, 256)
 
     def add(name: str, model: PreTrainedModel, cache: int, seconds: str, tokens: int) -> None:
         told = {
@@ -106,7 +135,7 @@ def heads(
             "CPU seconds": seconds,
             "cache bytes / token": str(cache),
         }
-        rows.append({"model": name, **figures(model, tokenizer, length, prompts), **told})
+        rows.append({"model": name, **figures(model, tokenizer, [length], prompts), **told})
         print(rows[-1], flush=True)
 
     for name, align, recipe in variants:
@@ -145,9 +174,63 @@ def load(model: PreTrainedModel, ids: torch.Tensor, active: int) -> str:
     return f"{mean} (layers: {shares.min():.0%} to {shares.max():.0%})"
 
 
-def mixture(source: str) -> None:
+def linear(source: str, runs: Path) -> None:
+    """One table: a model as it comes, and with bounded caches before and after training."""
+    original, tokenizer = longctx.load(source)
+    rows: list[dict[str, str]] = []
+    lengths, short = [256, 512], replace(SHORT, training=replace(SHORT.training, max_steps=30))
+    both = f"linear_attention:window={WINDOW}"
+    variants = {
+        "window and features": both,
+        "the same, 2 layers kept": f"{both},keep=auto:2",
+        "the same, 1 layer kept": f"{both},keep=auto:1",
+        f"window of {WINDOW} alone": f"sink_window:sinks=0,window={WINDOW}",
+        "features alone": "linear_attention:window=0",
+    }
+
+    def add(name: str, model: PreTrainedModel, seconds: str, tokens: int, cache: str) -> None:
+        told = {"tokens trained": f"{tokens:,}", "CPU seconds": seconds, "cache bytes": cache}
+        kept = runs / f"{Path(source).name}-{name}.json".replace(", ", "-").replace(" ", "-")
+        if not kept.exists():
+            kept.write_text(json.dumps(figures(model, tokenizer, lengths, MANY)))
+        rows.append({"model": name, **json.loads(kept.read_text()), **told})
+        print(rows[-1], flush=True)
+
+    token = longctx.convert(original, "multi_query:1", tokenizer=tokenizer).report().cache[0]
+    add("original", original, "", 0, f"{token:,} a token")
+    for name, method in variants.items():
+        recipe = short
+        if method.startswith("sink_window"):
+            recipe = replace(short, method=method)
+            start = copy.deepcopy(original)
+            with longctx.extend(start, method):
+                cache = f"{WINDOW * token:,}"
+                add(name, start, "", 0, cache)
+        else:
+            made = longctx.convert(original, method, tokenizer=tokenizer)
+            start, report = made.model, made.report()
+            print(report, flush=True)
+            cache = f"{report.cache[1]:,} a token + {report.bounded[1]:,}"
+            cache = cache.removeprefix("0 a token + ")
+            add(name, start, "", 0, cache)
+        key = f"{Path(source).name}-{name}".replace(", ", "-").replace(" ", "-")
+        model, seconds = trained(key, start, recipe, original, tokenizer, runs)
+        steps, batch = recipe.training.max_steps or 0, recipe.training.batch_size
+        add(f"{name}, trained", model, seconds, steps * batch * recipe.max_length, cache)
+    write_results(
+        f"Linear attention: {Path(source).name}",
+        f"{COMMAND} --parts linear --model {Path(source).name}",
+        rows,
+        "NLL in nats per token of the held-out documents of Python's manual, passkeys in filler "
+        "sentences and in that text. Features are fitted layer by layer on 4,096 tokens of the "
+        "manual's other documents (attention transfer), which `untrained` rows have too; training "
+        "is `--recipe uptrain` on rows of 256 tokens. Kept layers are those whose replacement "
+        "costs keys most. Cache bytes of a row: for each token, and whatever the length. One seed.",
+    )
+
+
+def mixture(source: str, runs: Path) -> None:
     """One table: a dense model, the mixture made of it, and that after a few updates."""
-    runs = Path(sys.argv[1])
     original, tokenizer = longctx.load(source)
     method = Moe(experts=4, active=2)
     made = longctx.convert(original, method)
@@ -179,52 +262,30 @@ def mixture(source: str) -> None:
     )
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Conversions:
     """Train what is not there, measure all."""
-    text_only = replace(SHORT, retrieval=0.0)
-    heads(
-        "demo",
-        1,
-        window(longctx.load("demo")[0]) or 256,
-        [
-            ("original", None, None),
-            (
-                "original, trained shortly without a teacher",
-                None,
-                replace(SHORT, losses=Losses()),
-            ),
-            ("averaged", False, None),
-            ("aligned", True, None),
-            ("aligned, trained", True, DEMO),
-            ("averaged, trained shortly", False, SHORT),
-            ("aligned, trained shortly", True, SHORT),
-            ("aligned, trained shortly on text alone", True, text_only),
-            (
-                "aligned, attention trained shortly",
-                True,
-                replace(SHORT, trained_weights="attention"),
-            ),
-            (
-                "aligned, trained shortly without the teacher",
-                True,
-                replace(SHORT, losses=Losses()),
-            ),
-        ],
-    )
-    if len(sys.argv) > 2:
-        heads(
-            sys.argv[2],
-            1,
-            256,
-            [
-                ("original", None, None),
-                ("averaged", False, None),
-                ("aligned", True, None),
-                ("aligned, trained", True, SMOLLM2),
-            ],
-        )
-        mixture(sys.argv[2])
+
+    runs: Positional[Path] = Path("longctx-conversions")
+    """Folder of the runs."""
+    smollm2: str | None = None
+    """Folder of SmolLM2-135M; without it its parts are left out."""
+    model: str = "demo"
+    """The small model."""
+    parts: tuple[Part, ...] = get_args(Part)
+
+    def run(self) -> None:
+        """Write the tables."""
+        self.runs.mkdir(parents=True, exist_ok=True)
+        if "heads" in self.parts:
+            heads(self.model, self.runs, 1, MANY, SMALL)
+            if self.smollm2:
+                heads(self.smollm2, self.runs, 1, FEW, LARGE)
+        if "linear" in self.parts:
+            linear(self.model, self.runs)
+        if "mixture" in self.parts and self.smollm2:
+            mixture(self.smollm2, self.runs)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(Conversions).run()

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from .config_windows import doubtful, impossible, text_part
+from .conversion import recorded
 from .core import extend
 from .errors import LongctxError, ModelError, RunError
 from .folders import left_over, new_folder
@@ -39,6 +40,7 @@ from .model import (
 )
 from .patch import patch_of
 from .registry import make_method
+from .restoring import restore_conversion, without_report
 from .schema import conform
 from .twin import build_twin, differences, follow_config
 from .weights import (
@@ -127,16 +129,17 @@ def load(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         # Whatever attention the config itself names.
         config._attn_implementation = _attention(attn, config, on_gpu)  # pyright: ignore[reportPrivateUsage]
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # named below
-            output_loading_info=True,
-            **placed,
-        )
+        with without_report(config):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # named below
+                output_loading_info=True,
+                **placed,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
         taken = "" if isinstance(path, Path) else " (no folder here, so taken for a hub id)"
         raise ModelError(f"cannot load {str(source)!r}{taken}: {error}") from error
@@ -146,7 +149,9 @@ def load(
             f"({type(error).__name__}: {error}); fetch or convert it again."
         ) from error
     model: PreTrainedModel = loaded[0]
-    refuse_incomplete(source, model, loaded[1])
+    own = restore_conversion(model, path, loaded[1]["unexpected_keys"])
+    unexpected = set(loaded[1]["unexpected_keys"]) - own
+    refuse_incomplete(source, model, {**loaded[1], "unexpected_keys": unexpected})
     implementation: Any = model.config._attn_implementation  # pyright: ignore[reportPrivateUsage]
     if attn == "auto" and implementation == "eager":
         _log.warning(
@@ -309,7 +314,8 @@ def save(
     if not isinstance(out, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise RunError(f"out={out!r}: expected the path of a folder.")
     patch = patch_of(model)
-    beyond: list[str] = []
+    made_by = recorded(model)
+    beyond = [] if made_by is None else [made_by]
     while patch is not None:
         if not patch.method.plain_loadable:
             beyond.append(patch.method.name)
@@ -329,10 +335,17 @@ def save(
         return Saved(Path(out), True, f"{out} loads in plain transformers to the same logits.")
     message = (
         f"{out}: {' and '.join(beyond)} cannot be said in a transformers config. longctx.load "
-        "restores it; plain transformers and vLLM would load the unextended model."
+        f"restores it; plain transformers and vLLM would load {_otherwise(made_by)}."
     )
     warnings.warn(message, stacklevel=2)
     return Saved(Path(out), False, message)
+
+
+def _otherwise(made_by: str | None) -> str:
+    """What software reads that does not know the record."""
+    if made_by is None:
+        return "the unextended model"
+    return "these weights under ordinary attention, for which they were not made"
 
 
 def _refuse_adapters(model: PreTrainedModel) -> None:

@@ -6,17 +6,40 @@ as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn, Protocol, runtime_checkable
+from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .errors import MethodError
 from .patch import Check
+from .prompts.assembly import Prompt
 
-__all__ = ["Conversion", "ConversionReport", "Converted"]
+__all__ = [
+    "RECORD",
+    "Calibration",
+    "Conversion",
+    "ConversionReport",
+    "Converted",
+    "put_record",
+    "recorded",
+]
+
+RECORD = "longctx_conversion"
+"""The entry of a config that says which conversion `load` has to restore."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a conversion reads to choose what it does."""
+
+    ids: Tensor
+    """Text, int64 [rows, tokens]."""
+    prompts: tuple[Prompt, ...] = ()
+    """Keys hidden in text and asked for, where it `asks_for_keys`."""
 
 
 @runtime_checkable
@@ -37,6 +60,19 @@ class Conversion(Protocol):
     """Whether it reads text through the model to choose what it does."""
     training: ClassVar[str]
     """What the new model still has to learn, as a sentence."""
+    plain_loadable: ClassVar[bool] = True
+    """Whether the new model is one of transformers' own. If not, the conversion records itself in
+    the config (`put_record`), and `restore` puts back what plain transformers would leave out."""
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether it measures how keys are found."""
+        return False
+
+    @property
+    def same_within(self) -> int:
+        """First tokens of a text whose logits are the original's, whatever comes of the others."""
+        return 0
 
     @property
     def exact(self) -> bool:
@@ -44,13 +80,13 @@ class Conversion(Protocol):
         return False
 
     def convert(
-        self, model: PreTrainedModel, ids: Tensor | None
+        self, model: PreTrainedModel, calibration: Calibration | None
     ) -> tuple[PreTrainedModel, Sequence[Check]]:
         """Make the new model; `model` is in eval mode and stays as it is.
 
         Args:
             model: without a patch, adapters or quantised weights.
-            ids: int64 [rows, tokens] to read, where it calibrates.
+            calibration: what to read, where it calibrates.
 
         Returns:
             The new model, and what was found on the way.
@@ -60,6 +96,19 @@ class Conversion(Protocol):
             MethodError: settings that do not fit the model.
         """
         ...
+
+    def restore(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+        """Put back on a loaded model what its class in transformers does not have.
+
+        Args:
+            model: of the checkpoint's weights but for those below, which it is changed to use.
+            tensors: by name, those of the checkpoint that the class has no place for.
+
+        Raises:
+            ModelError: they do not fit the model.
+        """
+        del model, tensors
+        raise MethodError(f"{self.name} makes models of transformers: there is nothing to restore.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +121,9 @@ class ConversionReport:
     parameters: tuple[int, int]
     """Before and after."""
     cache: tuple[int, int]
-    """Bytes of the key/value cache per token, before and after."""
+    """Bytes of the cache for each token, before and after."""
+    bounded: tuple[int, int]
+    """Bytes of a row's cache whatever its length, of layers whose cache does not grow."""
     checks: tuple[Check, ...]
 
     @property
@@ -84,11 +135,14 @@ class ConversionReport:
         parameters, cache = (
             f"{before:,} → {after:,}" for before, after in (self.parameters, self.cache)
         )
+        cache += " bytes per token"
+        if any(self.bounded):
+            cache += f", {self.bounded[0]:,} → {self.bounded[1]:,} whatever the length"
         state = "the original's logits" if self.exact else "not the original's logits"
         return "\n".join(
             [
                 f"{self.method}",
-                f"  parameters {parameters}; cache {cache} bytes per token; {state}",
+                f"  parameters {parameters}; cache {cache}; {state}",
                 *(f"  {'ok  ' if c.ok else 'FAIL'} {c.name}: {c.detail}" for c in self.checks),
                 f"  to be trained: {self.method.training}",
             ]
@@ -119,3 +173,15 @@ class Converted:
             f"{self.method.name} made a new model, which is not undone: the original that was "
             "passed is as it was; go on with that, or load it again."
         )
+
+
+def put_record(model: PreTrainedModel, method: Conversion) -> None:
+    """Let the config say which conversion the model is of, as `load` restores it."""
+    fields = dataclasses.asdict(method)  # pyright: ignore[reportArgumentType]
+    setattr(model.config, RECORD, {"version": 1, "name": method.name, **fields})
+
+
+def recorded(model: PreTrainedModel) -> str | None:
+    """The name of the conversion that the model is of and its class does not say, else None."""
+    record: Any = getattr(model.config, RECORD, None)
+    return None if record is None else str(record.get("name")) if isinstance(record, dict) else "?"  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention.layers import attention_in_use
-from .conversion import Conversion, ConversionReport, Converted
+from .attention.state_cache import StateLayer
+from .conversion import Calibration, Conversion, ConversionReport, Converted, recorded
 from .errors import DataError, LongctxError, MethodError, ModelError
 from .model import evaluating, text_config, unwrapped, window
 from .patch import Check, Method, patch_of
+from .prompts.assembly import Prompt
 from .prompts.haystacks import Texts, bos_of, encode, held_in
+from .prompts.passkey_prompts import SHORT, passkey
 from .registry import make_conversion, parse_conversion
 
 __all__ = ["convert", "logits_differ"]
@@ -26,7 +29,7 @@ _ROW = 512
 """Tokens of a row of them, or the window where that is shorter."""
 _PROOF = 48
 _CACHED = 32
-"""Tokens that are read before the others of the proof go on from the cache."""
+"""Of those, the tokens that are read before the others go on from the cache."""
 _EXACT, _HALF = 2e-5, 5e-2
 """Largest difference of logits that counts as none, relative to the largest of them; the second
 for weights of 16 bits, which are rounded anew."""
@@ -62,14 +65,19 @@ def convert(
     model = unwrapped(model)
     method = _resolve(method, fields)
     _refuse(model, method)
-    ids = _calibration(model, method, tokenizer, calibration)
+    read = _calibration(model, method, tokenizer, calibration)
     with evaluating(model), torch.no_grad():
-        made, found = method.convert(model, ids)
+        made, found = method.convert(model, read)
         made.generation_config = copy.deepcopy(model.generation_config)
         made.name_or_path = model.name_or_path  # `save` keeps away from the original's folder
-        made.set_attn_implementation(attention_in_use(model) or "sdpa")
-        off = logits_differ(made, model)
+        if method.plain_loadable:
+            made.set_attn_implementation(attention_in_use(model) or "sdpa")
+        off = logits_differ(made, model, tokens=method.same_within + _PROOF)
         checks = [*found, *_checks(made, method, off)]
+        if method.same_within:
+            near = logits_differ(made, model, tokens=method.same_within)
+            detail = f"in the first {method.same_within}, to {near:.1e} of the largest logit"
+            checks.append(Check("logits of the original", near <= _tolerance(made), detail))
     failed = [check for check in checks if not check.ok]
     if failed:
         raise ModelError(
@@ -82,15 +90,16 @@ def convert(
         method,
         off <= _tolerance(made),
         (sizes[0], sizes[1]),
-        (caches[0], caches[1]),
+        (caches[0][0], caches[1][0]),
+        (caches[0][1], caches[1][1]),
         tuple(checks),
     )
     return Converted(made, method, report)
 
 
-def logits_differ(one: PreTrainedModel, other: PreTrainedModel) -> float:
+def logits_differ(one: PreTrainedModel, other: PreTrainedModel, *, tokens: int = _PROOF) -> float:
     """Largest difference of logits on a few tokens, relative to the largest of the second's."""
-    ids = _ids(other)
+    ids = _ids(other, tokens)
     found, wanted = (m(input_ids=ids, use_cache=False).logits.float() for m in (one, other))
     return float((found - wanted).abs().max() / wanted.abs().max())
 
@@ -126,6 +135,11 @@ def _refuse(model: PreTrainedModel, method: Conversion) -> None:
             f"{name} is on this model: call longctx.patch_of(model).remove(), convert it by "
             f"{method.name}, then extend what comes of it."
         )
+    if recorded(model) is not None:
+        raise MethodError(
+            f"this model was made by {recorded(model)}: convert its original by {method.name} "
+            "instead."
+        )
     if any("base_layer" in module._modules for module in model.modules()):  # pyright: ignore[reportPrivateUsage]
         raise ModelError("the model has adapters (PEFT) on it: merge them first.")
     spread: Any = getattr(model, "hf_device_map", None) or {}
@@ -147,12 +161,17 @@ def _calibration(
     method: Conversion,
     tokenizer: PreTrainedTokenizerBase | None,
     given: Tensor | Texts | None,
-) -> Tensor | None:
+) -> Calibration | None:
     if not method.calibrates:
         if given is not None:
             raise MethodError(f"{method.name} reads no text: leave the calibration out.")
         return None
     device = next(model.parameters()).device
+    if isinstance(given, Tensor) and method.asks_for_keys and tokenizer is None:
+        raise MethodError(
+            f"{method} asks for keys hidden in text: pass the model's tokenizer= too."
+        )
+    row = min(window(model) or _ROW, _ROW)
     if isinstance(given, Tensor):
         high = int(text_config(model).vocab_size)
         if given.ndim != 2 or given.dtype != torch.int64 or not given.numel():
@@ -165,24 +184,38 @@ def _calibration(
                 f"calibration has ids from {int(given.min())} to {int(given.max())}, and the model "
                 f"{high} tokens: tokenise it by the model's own tokenizer."
             )
-        return given.to(device)
+        return Calibration(given.to(device), _prompts(method, tokenizer, held_in(), row))
     if tokenizer is None:
         raise MethodError(
             f"{method.name} reads text to choose what it does: pass the model's tokenizer= (and "
             "texts as calibration=, where the house's are not to be read), or token ids as "
             "calibration=."
         )
-    return _rows(tokenizer, given or held_in(), min(window(model) or _ROW, _ROW)).to(device)
+    texts = given or held_in()
+    ids = _rows(tokenizer, texts, row).to(device)
+    return Calibration(ids, _prompts(method, tokenizer, texts, row))
+
+
+def _prompts(
+    method: Conversion, tokenizer: PreTrainedTokenizerBase | None, texts: Texts, length: int
+) -> tuple[Prompt, ...]:
+    """Keys of the split "train" in the text, at depths all over it, where the method asks."""
+    if not method.asks_for_keys or tokenizer is None:
+        return ()
+    count = max(4, _TOKENS // length)
+    haystack = Texts(_part(texts, length), name=texts.name)
+    settings: dict[str, Any] = {"haystack": haystack, "split": "train", "wording": SHORT}
+    return tuple(
+        passkey(tokenizer, length, depth=(i + 0.5) / count, seed=i, **settings)
+        for i in range(count)
+    )
 
 
 def _rows(tokenizer: PreTrainedTokenizerBase, texts: Texts, length: int) -> Tensor:
     """Rows [N, length] from all over the texts, BOS first where the tokenizer puts one."""
     bos = bos_of(tokenizer)
     size, rows = length - len(bos), _TOKENS // length
-    share = max(1, len(texts.documents) // rows)  # the whole text takes minutes to tokenise
-    ids: list[int] = []
-    for document in texts.documents[::share]:
-        ids += encode(tokenizer, document[: 16 * length])
+    ids = [x for document in _part(texts, length) for x in encode(tokenizer, document)]
     if len(ids) < size:
         raise DataError(
             f"calibration text {texts.name!r} has {len(ids)} tokens: expected {size} or more."
@@ -191,14 +224,20 @@ def _rows(tokenizer: PreTrainedTokenizerBase, texts: Texts, length: int) -> Tens
     return torch.tensor([[*bos, *ids[start : start + size]] for start in starts])
 
 
+def _part(texts: Texts, length: int) -> tuple[str, ...]:
+    """Beginnings of documents from all over the texts: the whole takes minutes to tokenise."""
+    share = max(1, len(texts.documents) // (_TOKENS // length))
+    return tuple(document[: 16 * length] for document in texts.documents[::share])
+
+
 def _checks(made: PreTrainedModel, method: Conversion, off: float) -> Sequence[Check]:
     """What a few tokens show of the new model."""
-    ids = _ids(made)
+    ids = _ids(made, method.same_within + _PROOF)
     whole = made(input_ids=ids, use_cache=False).logits.float()
     cached = _cached(made, ids)
     checks = [Check("logits finite", bool(whole.isfinite().all()), f"{whole.numel():,} of them")]
     if cached is not None:
-        apart = float((cached - whole[:, _CACHED:]).abs().max() / whole.abs().max())
+        apart = float((cached - whole[:, -cached.shape[1] :]).abs().max() / whole.abs().max())
         limit = 1e-3 if _tolerance(made) == _EXACT else 0.1
         checks.append(
             Check("cached as uncached", apart <= limit, f"to {apart:.1e} of the largest logit")
@@ -211,9 +250,9 @@ def _checks(made: PreTrainedModel, method: Conversion, off: float) -> Sequence[C
     return checks
 
 
-def _ids(model: PreTrainedModel) -> Tensor:
+def _ids(model: PreTrainedModel, tokens: int = _PROOF) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(int(text_config(model).vocab_size), (1, _PROOF), generator=generator)
+    ids = torch.randint(int(text_config(model).vocab_size), (1, tokens), generator=generator)
     return ids.to(next(model.parameters()).device)
 
 
@@ -221,19 +260,22 @@ def _cached(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
     """Logits of the last tokens, read after a cache of those before; None without such a cache."""
     try:
         cache = DynamicCache(config=model.config)
-        model(input_ids=ids[:, :_CACHED], past_key_values=cache, use_cache=True)
-        return model(input_ids=ids[:, _CACHED:], past_key_values=cache, use_cache=True).logits
+        last = _PROOF - _CACHED
+        model(input_ids=ids[:, :-last], past_key_values=cache, use_cache=True)
+        return model(input_ids=ids[:, -last:], past_key_values=cache, use_cache=True).logits
     except LongctxError:
         raise
     except Exception:  # some families have caches of their own
         return None
 
 
-def _cache_bytes(model: PreTrainedModel) -> int:
-    """Bytes that the cache takes for a token, by the tensors of one that holds a few."""
+def _cache_bytes(model: PreTrainedModel) -> tuple[int, int]:
+    """What the cache takes for a token, and for a row whatever its length, by one that is there."""
     with evaluating(model), torch.no_grad():
         ids = _ids(model)[:, :_CACHED]
         cache: Any = DynamicCache(config=model.config)
         model(input_ids=ids, past_key_values=cache, use_cache=True)
-    held = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    return sum(t.numel() * t.element_size() // max(1, t.shape[-2]) for t in held)
+    bounded = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
+    held = [t for x in cache.layers if x not in bounded for t in (x.keys, x.values)]
+    token = sum(t.numel() * t.element_size() // max(1, t.shape[-2]) for t in held)
+    return token, sum(layer.bytes for layer in bounded)

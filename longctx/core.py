@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .conversion import recorded
 from .errors import LongctxError, MethodError, ModelError
 from .model import (
     decoder_of,
@@ -189,6 +190,12 @@ def _resolve(method: Method | str, fields: dict[str, Any]) -> Method:
 
 
 def _refuse_taken_slots(method: Method, model: PreTrainedModel) -> None:
+    made_by = recorded(model)
+    if made_by is not None and set(method.slots) != {"rotary"}:
+        raise MethodError(
+            f"the attention of this model is that of {made_by}, which {method.name} would replace: "
+            "extend it by a method that changes frequencies only (yarn, ntk, linear)."
+        )
     for slot in method.slots:
         holder = slot_holder(model, slot)
         if holder is not None:

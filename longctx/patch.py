@@ -70,6 +70,15 @@ class Method(Protocol):
         """Look at the patched model and say whether each thing promised is so."""
         ...
 
+    def cache_tokens(self, window: int) -> int | None:
+        """Most tokens of a row that caches keep in layers of full attention; None for all.
+
+        Args:
+            window: tokens that the model promises without the method.
+        """
+        del window
+        return None
+
     def neutral(self, rope: Rope) -> Method | None:
         """The setting that changes nothing, None where there is none."""
         del rope

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from huggingface_hub.constants import HF_HUB_CACHE
 from msgspec import Meta, Struct
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
@@ -27,6 +28,7 @@ __all__ = [
     "INDEX",
     "WEIGHTS",
     "read_config",
+    "read_tensors",
     "refuse_adapter",
     "refuse_foreign_weights",
     "refuse_incomplete",
@@ -251,6 +253,34 @@ def refuse_incomplete(source: object, model: PreTrainedModel, info: Mapping[str,
 def _some(names: Collection[str]) -> str:
     shown = ", ".join(list(names)[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown}, …"
+
+
+def read_tensors(source: str | Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint, on the CPU.
+
+    Args:
+        source: a folder or a hub id.
+        names: of the tensors; those that there are not are left out.
+
+    Raises:
+        ModelError: a file that cannot be read.
+    """
+    index = _file(source, INDEX)
+    places: dict[str, str] = {}
+    if index is not None:
+        places = conform(_read(index), _Index, index, next_step=_AGAIN, error=ModelError).weight_map
+    found: dict[str, Tensor] = {}
+    for file in sorted({places.get(name, WEIGHTS) for name in names}):
+        path = _file(source, file)
+        if path is None:
+            continue
+        try:
+            with safe_open(path, framework="pt") as opened:
+                there = set(opened.keys())
+                found |= {name: opened.get_tensor(name) for name in names if name in there}
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} cannot be read ({error}). {_AGAIN}") from error
+    return found
 
 
 def small_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:

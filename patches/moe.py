@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from longctx.conversion import Conversion
+from longctx.conversion import Calibration, Conversion
 from longctx.errors import MethodError, ModelError
 from longctx.patch import Check
 from longctx.twin import build_with_weights
@@ -95,10 +95,10 @@ class Moe(Conversion):
         return True
 
     def convert(
-        self, model: PreTrainedModel, ids: Tensor | None
+        self, model: PreTrainedModel, calibration: Calibration | None
     ) -> tuple[PreTrainedModel, Sequence[Check]]:
         """Copy the MLPs into a model of the family."""
-        del ids
+        del calibration
         prefixes = _dense_mlps(model)
         family = self._family(model)
         config = self._config(model, family)

@@ -28,7 +28,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from longctx.conversion import Conversion
+from longctx.conversion import Calibration, Conversion
 from longctx.errors import MethodError
 from longctx.patch import Check
 from longctx.twin import build_with_weights
@@ -71,10 +71,11 @@ class MultiQuery(Conversion):
             raise MethodError(f"{self.name}: kv_heads={self.kv_heads!r}: expected 1 or more.")
 
     def convert(
-        self, model: PreTrainedModel, ids: Tensor | None
+        self, model: PreTrainedModel, calibration: Calibration | None
     ) -> tuple[PreTrainedModel, Sequence[Check]]:
         """Align, check that the logits are as they were, average."""
-        assert ids is not None
+        assert calibration is not None
+        ids = calibration.ids
         layers = head_layers(model, self.name)
         heads = layers[0].heads
         if heads % self.kv_heads or heads == self.kv_heads:

@@ -121,6 +121,11 @@ class SinkWindow(RemappedMethod):
             )
         return SinkWindowPlanner(self.sinks, window, self.limit)
 
+    def cache_tokens(self, window: int) -> int | None:
+        """The sinks and the window, unless all are kept."""
+        planner = self.planner(window)
+        return planner.sinks + planner.window if self.evict else None
+
     def apply(self, model: PreTrainedModel, patch: Patch) -> None:
         """Put the rule on, and have the decoder bound its caches before each call.
 

@@ -62,7 +62,8 @@ class Recipe:
     shifted: bool = False
     """S²-Attn during training."""
     trained_weights: TrainedWeights = "all"
-    """All weights, or those of the attention alone, which a conversion of heads has changed."""
+    """All weights, those of the attention alone, which a conversion of heads has changed, or the
+    features that a conversion gave it."""
     losses: Losses = field(default_factory=Losses)
     training: Training = field(default_factory=Training)
 

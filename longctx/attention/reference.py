@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attention_at_distances", "attention_with_linear_bias"]
+__all__ = [
+    "attention_at_distances",
+    "attention_with_linear_bias",
+    "linear_attention_with_window",
+]
 
 
 def attention_with_linear_bias(
@@ -95,3 +99,47 @@ def attention_at_distances(
         weights = logits.masked_fill(distance.isnan(), -torch.inf).softmax(-1)
         rows.append((weights.nan_to_num(0.0)[:, :, None] @ value)[:, :, 0])
     return torch.stack(rows, dim=2)
+
+
+def linear_attention_with_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_features: Tensor,
+    k_features: Tensor,
+    *,
+    gate: Tensor | None,
+    window: int,
+    scaling: float | None = None,
+    visible: Tensor | None = None,
+) -> Tensor:
+    """Softmax within a window and features beyond, as `linear` writes it, in float64.
+
+    Args:
+        q: [B, H, S, D]; the last query stands on the last key.
+        k: [B, K, N, D].
+        v: [B, K, N, D].
+        q_features: φ_q(q), [B, H, S, F].
+        k_features: φ_k(k), [B, K, N, F].
+        gate: γ of each head, [H]; None without a window.
+        window: W in tokens, the query's own among them.
+        scaling: None for D^(−1/2).
+        visible: bool, broadcast to [B, H, S, N], and-ed with causality; None for all.
+
+    Returns:
+        float64 [B, H, S, D]; 0 where nothing is visible.
+    """
+    groups, queries, keys = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    scaling = float(q.shape[-1] ** -0.5 if scaling is None else scaling)
+    key, value, mapped = (x.double().repeat_interleave(groups, 1) for x in (k, v, k_features))
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    distance = distance.to(q.device)
+    seen = distance >= 0 if visible is None else (distance >= 0) & visible
+    weights = (q_features.double() @ mapped.transpose(-1, -2)) * (seen & (distance >= window))
+    if gate is not None:
+        near = seen & (distance < window)
+        logits = scaling * (q.double() @ key.transpose(-1, -2))
+        logits = logits.masked_fill(~near, -torch.inf)
+        most = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).min)
+        weights = weights + gate.double()[:, None, None] * (logits - most).exp() * near
+    return (weights @ value) / weights.sum(-1, keepdim=True).clamp(min=1e-300)

@@ -16,18 +16,16 @@ Legend: B batch, K key/value heads, D head_dim.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..before_transformers_5_24 import cache_argument
 from ..errors import ModelError
+from .cache_hook import CacheHook, forward_arguments
 
 __all__ = ["SinkCaching", "SinkLayer"]
 
@@ -179,80 +177,41 @@ class SinkLayer(DynamicLayer):
         self.starts = tuple(torch.tensor(self.starts)[indices.cpu()].tolist())
 
 
-@dataclass(frozen=True, slots=True)
-class SinkCaching:
-    """A forward pre-hook of a decoder: empty caches get sink layers, which learn of the padding.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkCaching(CacheHook):
+    """Empty caches get sink layers, which learn of the padding."""
 
-    It changes the layers of the cache that is there, so that `generate` keeps its own. A cache
-    that holds tokens already, a static one, and one of another class than DynamicCache stay as
-    they are: all of them keep every key, and the rule hides those that are not seen.
-    """
-
-    layers: tuple[int, ...]
-    """Those under the rule, by index."""
     sinks: int
     window: int
-    arguments: tuple[str, ...] = field(compare=False, repr=False)
-    """Of the decoder's forward, in order."""
-    name: str = field(compare=False, repr=False)
-    """That of the cache among them."""
 
     @classmethod
     def of(
         cls, decoder: nn.Module, layers: Sequence[int], sinks: int, window: int
     ) -> SinkCaching | None:
         """The hook for a decoder, None for one that takes no cache."""
-        name = cache_argument(decoder.forward)
-        if name is None:
+        takes = forward_arguments(decoder)
+        if takes is None:
             return None
-        arguments = tuple(inspect.signature(decoder.forward).parameters)
-        return cls(tuple(layers), sinks, window, arguments, name)
+        return cls(layers=tuple(layers), sinks=sinks, window=window, **takes)
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Make the cache ready for this call, or the cache itself where the decoder would."""
-        given = dict(zip(self.arguments, args, strict=False)) | kwargs
-        name = "past_key_values" if "past_key_values" in given else self.name
-        cache = given.get(name)
-        made = cache is None and not module.training and _uses_cache(module, given)
-        if made:
-            cache = DynamicCache(config=module.config)  # pyright: ignore[reportArgumentType]
-        layers = self._layers(cache)
-        if not layers:
-            return None
+    def new_layer(self) -> SinkLayer:
+        """One that keeps the sinks and the window."""
+        return SinkLayer(self.sinks, self.window)
+
+    def begin(self, layers: Sequence[SinkLayer], given: dict[str, Any]) -> None:
+        """Say where rows begin.
+
+        Raises:
+            ModelError: the layers keep others, or rows begin elsewhere than before.
+        """
         starts = _starts(given)
         for layer in layers:
+            if (layer.sinks, layer.window) != (self.sinks, self.window):
+                raise ModelError(
+                    f"this cache keeps {layer.sinks} sinks and the last {layer.window} tokens, "
+                    f"and the model sees {self.sinks} and {self.window}: start with a new cache."
+                )
             layer.begin(starts)
-        return ((), {**given, name: cache}) if made else None
-
-    def _layers(self, cache: object) -> list[SinkLayer]:
-        if type(cache) is not DynamicCache:
-            return []
-        if cache.layer_class_to_replicate is not None:  # made without a config: layers come later
-            while len(cache.layers) <= max(self.layers):
-                cache.layers.append(cache.layer_class_to_replicate())
-        found: list[SinkLayer] = []
-        for index in self.layers:
-            if index >= len(cache.layers):  # it shares the keys of a layer before
-                continue
-            layer = cache.layers[index]
-            if type(layer) is DynamicLayer and not layer.is_initialized:
-                layer = cache.layers[index] = SinkLayer(self.sinks, self.window)
-            if isinstance(layer, SinkLayer):
-                if (layer.sinks, layer.window) != (self.sinks, self.window):
-                    raise ModelError(
-                        f"this cache keeps {layer.sinks} sinks and the last {layer.window} tokens, "
-                        f"and the model sees {self.sinks} and {self.window}: start with a new "
-                        "cache."
-                    )
-                found.append(layer)
-        return found
-
-
-def _uses_cache(module: nn.Module, given: dict[str, Any]) -> bool:
-    asked: bool | None = given.get("use_cache")
-    return bool(getattr(module.config, "use_cache", False) if asked is None else asked)
 
 
 def _starts(given: dict[str, Any]) -> tuple[int, ...]:

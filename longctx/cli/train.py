@@ -122,8 +122,8 @@ class Train:
     """The original of a converted model, whose logits are learnt too."""
     distillation: float | None = None
     """Weight of the teacher's logits, the text having the rest; 0 for none."""
-    trained_weights: Literal["all", "attention"] | None = None
-    """Train the weights of the attention alone."""
+    trained_weights: Literal["all", "attention", "features"] | None = None
+    """Train the weights of the attention alone, or the features that a conversion gave it."""
     load_balance: float | None = None
     """Weight of the loss that lets a mixture's experts be used evenly."""
 

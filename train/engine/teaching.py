@@ -6,8 +6,10 @@ from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from typing import Literal, TypeAlias, get_args
 
+from torch import nn
 from transformers import PreTrainedModel
 
+from longctx.attention.hook import ATTRIBUTE
 from longctx.errors import RunError
 from longctx.model import attention_modules, evaluating, text_config
 
@@ -17,7 +19,8 @@ from .packed_attention import packed_attention
 
 __all__ = ["TrainedWeights", "frozen", "listening", "refuse_teacher"]
 
-TrainedWeights: TypeAlias = Literal["all", "attention"]
+TrainedWeights: TypeAlias = Literal["all", "attention", "features"]
+"""All weights, those of the attention, or those that a conversion gave the attention."""
 
 
 def refuse_teacher(
@@ -64,7 +67,12 @@ def frozen(model: PreTrainedModel, weights: TrainedWeights) -> Generator[None]:
     if weights == "all":
         yield
         return
-    trained = {id(p) for _, module, _ in attention_modules(model) for p in module.parameters()}
+    trained = {id(p) for module in _trained(model, weights) for p in module.parameters()}
+    if not trained:
+        raise RunError(
+            f"weights={weights!r} (--trained-weights): the model has none beside those of its "
+            "family: train all, or the attention."
+        )
     still = [p for p in model.parameters() if id(p) not in trained and p.requires_grad]
     for parameter in still:
         parameter.requires_grad_(False)
@@ -73,6 +81,14 @@ def frozen(model: PreTrainedModel, weights: TrainedWeights) -> Generator[None]:
     finally:
         for parameter in still:
             parameter.requires_grad_(True)
+
+
+def _trained(model: PreTrainedModel, weights: TrainedWeights) -> list[nn.Module]:
+    modules = [module for _, module, _ in attention_modules(model)]
+    if weights == "attention":
+        return modules
+    rules = [getattr(module, ATTRIBUTE, None) for module in modules]
+    return [rule for rule in rules if isinstance(rule, nn.Module)]
 
 
 @contextmanager

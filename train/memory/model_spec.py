@@ -25,7 +25,7 @@ from longctx.model import text_config, window
 
 from ..parallel.compatibility import has_sliding_layers
 
-__all__ = ["Linear", "ModelSpec", "norm_layers", "read_config"]
+__all__ = ["Linear", "ModelSpec", "norm_layers", "on_meta", "read_config"]
 
 _OUT = ("o_proj", "down_proj")  # the last linear layers of attention and MLP in these families
 
@@ -115,7 +115,7 @@ class ModelSpec:
         else:
             is_config = isinstance(source, PreTrainedConfig)
             config: PreTrainedConfig = source if is_config else read_config(source)  # pyright: ignore[reportAssignmentType, reportArgumentType]
-            model = _on_meta(config)
+            model = on_meta(config)
         text: Any = text_config(model)
         layers = _layers(model)
         linears = _linears(layers[0], text.model_type)
@@ -174,7 +174,12 @@ def read_config(source: str | os.PathLike[str]) -> PreTrainedConfig:
         ) from error
 
 
-def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of a config without its weights.
+
+    Raises:
+        ModelError: its family cannot be built so.
+    """
     config = copy.deepcopy(config)  # building writes into it
     try:
         with torch.device("meta"):
