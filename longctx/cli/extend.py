@@ -22,7 +22,7 @@ class Extend:
         longctx extend demo tiny-yarn --method yarn:4
         longctx extend smollm2 smollm2-16k --method yarn:target=16384
         longctx extend meta-llama/Llama-3.1-8B out --method yarn:32 --replace
-        longctx extend smollm2 smollm2-dca --method dual_chunk:log_n=true --remote-code
+        longctx extend smollm2 smollm2-dca --method dual_chunk:factor=4,log_n=True --remote-code
     """
 
     model: Positional[str]
