@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -304,6 +305,8 @@ def save(
         _write(model, tokenizer, folder)
         if remote_code:
             write_remote_code(folder, model)
+        elif beyond:
+            _name_architecture(folder / "config.json", beyond[::-1])
         otherwise = [] if beyond and not remote_code else _differences(model, folder, remote_code)
     if otherwise:
         message = (
@@ -323,8 +326,9 @@ def save(
         return Saved(Path(out), True, f"{out} loads in plain transformers to the same logits.")
     message = (
         f"{out}: {' and '.join(beyond)} cannot be said in a transformers config. longctx.load "
-        "restores it; plain transformers and vLLM would load the unextended model. "
-        "remote_code=True (--remote-code) lets transformers restore it too."
+        "restores it; plain transformers would load the unextended model, and engines that do "
+        "not know the method refuse it. remote_code=True (--remote-code) lets transformers "
+        "restore it too."
     )
     warnings.warn(message, stacklevel=2)
     return Saved(Path(out), False, message)
@@ -382,6 +386,18 @@ def _add_legacy_keys(path: Path) -> None:
     config["rope_theta"] = entry["rope_theta"]
     if entry.get("rope_type", "default") != "default":
         config["rope_scaling"] = entry
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _name_architecture(path: Path, methods: Sequence[str]) -> None:
+    """Name a class that engines do not know, since they would load the one without the methods.
+
+    Engines go by this name (vLLM, SGLang, llama.cpp's converter), transformers' Auto classes do
+    not.
+    """
+    config: dict[str, Any] = json.loads(path.read_text())
+    words = [word.title() for name in methods for word in name.split("_")]
+    config["architectures"] = [f"Longctx{''.join(words)}{name}" for name in config["architectures"]]
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -28,13 +28,6 @@ class _Original(Struct, forbid_unknown_fields=True):
     rope_parameters: dict[str, Any] | None
 
 
-class _Native(Struct, forbid_unknown_fields=True):
-    """The family's own entries of a config.json that has ours in their place."""
-
-    model_type: str
-    architectures: list[str]
-
-
 class _Record(Struct, forbid_unknown_fields=True):
     """The entry "longctx" of a config.json."""
 
@@ -42,8 +35,8 @@ class _Record(Struct, forbid_unknown_fields=True):
     original: _Original
     methods: Annotated[list[dict[str, Any]], Meta(min_length=1)]
     """Their names and fields, the lowest first."""
-    native: _Native | None = None
-    """Where code beside the checkpoint loads it."""
+    native_type: str | None = None
+    """The family's model type, where config.json has ours in its place."""
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -57,6 +50,7 @@ def restore(model: PreTrainedModel) -> None:
     record: Any = getattr(model.config, "longctx", None)
     if record is None:
         return
+    model.config.architectures = [type(model).__name__]  # the file may name one for engines
     where = f"{model.config.name_or_path}/config.json, entry longctx"
     checked = conform(record, _Record, where, next_step=_ANEW, error=ModelError)
     if checked.version != 1:

@@ -95,12 +95,11 @@ def write_remote_code(folder: Path, model: PreTrainedModel) -> None:
         )
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text())
-    own = {key: config[key] for key in ("model_type", "architectures")}
     config |= {
         "model_type": MODEL_TYPE,
         "architectures": [AutoModelForCausalLM.__name__],
         "auto_map": _AUTO_MAP,
-        "longctx": {**config["longctx"], "native": own},
+        "longctx": {**config["longctx"], "native_type": config["model_type"]},
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / MODULE_FILE).write_text(MODULE_TEXT)
@@ -166,14 +165,8 @@ def load_config(source: str | Path, *, trust_remote_code: bool = False) -> PreTr
     if not is_remote(found):
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     config = RemoteConfig.from_pretrained(source)
-    _make_native(config)
-    return config
-
-
-def _make_native(config: PreTrainedConfig) -> None:
-    """Take out of a family's config what is of the checkpoint's files alone."""
-    config.architectures = config.longctx["native"]["architectures"]
     del config.auto_map
+    return config
 
 
 class RemoteConfig:
@@ -192,12 +185,11 @@ class RemoteConfig:
         """
         found, rest = PreTrainedConfig.get_config_dict(source, **settings)
         record = found.get("longctx")
-        native = record.get("native") if isinstance(record, dict) else None
-        kind = native.get("model_type") if isinstance(native, dict) else None
-        if kind not in CONFIG_MAPPING:
+        kind = record.get("native_type") if isinstance(record, dict) else None
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise ModelError(
-                f"{source}/config.json, entry longctx: native: expected a model type that "
-                f"transformers knows and its architectures, and it is {native!r:.80}. {_ANEW}"
+                f"{source}/config.json, entry longctx: native_type: expected a model type that "
+                f"transformers knows, and it is {kind!r:.80}. {_ANEW}"
             )
         return CONFIG_MAPPING[kind].from_dict({**found, "model_type": kind}, **rest)
 
@@ -218,7 +210,7 @@ class RemoteModel:
         Raises:
             LongctxError: a damaged record, or one that does not fit the model.
         """
-        _make_native(config)
+        del config.auto_map  # else this would be called again
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, *args, config=config, **settings)
         restore(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -226,7 +218,7 @@ class RemoteModel:
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
         """As `AutoModelForCausalLM.from_config` takes it: a model without its weights."""
-        _make_native(config)
+        del config.auto_map
         model = AutoModelForCausalLM.from_config(config, **settings)
         restore(model)
         return model

@@ -149,13 +149,13 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
     _, folder = saved(tmp_path / "x")
     record = json.loads((folder / "config.json").read_text())["longctx"]
-    for native in (None, "llama", {}, {"model_type": "lama", "architectures": []}):
-        edited(folder, longctx={**record, "native": native})
-        with pytest.raises(ModelError, match="native: expected a model type that transformers"):
+    for kind in (None, "lama", 3, [], {}):
+        edited(folder, longctx={**record, "native_type": kind})
+        with pytest.raises(ModelError, match="native_type: expected a model type that transf"):
             longctx.load(folder, device="cpu")
     for damaged in (None, [], "x"):
         edited(folder, longctx=damaged)
-        with pytest.raises(ModelError, match="native: expected a model type"):
+        with pytest.raises(ModelError, match="native_type: expected a model type"):
             longctx.load(folder, device="cpu")
     edited(folder, longctx={**record, "methods": []})
     with pytest.raises(ModelError, match="entry longctx: methods"):
@@ -181,5 +181,5 @@ def test_the_command_writes_it_too(tmp_path: Path, capsys: pytest.CaptureFixture
         longctx.save(model, tokenizer, again)
     config = json.loads((tmp_path / "y" / "config.json").read_text())
     assert config["model_type"] == "llama"
-    assert "native" not in config["longctx"]
+    assert "native_type" not in config["longctx"]
     assert not (tmp_path / "y" / MODULE_FILE).exists()
