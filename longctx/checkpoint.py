@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from msgspec import Meta, Struct
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -26,23 +24,15 @@ from transformers import (
 
 from .config_windows import doubtful, impossible, text_part
 from .conversion import recorded
-from .core import extend
-from .errors import LongctxError, ModelError, RunError
+from .errors import ModelError, RunError
 from .folders import left_over, new_folder
 from .gguf import convert_gguf
-from .model import (
-    build_rotary,
-    put_rope_parameters,
-    put_rotary,
-    rope_entry,
-    text_config,
-    unwrapped,
-)
+from .model import text_config, unwrapped
 from .patch import patch_of
-from .registry import make_method
+from .record import restore
+from .remote_code import load_config, remote_twin, write_remote_code
 from .restoring import restore_conversion, without_report
-from .schema import conform
-from .twin import build_twin, differences, follow_config
+from .twin import build_twin, differences
 from .weights import (
     read_config,
     refuse_adapter,
@@ -55,25 +45,8 @@ __all__ = ["Saved", "load", "load_tokenizer", "local_folder", "locate", "save"]
 
 _log = logging.getLogger(__name__)
 EMBEDDED = ("demo", "demo-tuned")
-_ANEW = "Extend the original anew, or delete the entry 'longctx' from config.json."
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
-
-
-class _Original(Struct, forbid_unknown_fields=True):
-    """What methods took the place of."""
-
-    max_position_embeddings: Annotated[int, Meta(ge=1, le=10**12)]
-    rope_parameters: dict[str, Any] | None
-
-
-class _Record(Struct, forbid_unknown_fields=True):
-    """The entry "longctx" of a config.json."""
-
-    version: Annotated[int, Meta(ge=1)]
-    original: _Original
-    methods: Annotated[list[dict[str, Any]], Meta(min_length=1)]
-    """Their names and fields, the lowest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +98,10 @@ def load(
         dtype = "bfloat16" if on_gpu else "float32"
     placed = {"device_map": "auto" if device == "auto" else device} if on_gpu else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = load_config(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, config=config, trust_remote_code=trust_remote_code
+        )
         # Whatever attention the config itself names.
         config._attn_implementation = _attention(attn, config, on_gpu)  # pyright: ignore[reportPrivateUsage]
         with without_report(config):
@@ -169,7 +144,7 @@ def load(
     model.eval()
     if isinstance(path, Path):
         _refuse_contradiction(path / "config.json")
-    _restore(model)
+    restore(model)
     return model, tokenizer
 
 
@@ -183,7 +158,11 @@ def load_tokenizer(
     """
     path = _converted(source)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            path,
+            config=load_config(path, trust_remote_code=trust_remote_code),
+            trust_remote_code=trust_remote_code,
+        )
     except Exception as error:  # tokenizers raises bare Exceptions on a damaged file
         raise ModelError(f"cannot load the tokenizer of {str(source)!r}: {error}") from error
 
@@ -285,6 +264,7 @@ def save(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    remote_code: bool = False,
 ) -> Saved:
     """Write a self-describing checkpoint, in transformers' own terms where it has them.
 
@@ -294,15 +274,21 @@ def save(
             original window.
         out: a folder that does not exist yet, or is empty.
         overwrite: replace what is there, once the new checkpoint is complete.
+        remote_code: write a module of a few lines beside it, by which transformers loads it with
+            the methods in place where longctx is installed: `AutoModelForCausalLM.from_pretrained(
+            out, trust_remote_code=True)`, and with it lm-eval, trl and `transformers serve`.
+            Without trust_remote_code it is refused. For methods that no config can say.
 
     Returns:
-        Where it is and whether plain transformers loads it to identical logits: the written config
-        was compared with the model, buffer by buffer. Where it cannot, a UserWarning says so too.
+        Where it is and whether plain transformers loads it to identical logits: what the written
+        config (with remote_code, the module) describes was built without weights and compared with
+        the model, buffer by buffer. Where it cannot, a UserWarning says so too.
 
     Raises:
         RunError: the folder is taken, is or holds what the model was loaded from, holds files that
             no checkpoint has, or cannot be written.
-        ModelError: adapters that are not merged.
+        ModelError: adapters that are not merged; remote_code for a model without a method, or of a
+            class that is not transformers' own.
     """
     model = unwrapped(model)
     _refuse_adapters(model)
@@ -320,10 +306,19 @@ def save(
         if not patch.method.plain_loadable:
             beyond.append(patch.method.name)
         patch = patch.below
+    if remote_code and made_by is not None:
+        raise ModelError(
+            f"remote_code restores methods that extend puts on, and this model was made by {made_by}:"
+            " save it without, and load it by longctx.load."
+        )
     inputs = [name for name in (model.name_or_path, tokenizer.name_or_path) if name]
     with new_folder(Path(out), overwrite=overwrite, inputs=inputs) as folder:
         _write(model, tokenizer, folder)
-        otherwise = [] if beyond else _differences(model, folder)
+        if remote_code:
+            write_remote_code(folder, model)
+        elif beyond:
+            _name_architecture(folder / "config.json", beyond[::-1])
+        otherwise = [] if beyond and not remote_code else _differences(model, folder, remote_code)
     if otherwise:
         message = (
             f"{out} is not known to load to this model's logits: compared with what its config "
@@ -331,14 +326,25 @@ def save(
         )
         warnings.warn(message, stacklevel=2)
         return Saved(Path(out), False, message)
+    if remote_code:
+        message = (
+            f"{out} loads with trust_remote_code=True to the same logits where longctx is "
+            "installed (pip install longctx-toolkit). Without trust_remote_code transformers "
+            "refuses it."
+        )
+        return Saved(Path(out), False, message)
     if not beyond:
         return Saved(Path(out), True, f"{out} loads in plain transformers to the same logits.")
     message = (
         f"{out}: {' and '.join(beyond)} cannot be said in a transformers config. longctx.load "
-        f"restores it; plain transformers and vLLM would load {_otherwise(made_by)}."
+        f"restores it; plain transformers would load {_otherwise(made_by)}, and engines that do not "
+        f"know the method refuse it.{'' if made_by else _WITH_CODE}"
     )
     warnings.warn(message, stacklevel=2)
     return Saved(Path(out), False, message)
+
+
+_WITH_CODE = " remote_code=True (--remote-code) lets transformers restore it too."
 
 
 def _otherwise(made_by: str | None) -> str:
@@ -357,11 +363,14 @@ def _refuse_adapters(model: PreTrainedModel) -> None:
         )
 
 
-def _differences(model: PreTrainedModel, folder: Path) -> list[str]:
-    """What plain transformers would build otherwise from the config that was written."""
+def _differences(model: PreTrainedModel, folder: Path, remote_code: bool) -> list[str]:
+    """What transformers would build otherwise from what was written."""
     try:
-        config = type(model.config).from_pretrained(folder)
-        found = differences(model, build_twin(model, config))
+        if remote_code:
+            twin = remote_twin(folder, model)
+        else:
+            twin = build_twin(model, type(model.config).from_pretrained(folder))
+        found = differences(model, twin)
     except (ModelError, OSError, ValueError) as error:
         return [f"nothing could be compared ({error})"]
     patch = patch_of(model)
@@ -400,6 +409,18 @@ def _add_legacy_keys(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _name_architecture(path: Path, methods: Sequence[str]) -> None:
+    """Name a class that engines do not know, since they would load the one without the methods.
+
+    Engines go by this name (vLLM, SGLang, llama.cpp's converter), transformers' Auto classes do
+    not.
+    """
+    config: dict[str, Any] = json.loads(path.read_text())
+    words = [word.title() for name in methods for word in name.split("_")]
+    config["architectures"] = [f"Longctx{''.join(words)}{name}" for name in config["architectures"]]
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def _refuse_contradiction(path: Path) -> None:
     """A config whose rotary settings were edited in one of the two places that say them."""
     config: dict[str, Any] = json.loads(path.read_text())
@@ -410,43 +431,3 @@ def _refuse_contradiction(path: Path) -> None:
             "transformers takes the latter: it was edited after saving. Make them say the same, or "
             "extend the original anew (longctx.extend)."
         )
-
-
-def _restore(model: PreTrainedModel) -> None:
-    """Put the recorded methods in place over the recorded original, so that they can be undone."""
-    record: Any = getattr(model.config, "longctx", None)
-    if record is None:
-        return
-    where = f"{model.config.name_or_path}/config.json, entry longctx"
-    checked = conform(record, _Record, where, next_step=_ANEW, error=ModelError)
-    if checked.version != 1:
-        raise ModelError(f"{where}: version: expected 1, got {checked.version}. Upgrade longctx.")
-    try:
-        _put_back(model, checked)
-    except LongctxError as error:
-        raise type(error)(f"{where}: {error}") from error
-    except (
-        Exception
-    ) as error:  # transformers and torch fail in many ways on settings that cannot be
-        raise ModelError(f"{where}: it does not fit this model ({error!r}). {_ANEW}") from error
-
-
-def _put_back(model: PreTrainedModel, record: _Record) -> None:
-    config, before = text_config(model), copy.deepcopy(model.config)
-    saved = {key: copy.deepcopy(getattr(config, key)) for key in record.original.__struct_fields__}
-    config.max_position_embeddings = record.original.max_position_embeddings
-    put_rope_parameters(config, record.original.rope_parameters, setattr)
-    _, layer_type = rope_entry(config)
-    put_rotary(model, build_rotary(model, layer_type), setattr)
-    delattr(model.config, "longctx")
-    follow_config(model, before, setattr)
-    for entry in record.methods:
-        fields = {key: value for key, value in entry.items() if key != "name"}
-        extend(model, make_method(str(entry.get("name")), fields), replace=True)
-    for key, value in saved.items():
-        if json.dumps(value, sort_keys=True) != json.dumps(getattr(config, key), sort_keys=True):
-            raise ModelError(
-                f"config.json says {key}={value}, its longctx record {record.methods} means "
-                f"{getattr(config, key)}: it was edited after saving. Extend the original anew "
-                "(longctx.extend), or delete the entry 'longctx' to load what the config says."
-            )

@@ -245,13 +245,23 @@ def _record(config: dict[str, Any]) -> Iterator[Finding]:
             "longctx.load refuses it",
             "install what the checkpoint was made with, or extend the original checkpoint anew",
         )
+    elif config.get("model_type") == "longctx":
+        yield Finding(
+            "note",
+            "config.json: longctx",
+            f"extended by {' and '.join(names)}: transformers loads it with trust_remote_code=True "
+            "where longctx is installed, and refuses it without; other engines do not know its "
+            "model type",
+            "AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True), or longctx.load",
+        )
     elif not all(method_class(name).plain_loadable for name in names):
         yield Finding(
             "note",
             "config.json: longctx",
             f"extended by {' and '.join(names)}, which no "
             "transformers config can say: a plain load gives the unextended model",
-            "load with longctx.load",
+            "load with longctx.load, or save it with remote_code=True (longctx extend "
+            "--remote-code), which transformers refuses to load without the method",
         )
 
 
@@ -280,13 +290,22 @@ def _weights(folder: Path) -> Iterator[Finding]:
             "an adapter lies in the folder, which transformers puts on unasked; longctx refuses it",
             "merge it (peft's merge_and_unload), or move its files elsewhere",
         )
-    if list(folder.glob("*.py")):
+    if any(not _is_ours(path) for path in folder.glob("*.py")):
         yield Finding(
             "note",
             "*.py",
             "the checkpoint brings Python along",
             "it runs only with --trust-remote-code; read it first",
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is the module of `longctx.save(…, remote_code=True)` as it was written."""
+    if path.name != "modeling_longctx.py":
+        return False
+    from .remote_code import MODULE_TEXT  # transformers takes seconds
+
+    return path.is_file() and path.read_bytes() == MODULE_TEXT.encode()
 
 
 def _tokenizer(folder: Path, text: dict[str, Any]) -> Iterator[Finding]:

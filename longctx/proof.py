@@ -25,7 +25,7 @@ from .errors import LongctxError, ModelError
 from .model import evaluating, text_config
 from .patch import Check, Patch
 
-__all__ = ["Passes", "can_run", "prove", "run_passes"]
+__all__ = ["Passes", "apart", "can_run", "prove", "run_passes"]
 
 _NEAR = _FAR = 16
 _CACHED = 24
@@ -132,6 +132,24 @@ def prove(
             detail += f"; the model itself to {own:.1e}"
         checks.append(Check("cached as uncached", after.cached <= max(limit, 2 * own), detail))
     return [*checks, *_reach(model, patch)]
+
+
+def apart(one: PreTrainedModel, other: PreTrainedModel, patch: Patch) -> str | None:
+    """How the logits of two models under the same methods differ, None where they do not.
+
+    Args:
+        one: any model.
+        other: of the same weights; its attention may be computed by another kernel.
+        patch: the topmost on either.
+    """
+    precise = next(one.parameters()).dtype.itemsize >= 4
+    for what in ("consecutive", "far"):
+        a, b = (getattr(run_passes(m, patch, with_cache=False), what) for m in (one, other))
+        if a is not None and b is not None:
+            difference = _difference(a, b)
+            if not difference <= (_TOLERANCE if precise else _SHORT_TOLERANCE):  # NaN too
+                return f"logits at {what} positions differ by {difference:.1e} of their size"
+    return None
 
 
 def _reach(model: PreTrainedModel, patch: Patch) -> list[Check]:

@@ -7,7 +7,9 @@ from collections.abc import Generator
 
 import pytest
 
-OPTIONAL = ("datasets", "gguf", "hypothesis", "peft", "playwright", "trl")
+OPTIONAL = (
+    "datasets", "gguf", "hypothesis", "openai", "peft", "playwright", "starlette", "trl", "uvicorn",
+)  # fmt: skip
 
 
 @pytest.hookimpl(wrapper=True)

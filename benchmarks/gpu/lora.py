@@ -17,21 +17,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import SaveStrategy
+from transformers import LlamaConfig
 
-from longctx.checkpoint import load_tokenizer
-from longctx.train.config import Gate, Training
-from longctx.train.data.collate import Collator
-from longctx.train.data.sampling import TrainDataset
-from longctx.train.engine.lora import Lora, add_lora
-from longctx.train.engine.loss_forward import LossForward
-from longctx.train.engine.trainer import LongTrainer
-from longctx.train.engine.trainer_arguments import checked, trainer_arguments
-from longctx.train.loss.objective import Losses
 from longctx.train.memory.plan_settings import PlanSettings
 from longctx.train.memory.planner import MemoryPlan, plan
 
+from .._trainers import Clock, TokenRows, train_ours, train_theirs
 from ._common import (
     DEVICE,
     ON_CUDA,
@@ -62,46 +53,11 @@ SET_UP = 10.0
 """Seconds that a turn takes before and after its updates, about."""
 
 
-class SyntheticRows(TrainDataset):
-    """Rows of random token ids, all of them learnt."""
-
-    def __init__(self, rows: int, tokens: int) -> None:
-        self.tokens = tokens
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(3, SHAPE["vocab_size"], (rows, tokens), generator=generator)
-        self.rows: list[list[int]] = ids.tolist()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
-class Clock(TrainerCallback):
-    """Takes the time of each update, to the end of what it started on the device."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """The first update begins."""
-        if not self.marks:
-            self._mark()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """An update is done, and the next begins."""
-        self._mark()
-
-    def _mark(self) -> None:
-        if ON_CUDA:
-            torch.cuda.synchronize()
-        self.marks.append(time.perf_counter())
-
-    @property
-    def seconds(self) -> list[float]:
-        """Of all updates but the first."""
-        return [b - a for a, b in zip(self.marks[1:], self.marks[2:], strict=False)]
+def synthetic_rows() -> TokenRows:
+    """Rows of random token ids, one an update."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, SHAPE["vocab_size"], (UPDATES, TOKENS), generator=generator)
+    return TokenRows(ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +71,7 @@ class Turn:
     losses: tuple[float, ...]
 
 
-Side = Callable[[PreTrainedModel, Path], tuple[Clock, list[dict[str, Any]]]]
+Side = Callable[..., tuple[Clock, list[dict[str, Any]]]]
 
 
 def measure(deadline: float) -> None:
@@ -170,78 +126,15 @@ def take_turn(side: Side, layers: int) -> Turn:
 
     def train() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            found.append(side(build_llama(config_of(layers)), Path(folder)))
+            model = build_llama(config_of(layers))
+            settings: dict[str, Any] = {"rank": RANK, "checkpointing": "layers"}
+            found.append(side(model, synthetic_rows(), Path(folder), **settings))
 
     free_memory()
     peak = peak_gib(train)
     clock, history = found[0]
     losses = tuple(float(entry["loss"]) for entry in history if "loss" in entry)
     return Turn(tuple(clock.seconds), peak, losses)
-
-
-def train_ours(model: PreTrainedModel, folder: Path) -> tuple[Clock, list[dict[str, Any]]]:
-    """As `longctx train --lora-r 16 --gradient-checkpointing layers` sets it up, without saving."""
-    clock, rows = Clock(), SyntheticRows(UPDATES, TOKENS)
-    training = Training(max_steps=UPDATES, gradient_checkpointing="layers")
-    _, parallel = checked(
-        model, training, Gate(), Losses(), packed=False, shifted=False, evaluated=False
-    )
-    trained: Any = add_lora(model, Lora(r=RANK))
-    loss_forward = LossForward.on(trained, Losses(), rows.shares)
-    arguments = trainer_arguments(
-        *(training, Gate(), parallel, rows, trained),
-        output_dir=folder,
-        evaluated=False,
-        resumed=False,
-    )
-    arguments.save_strategy = SaveStrategy.NO
-    trainer = LongTrainer(
-        *(trained, arguments, rows, Collator()), packed=None, window=TOKENS, callbacks=[clock]
-    )
-    trainer.train()
-    loss_forward.remove()
-    return clock, trainer.state.log_history
-
-
-def train_theirs(model: PreTrainedModel, folder: Path) -> tuple[Clock, list[dict[str, Any]]]:
-    """TRL's SFTTrainer, its own settings but for what makes the work the same."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    clock, rows = Clock(), SyntheticRows(UPDATES, TOKENS)
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": UPDATES,
-        "per_device_train_batch_size": 1,
-        "max_length": TOKENS,
-        "packing": False,
-        "gradient_checkpointing": True,
-        "bf16": ON_CUDA,
-        "use_cpu": not ON_CUDA,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-    }
-    adapters: Any = LoraConfig(
-        r=RANK,
-        lora_alpha=2 * RANK,
-        target_modules=Lora().target_modules_in(model),
-        task_type="CAUSAL_LM",
-    )
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(**settings),
-        train_dataset=Dataset.from_list([rows[index] for index in range(len(rows))]),
-        processing_class=load_tokenizer("demo"),
-        peft_config=adapters,
-        callbacks=[clock],
-    )
-    trainer.train()
-    return clock, trainer.state.log_history
 
 
 def config_of(layers: int) -> LlamaConfig:

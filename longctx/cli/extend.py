@@ -24,6 +24,7 @@ class Extend:
         longctx extend demo demo-2k --method yarn:2+dual_chunk:factor=4,log_n=True
         longctx extend demo demo-found --method longrope:@runs/search/longrope.json
         longctx extend meta-llama/Llama-3.1-8B out --method yarn:32 --replace
+        longctx extend smollm2 smollm2-dca --method dual_chunk:factor=4,log_n=True --remote-code
     """
 
     model: Positional[str]
@@ -37,6 +38,9 @@ class Extend:
     """Replace the RoPE scaling that the checkpoint ships with."""
     overwrite: bool = False
     """Replace the folder, once the new checkpoint is complete."""
+    remote_code: bool = False
+    """Write a module beside it, by which transformers loads it with the method in place where
+    longctx is installed (trust_remote_code=True); for methods that no config can say."""
     device_options: Annotated[DeviceOptions, arg(name="")] = field(default_factory=DeviceOptions)
 
     def run(self) -> int:
@@ -56,7 +60,9 @@ class Extend:
             print(patch.report())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the message says it too
-            saved = save(model, tokenizer, self.out, overwrite=self.overwrite)
+            saved = save(
+                model, tokenizer, self.out, overwrite=self.overwrite, remote_code=self.remote_code
+            )
         print(saved.message)
         return 0
 

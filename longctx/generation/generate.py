@@ -38,7 +38,7 @@ from .requests import Prompts, prompt_ids, reach, refuse_beyond_window
 from .result import Generated
 from .rows import Row, Watch
 
-__all__ = ["Generated", "generate"]
+__all__ = ["Generated", "ends_of", "generate", "write_rows"]
 
 
 def generate(
@@ -118,17 +118,16 @@ def generate(
         )
         for index, prompt in enumerate(ids)
     ]
-    with torch.no_grad(), evaluating(inner), neutral(inner):
-        for first in range(0, len(rows), batch_size):
-            try:
-                _finish(inner, tokenizer, rows[first : first + batch_size], chosen, watched)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise RunError(
-                    f"memory ran out with batch_size={batch_size}: pass a smaller one, or shorter "
-                    "prompts."
-                ) from error
+    for first in range(0, len(rows), batch_size):
+        try:
+            write_rows(inner, tokenizer, rows[first : first + batch_size], chosen, watched)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"memory ran out with batch_size={batch_size}: pass a smaller one, or shorter "
+                "prompts."
+            ) from error
     return Generated(
         texts=tuple(text_of(tokenizer, row.tokens) for row in rows),
         token_ids=tuple(tuple(row.tokens) for row in rows),
@@ -180,20 +179,24 @@ def _checked(
     return chosen, watched
 
 
-def _finish(
+def write_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     decoding: Decoding,
-    guard: LoopGuard | None,
+    guard: LoopGuard | None = None,
 ) -> None:
-    """Generate until every row of a batch has ended."""
-    while pending := [row for row in rows if row.finish is None]:
-        for group in _groups(model, pending):
-            _run(model, tokenizer, group, decoding, guard)
-            for row in group:
-                if row.looped:
-                    row.mend(tokenizer)
+    """Generate until every row of a batch has ended, which `generate` does with checked settings.
+
+    The checkpoint's own generation settings are put aside meanwhile.
+    """
+    with torch.no_grad(), evaluating(model), neutral(model):
+        while pending := [row for row in rows if row.finish is None]:
+            for group in _groups(model, pending):
+                _run(model, tokenizer, group, decoding, guard)
+                for row in group:
+                    if row.looped:
+                        row.mend(tokenizer)
 
 
 def _groups(model: PreTrainedModel, rows: Sequence[Row]) -> list[list[Row]]:

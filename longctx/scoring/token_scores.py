@@ -27,7 +27,7 @@ from ..before_transformers_5_24 import cache_argument
 from ..errors import DataError, ModelError
 from ..model import evaluating, learned_positions, text_config, unwrapped
 
-__all__ = ["TokenScores", "prefill", "score"]
+__all__ = ["LikeliestTokens", "TokenScores", "prefill", "score"]
 
 _CHUNK_BYTES = 24 << 20  # of float32 logits: 128 rows of a vocabulary of 49k
 _BLOCK_BYTES = 16 << 20  # of weights turned to float32 at a time
@@ -36,6 +36,18 @@ _PROBE = 8  # tokens on which a model's head path is verified
 # The body of each model whose head path was compared with its own logits. That is a matter of
 # code, not of weights, so once is enough.
 _bodies: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class LikeliestTokens:
+    """The k likeliest tokens in place of each that is scored: tensors [B, S − start, k]."""
+
+    ids: Tensor
+    """int64, the likeliest first."""
+    nll: Tensor
+    """float32: −log p, in nats."""
+    rank: Tensor
+    """int64 [B, S − start]: tokens at least as likely as the target, itself included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,8 @@ class TokenScores:
     """int64: what greedy decoding would choose; −1 where the logits hold a NaN."""
     valid: Tensor
     """bool: False where the target or the token before it is padding. Such scores mean nothing."""
+    likeliest: LikeliestTokens | None = None
+    """What could stand in their places; None where that was not asked for."""
 
     @property
     def correct(self) -> Tensor:
@@ -65,6 +79,7 @@ def score(
     past_key_values: Cache | None = None,
     start: int = 1,
     chunk: int | None = None,
+    likeliest: int = 0,
 ) -> TokenScores:
     """Score each token of `input_ids` from position `start` on, given all tokens before it.
 
@@ -78,6 +93,7 @@ def score(
         start: first position that is scored, at least 1: nothing predicts position 0.
         chunk: rows (tokens) projected at a time; None keeps their logits within 24 MiB, at least
             64 rows.
+        likeliest: find so many of the likeliest tokens in each place too.
 
     Raises:
         DataError: shapes or `start` that do not fit.
@@ -95,19 +111,27 @@ def score(
         targets = ids[:, start:]
         flat_nd = rearrange(output[0][:, start - 1 : -1], "b t d -> (b t) d")
         with _head(causal, body, output) as project:
-            parts = [
-                _score_rows(project(part), wanted, causal.dtype)
-                for part, wanted in zip(
-                    flat_nd.split(rows), targets.flatten().split(rows), strict=True
-                )
-            ]
-    nll, argmax = (
-        torch.cat(column).cpu().view(targets.shape) for column in zip(*parts, strict=True)
-    )
+            parts: list[tuple[Tensor, ...]] = []
+            for part, wanted in zip(
+                flat_nd.split(rows), targets.flatten().split(rows), strict=True
+            ):
+                logits = project(part).float()
+                wanted = wanted.to(logits.device)
+                found: tuple[Tensor, ...] = _score_rows(logits, wanted, causal.dtype)
+                if likeliest:
+                    found += _likeliest(logits, wanted, likeliest)
+                parts.append(found)
+    columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+    nll, argmax = (column.view(targets.shape) for column in columns[:2])
+    top = None
+    if likeliest:
+        ids_nk, nll_nk, rank_n = columns[2:]
+        shape = (*targets.shape, -1)
+        top = LikeliestTokens(ids_nk.view(shape), nll_nk.view(shape), rank_n.view(targets.shape))
     valid = torch.ones_like(targets, dtype=torch.bool)
     if mask is not None:
         valid = (mask[:, start:] != 0) & (mask[:, start - 1 : -1] != 0)
-    return TokenScores(targets.cpu(), nll, argmax, valid.cpu())
+    return TokenScores(targets.cpu(), nll, argmax, valid.cpu(), top)
 
 
 def prefill(model: nn.Module, input_ids: Tensor, past_key_values: Cache) -> None:
@@ -119,12 +143,18 @@ def prefill(model: nn.Module, input_ids: Tensor, past_key_values: Cache) -> None
 
 
 def _score_rows(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return NLL (float32) and argmax of logits [N, vocab] for targets [N]."""
-    logits = logits.float()
-    nll = nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
+    """Return NLL (float32) and argmax of logits [N, vocab] (float32) for targets [N]."""
+    nll = nn.functional.cross_entropy(logits, targets, reduction="none")
     # `generate` compares logits of the model's dtype, in which near ties are ties.
     argmax = logits.to(dtype).argmax(-1)
     return nll, argmax.masked_fill(logits.sum(-1).isnan(), -1)
+
+
+def _likeliest(logits: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and NLL [N, k] of the likeliest tokens, and each target's rank [N]."""
+    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    rank = (logits >= logits.gather(-1, targets[:, None])).sum(-1)
+    return ids, logits.logsumexp(-1, keepdim=True) - values, rank
 
 
 def _causal(model: nn.Module) -> PreTrainedModel:

@@ -1,0 +1,179 @@
+"""Answers in the form of OpenAI's API, whole or as pieces of a stream."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..generation.detokenize import text_of
+from .engine import Piece, Said, Scored
+from .requests import Asked
+
+__all__ = ["Writer", "error_body"]
+
+_LEAST = -9999.0
+"""Stands for the logarithm of 0, which JSON does not have."""
+
+
+def error_body(message: str, status: int) -> dict[str, Any]:
+    """An error as clients of OpenAI's API read it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+class Writer:
+    """Writes the answer to one request.
+
+    Args:
+        asked: the request.
+        tokenizer: the model's.
+        name: of the model.
+    """
+
+    def __init__(self, asked: Asked, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self._asked = asked
+        self._tokenizer = tokenizer
+        self._head = {
+            "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": name,
+        }
+        self._begun: set[int] = set()  # continuations of a stream whose first piece was written
+        self._lengths: dict[int, int] = {}  # characters of each that were written
+
+    def whole(self, said: Sequence[Said]) -> dict[str, Any]:
+        """The whole answer."""
+        kind = "chat.completion" if self._asked.chat else "text_completion"
+        choices = [self._choice(each) for each in said]
+        return {**self._head, "object": kind, "choices": choices, "usage": self._usage(said)}
+
+    def pieces(self, event: Piece | Said) -> list[dict[str, Any]]:
+        """What a stream says of an event."""
+        index = event.index
+        found: list[dict[str, Any]] = []
+        if self._asked.chat and index not in self._begun:
+            found.append(self._chunk(index, {"role": "assistant", "content": ""}))
+        self._begun.add(index)
+        if isinstance(event, Said):
+            found.append(self._chunk(index, {} if self._asked.chat else "", event.finish_reason))
+            return found
+        text = event.text
+        logprobs = self._logprobs(event.scores, self._lengths.get(index, 0))
+        self._lengths[index] = self._lengths.get(index, 0) + len(text)
+        delta: Any = {"content": text} if self._asked.chat else text
+        found.append(self._chunk(index, delta, logprobs=logprobs))
+        return found
+
+    def last(self, said: Sequence[Said]) -> list[dict[str, Any]]:
+        """What a stream ends with."""
+        if not self._asked.include_usage:
+            return []
+        return [{**self._chunk(0, ""), "choices": [], "usage": self._usage(said)}]
+
+    def _chunk(
+        self, index: int, delta: Any, finish_reason: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
+        chat = self._asked.chat
+        choice = {"index": index, "finish_reason": finish_reason, "logprobs": logprobs}
+        choice |= {"delta": delta} if chat else {"text": delta}
+        kind = "chat.completion.chunk" if chat else "text_completion"
+        return {**self._head, "object": kind, "choices": [choice]}
+
+    def _choice(self, said: Said) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": said.index, "finish_reason": said.finish_reason}
+        if self._asked.chat:
+            message = {"role": "assistant", "content": said.text}
+            return {**choice, "message": message, "logprobs": self._logprobs(said.scores, 0)}
+        ask = self._asked.asks[said.index]
+        echoed = self._asked.echoed
+        prompt = "" if echoed is None else echoed[said.index]
+        choice |= {"text": prompt + said.text, "logprobs": None}
+        if self._asked.logprobs is not None:
+            before = () if echoed is None else (ask.prompt[0], *said.prompt_scores)
+            choice["logprobs"] = self._listed((*before, *said.scores), 0)
+        if self._asked.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = [None, *map(self._keyed, said.prompt_scores)]
+        return choice
+
+    def _usage(self, said: Sequence[Said]) -> dict[str, int]:
+        read = sum(len(ask.prompt) for ask in self._asked.asks[:: self._asked.n])
+        written = sum(each.tokens for each in said)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        }
+
+    def _logprobs(self, scores: Sequence[Scored], offset: int) -> dict[str, Any] | None:
+        if self._asked.logprobs is None:
+            return None
+        if not self._asked.chat:
+            return self._listed(scores, offset)
+        return {
+            "content": [
+                {
+                    **self._entry(each.token, each.log_p),
+                    "top_logprobs": [
+                        self._entry(*other) for other in each.likeliest[: self._asked.logprobs]
+                    ],
+                }
+                for each in scores
+            ]
+        }
+
+    def _listed(self, scores: Sequence[Scored | int], offset: int) -> dict[str, Any]:
+        """Log-probabilities as completions have them; a bare token is one that nothing predicts.
+
+        Special tokens have a text here, and take no room in the text that offsets count in.
+        """
+        tokens = [each if isinstance(each, int) else each.token for each in scores]
+        sizes = [len(text_of(self._tokenizer, [token])) for token in tokens]
+        known = [None if isinstance(each, int) else each for each in scores]
+        return {
+            "tokens": [*map(self._text, tokens)],
+            "token_logprobs": [each and _finite(each.log_p) for each in known],
+            "top_logprobs": [each and self._by_text(each) for each in known],
+            "text_offset": [offset + sum(sizes[:index]) for index in range(len(sizes))],
+        }
+
+    def _by_text(self, scored: Scored) -> dict[str, float]:
+        """The likeliest tokens by their text, of two with one text the likelier, and the token."""
+        found: dict[str, float] = {}
+        for token, log_p in scored.likeliest[: self._asked.logprobs]:
+            found.setdefault(self._text(token), _finite(log_p))
+        found.setdefault(self._text(scored.token), _finite(scored.log_p))
+        return found
+
+    def _keyed(self, scored: Scored) -> dict[str, Any]:
+        """The form of vLLM: by token id, the token itself always among them."""
+        limit = self._asked.prompt_logprobs or 0
+        found = {
+            str(token): {
+                "logprob": _finite(log_p),
+                "rank": rank,
+                "decoded_token": self._text(token),
+            }
+            for rank, (token, log_p) in enumerate(scored.likeliest[:limit], 1)
+        }
+        found[str(scored.token)] = {
+            "logprob": _finite(scored.log_p),
+            "rank": scored.rank,
+            "decoded_token": self._text(scored.token),
+        }
+        return found
+
+    def _entry(self, token: int, log_p: float) -> dict[str, Any]:
+        text = self._text(token)
+        return {"token": text, "logprob": _finite(log_p), "bytes": [*text.encode()]}
+
+    def _text(self, *tokens: int) -> str:
+        found: Any = self._tokenizer.decode([*tokens], clean_up_tokenization_spaces=False)
+        return found
+
+
+def _finite(log_p: float) -> float:
+    return max(_LEAST, log_p)

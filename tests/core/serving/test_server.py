@@ -1,0 +1,370 @@
+"""`longctx serve`: what clients of OpenAI's API are told, several at once, and what is refused."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import pytest
+import torch
+import uvicorn
+
+import longctx
+from longctx.cli.main import main
+from longctx.errors import RunError
+from longctx.serving.engine import Engine
+from longctx.serving.requests import Reader
+from longctx.serving.server import application, bound_socket, serve
+from longctx.serving.stops import Stops
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+METHOD = "dual_chunk:factor=4,log_n=True"
+LONG = [*range(3, 303)]  # ids of a prompt beyond the old window of 256
+
+
+@dataclass
+class Running:
+    """A server in a thread of the test's process."""
+
+    model: Any
+    tokenizer: Any
+    port: int
+    engine: Engine
+    client: openai.OpenAI
+
+    def complete(self, prompt: Any, **settings: Any) -> Any:
+        return self.client.completions.create(model="demo", prompt=prompt, **settings)
+
+    def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+        sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            connection.request("POST", path, sent, {"Content-Type": "application/json", **headers})
+            with connection.getresponse() as answer:
+                return answer.status, json.loads(answer.read())
+
+
+@contextmanager
+def started(method: str) -> Iterator[Running]:
+    model, tokenizer = longctx.load("demo", device="cpu")
+    tokenizer.chat_template = TEMPLATE
+    longctx.extend(model, method)
+    engine, place = Engine(model, tokenizer), bound_socket("127.0.0.1", 0)
+    app = application(engine, Reader(model, tokenizer, "demo"), "demo")
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([place],))
+    thread.start()
+    port = place.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        yield Running(model, tokenizer, port, engine, client)
+    server.should_exit = True
+    engine.close()
+    thread.join()
+    assert engine.join(10)
+    place.close()
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with started(METHOD) as found:
+        yield found
+
+
+def test_completions_say_what_generate_says(running: Running) -> None:
+    prompts = ["The parser", "Once upon"]
+    said = running.complete(prompts, max_tokens=8, temperature=0)
+    wanted = longctx.generate(
+        running.model, running.tokenizer, prompts, max_new_tokens=8, batch_size=1
+    )
+    assert [choice.text for choice in said.choices] == [*wanted.texts]
+    assert [choice.finish_reason for choice in said.choices] == ["length", "length"]
+    ids = [running.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    assert said.usage.prompt_tokens == sum(map(len, ids))
+    assert said.usage.completion_tokens == 16
+    assert said.model == "demo"
+    by_ids = running.complete(ids, max_tokens=8, temperature=0)
+    assert [choice.text for choice in by_ids.choices] == [*wanted.texts]
+
+
+def test_a_stream_joins_up_to_the_whole(running: Running) -> None:
+    asked: Any = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        "max_completion_tokens": 12,
+        "seed": 5,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    whole = running.client.chat.completions.create(**asked)
+    pieces = [*running.client.chat.completions.create(**asked, stream=True)]
+    deltas = [piece.choices[0].delta for piece in pieces]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
+    assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    shown = [piece.choices[0].logprobs for piece in pieces]
+    streamed = [each for some in shown if some for each in some.content]
+    assert streamed == whole.choices[0].logprobs.content
+    assert len(streamed) == whole.usage.completion_tokens
+    assert all(len(each.top_logprobs) == 2 for each in streamed)
+    counted = running.complete("Once", stream=True, stream_options={"include_usage": True})
+    assert [*counted][-1].usage.completion_tokens == 16
+
+
+def test_requests_at_once_do_not_disturb_each_other(running: Running) -> None:
+    asked: list[dict[str, Any]] = [
+        {"prompt": LONG[: 40 * n], "max_tokens": 4 + n, "seed": n, "temperature": 0.8 * (n % 2)}
+        for n in (1, 2, 3, 7)
+    ]
+    alone = [running.complete(**each).choices[0].text for each in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = [*pool.map(lambda each: running.complete(**each).choices[0].text, asked)]
+    assert together == alone
+    said = longctx.generate(running.model, running.tokenizer, [LONG[:80]], max_new_tokens=6, seed=2)
+    assert alone[1] == said.texts[0]
+
+
+def test_what_is_drawn_follows_from_seed_and_choice(running: Running) -> None:
+    asked: dict[str, Any] = {"prompt": "The", "max_tokens": 8, "temperature": 1.2, "top_p": 0.9}
+    two = [choice.text for choice in running.complete(**asked, seed=1, n=2).choices]
+    assert two == [choice.text for choice in running.complete(**asked, seed=1, n=2).choices]
+    assert two[0] != two[1]
+    assert running.complete(**asked, seed=2).choices[0].text != two[0]
+
+
+def test_a_stop_ends_it_and_is_not_part_of_it(running: Running) -> None:
+    free = running.complete("The parser", max_tokens=24, temperature=0).choices[0].text
+    stop = free[9:12]
+    for stream in (False, True):
+        said = running.complete(
+            "The parser", max_tokens=24, temperature=0, stop=["\0", stop], stream=stream
+        )
+        pieces = [*said] if stream else [said]
+        text = "".join(piece.choices[0].text for piece in pieces)
+        assert text == free[: free.index(stop)]
+        assert pieces[-1].choices[0].finish_reason == "stop"
+
+
+def test_stops_hold_back_what_may_begin_one() -> None:
+    stops = Stops(["END", "DO"])
+    assert [stops.add(text) for text in ("one E", "N", "ED D", "x")] == ["one ", "", "ENED ", "Dx"]
+    assert [stops.add("a D"), stops.rest(), stops.add("O")] == ["a ", "D", ""]
+    plain = Stops(())
+    assert plain.add("all") == "all"
+    assert plain.rest() == ""
+
+
+@torch.no_grad()
+def test_log_probabilities_are_the_models(running: Running) -> None:
+    log_p = running.model(torch.tensor([LONG])).logits[0].log_softmax(-1)
+    said = running.complete(
+        LONG, max_tokens=1, temperature=0, echo=True, logprobs=2, extra_body={"prompt_logprobs": 0}
+    )
+    choice = said.choices[0]
+    found = choice.logprobs
+    own = [log_p[at, token].item() for at, token in enumerate(LONG[1:])]
+    assert found.token_logprobs[0] is None
+    assert found.token_logprobs[1:-1] == pytest.approx(own, abs=1e-4)
+    assert found.token_logprobs[-1] == pytest.approx(log_p[-1].max().item(), abs=1e-4)
+    assert len(found.tokens) == len(found.top_logprobs) == len(LONG) + 1
+    best = [max(top, key=top.get) for top in found.top_logprobs[1:]]
+    assert best == [running.tokenizer.decode([i]) for i in log_p.argmax(-1).tolist()]
+    listed = choice.model_extra["prompt_logprobs"]
+    assert listed[0] is None
+    for at, token in enumerate(LONG[1:]):
+        entry = listed[at + 1][str(token)]
+        assert entry["logprob"] == pytest.approx(own[at], abs=1e-4)
+        assert entry["rank"] == int((log_p[at] >= log_p[at, token]).sum())
+    scored = running.complete("The parser", max_tokens=0, echo=True, logprobs=0)
+    assert scored.choices[0].text == "The parser"
+    assert scored.usage.completion_tokens == 0
+    offsets = scored.choices[0].logprobs.text_offset
+    assert [("The parser")[at:] for at in offsets][:2] == ["The parser"] * 2  # <s> takes no room
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("completions", {"prompt": LONG * 4, "max_tokens": 1}, 400, "1,200 tokens and 1 are to"),
+        ("completions", {"prompt": "a", "max_tokens": 1024}, 400, "window is 1,024"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a " * 4000}]}, 400, "wind"),
+        ("completions", {"prompt": ""}, 400, "empty"),
+        ("completions", {"prompt": []}, 400, "no prompts"),
+        ("completions", {"prompt": [5, 10**6]}, 400, "not in the model's vocabulary"),
+        ("completions", {"prompt": MESSAGES}, 400, "chat/completions takes chats"),
+        ("completions", {"prompt": "\ud800"}, 400, "not Unicode"),
+        ("completions", {}, 400, "prompt"),
+        ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: expected"),
+        ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature=-1"),
+        ("completions", {"prompt": "a", "top_p": 0}, 400, "top_p=0"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens=0"),
+        ("completions", {"prompt": "a", "logprobs": 99}, 400, "logprobs: expected"),
+        ("completions", {"prompt": "a", "temprature": 1}, 400, "did you mean 'temperature'"),
+        ("completions", {"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty=1: this"),
+        ("completions", {"prompt": "a", "echo": True, "stream": True}, 400, "stream with echo"),
+        ("completions", {"prompt": "a", "model": "other"}, 404, "'other' is not served here"),
+        ("completions", [], 400, "expected a JSON object"),
+        ("completions", b"{", 400, "not JSON"),
+        ("completions", b"[" * 100_000, 400, "not JSON"),
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages[0]: expected"),
+        ("chat/completions", {"messages": MESSAGES, "top_logprobs": 2}, 400, "set logprobs"),
+        ("nothing", {}, 404, "/v1/nothing is not served here"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused(
+    running: Running, path: str, body: Any, status: int, message: str
+) -> None:
+    found, answer = running.post(f"/v1/{path}", body)
+    assert found == status
+    assert message in answer["error"]["message"]
+    assert answer["error"]["code"] == status
+
+
+def test_fields_that_ask_for_nothing_are_taken(running: Running) -> None:
+    idle: Any = {"presence_penalty": 0, "tools": [], "logit_bias": {}, "user": "me", "seed": None}
+    status, _ = running.post(
+        "/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 1, "temperature": 0, **idle}
+    )
+    assert status == 200
+    for header in ("text/plain", ""):  # which a web page may send to any address unasked
+        status, _ = running.post("/v1/completions", {"prompt": "a"}, **{"Content-Type": header})
+        assert status == 415
+
+
+def test_models_and_health_are_told(running: Running) -> None:
+    model = running.client.models.list().data[0]
+    assert model.id == "demo"
+    assert model.model_dump()["max_model_len"] == 1024
+    assert running.client.models.retrieve("demo").id == "demo"
+    with pytest.raises(openai.NotFoundError):
+        running.client.models.retrieve("other")
+    with closing(http.client.HTTPConnection("127.0.0.1", running.port)) as connection:
+        connection.request("GET", "/health")
+        with connection.getresponse() as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_place(
+    running: Running, stream: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = {"prompt": "a", "max_tokens": 900, "stream": stream, "ignore_eos": True}
+    connection = http.client.HTTPConnection("127.0.0.1", running.port)
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+    )
+    if stream:
+        with connection.getresponse() as answer:
+            answer.read(40)
+    else:
+        time.sleep(0.3)
+    connection.close()
+    said = ""
+    end = time.monotonic() + 30
+    while "given up" not in said:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+        said += capsys.readouterr().err
+    assert running.complete("a", max_tokens=2).usage.completion_tokens <= 2
+
+
+def test_a_failure_is_told_and_the_next_request_is_answered(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("broken on purpose")
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    for fault, status in ((failing, 500), (full, 503)):
+        with monkeypatch.context() as changed:
+            changed.setattr(running.model, "generate", fault)
+            found, answer = running.post("/v1/completions", {"prompt": "a"})
+            assert found == status
+            assert answer["error"]["type"] == "server_error"
+            stream = running.complete("a", stream=True)
+            with pytest.raises(openai.APIError):
+                list(stream)
+    assert running.complete("a", max_tokens=1).choices[0].finish_reason == "length"
+
+
+def test_methods_that_go_by_the_length_take_turns() -> None:
+    asked = [LONG[:n] for n in (100, 250, 300)]
+    with started("dynamic:4") as running:
+        assert running.engine.parallel == 1
+        with ThreadPoolExecutor(3) as pool:
+            said = pool.map(lambda ids: running.complete(ids, max_tokens=8, temperature=0), asked)
+            texts = [each.choices[0].text for each in said]
+        wanted = [
+            longctx.generate(running.model, running.tokenizer, [ids], max_new_tokens=8).texts[0]
+            for ids in asked
+        ]
+        assert texts == wanted
+
+
+def test_a_signal_ends_it_in_the_middle_of_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signals reach the main thread")
+    model, tokenizer = longctx.load("demo", device="cpu")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        place = bound_socket("127.0.0.1", 0)
+        found: list[Any] = []
+
+        def client(
+            port: int = place.getsockname()[1], number: int = number, found: list[Any] = found
+        ) -> None:
+            url = f"http://127.0.0.1:{port}/v1"
+            with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as api:
+                stream = api.completions.create(
+                    model="demo", prompt="a", max_tokens=200, stream=True,
+                    extra_body={"ignore_eos": True},
+                )  # fmt: skip
+                try:
+                    for piece in stream:
+                        if not found:
+                            os.kill(os.getpid(), number)
+                        found.append(piece)
+                except openai.APIError as error:
+                    found.append(error)
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        with place:
+            serve(model, tokenizer, "demo", place)
+        thread.join()
+        assert "shutting down" in str(found[-1])
+        assert len(found) < 100
+        said = capsys.readouterr().err
+        assert "ready: demo (256 tokens) at http://127.0.0.1:" in said
+        assert said.endswith("longctx serve: stopped\n")
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_an_address_that_cannot_be_had_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "demo", "--port", str(port)]) == 2
+        assert f"cannot listen at 127.0.0.1 port {port}" in capsys.readouterr().err
+    for host, port in (("127.0.0.1", 70_000), ("no.such.host.invalid", 0), ("203.0.113.1", 0)):
+        with pytest.raises(RunError, match=r"cannot listen|expected 0"):
+            bound_socket(host, port)
+    assert main(["serve", "demo", "--parallel", "0"]) == 2
+    assert "--parallel 0: expected 1 or more" in capsys.readouterr().err
