@@ -1,0 +1,1 @@
+"""Checkpoints in the engines that serve them: exported, started, and held against our numbers."""
