@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .config_windows import doubtful, impossible, text_part
+from .config_windows import TEXT_PARTS, doubtful, impossible, text_part
 from .core import extend
 from .errors import LongctxError, ModelError, RunError
 from .folders import left_over, new_folder
@@ -373,17 +373,21 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def _add_legacy_keys(path: Path) -> None:
-    """Say the rotary settings in the keys of transformers 4 too, which older servers read.
+    """Say the rotary settings in the keys of transformers 4 too, which other software reads.
 
-    Settings per layer type have no such form.
+    A base of its own is always said: software that finds none falls back to 10,000. Settings per
+    layer type have no other form.
     """
     config: dict[str, Any] = json.loads(path.read_text())
-    entry: dict[str, Any] = config.get("rope_parameters") or {}
-    if "rope_theta" not in entry:
+    text = next((config[key] for key in TEXT_PARTS if isinstance(config.get(key), dict)), config)
+    entry: dict[str, Any] = text.get("rope_parameters") or {}
+    nested: Any = entry.get("full_attention")
+    base = (nested if isinstance(nested, dict) else entry).get("rope_theta")
+    if base is None:
         return
-    config["rope_theta"] = entry["rope_theta"]
-    if entry.get("rope_type", "default") != "default":
-        config["rope_scaling"] = entry
+    text["rope_theta"] = base
+    if "rope_theta" in entry and entry.get("rope_type", "default") != "default":
+        text["rope_scaling"] = entry
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -431,9 +435,22 @@ def _put_back(model: PreTrainedModel, record: _Record) -> None:
         fields = {key: value for key, value in entry.items() if key != "name"}
         extend(model, make_method(str(entry.get("name")), fields), replace=True)
     for key, value in saved.items():
-        if json.dumps(value, sort_keys=True) != json.dumps(getattr(config, key), sort_keys=True):
+        if json.dumps(value, sort_keys=True) != json.dumps(
+            _as_then(getattr(config, key), value), sort_keys=True
+        ):
             raise ModelError(
                 f"config.json says {key}={value}, its longctx record {record.methods} means "
                 f"{getattr(config, key)}: it was edited after saving. Extend the original anew "
                 "(longctx.extend), or delete the entry 'longctx' to load what the config says."
             )
+
+
+def _as_then(value: Any, saved: Any) -> Any:
+    """Settings as a checkpoint of an earlier version has them, which did not say `mscale`."""
+    if not isinstance(value, dict) or not isinstance(saved, dict):
+        return value
+    return {
+        key: _as_then(entry, saved.get(key))
+        for key, entry in value.items()
+        if key in saved or key not in ("mscale", "mscale_all_dim")
+    }

@@ -36,17 +36,14 @@ class ExportGguf:
 
     def run(self) -> int:
         """Load, write, compare."""
+        from ..checkpoint import locate
         from ..errors import RunError
-        from ..folders import refuse_other_than_file
+        from ..folders import refuse_taken_file
         from ..serving.gguf_export import export_gguf
 
         if self.out.suffix != ".gguf":
             raise RunError(f"{self.out}: expected a name that ends with .gguf.")
-        refuse_other_than_file(self.out)
-        if self.out.exists() and not self.overwrite:
-            raise RunError(f"{self.out} exists: name another file, or pass --overwrite.")
-        if not self.out.absolute().parent.is_dir():
-            raise RunError(f"the folder of {self.out} does not exist: make it first.")
+        refuse_taken_file(self.out, self.overwrite, inputs=[locate(self.model)])
         model, tokenizer = DeviceOptions(device="cpu", dtype="float32").load(self.model)
         print(export_gguf(model, tokenizer, self.out, dtype=self.dtype))
         return 0

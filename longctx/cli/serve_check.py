@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from .device_options import DeviceOptions
+
+if TYPE_CHECKING:
+    from ..serving.check import Checked
+    from ..serving.check_text import CheckedText
 
 __all__ = ["COMMAND", "ServeCheck"]
 
@@ -45,6 +51,10 @@ class ServeCheck:
     """Which stretch of text the prompts are."""
     timeout: float = 600.0
     """Seconds to wait for one answer."""
+    out: Path | None = None
+    """A JSON file for the figures."""
+    overwrite: bool = False
+    """Replace that file."""
     device: str = "auto"
     """Where longctx computes: "auto" takes a GPU if there is one; or cuda:0, cpu."""
 
@@ -52,12 +62,16 @@ class ServeCheck:
         """Ask, compute, compare."""
         from ..checkpoint import locate
         from ..errors import RunError, printable
+        from ..files import write_whole
+        from ..folders import refuse_taken_file
         from ..serving.check import CheckSettings, check_server
         from ..serving.check_text import check_text
         from ..serving.clients import Transformers, client_of
 
         if self.positions is not None and self.positions < 1:
             raise RunError(f"--positions {self.positions}: expected 1 or more.")
+        if self.out is not None:
+            refuse_taken_file(self.out, self.overwrite)
         if not self.timeout > 0:
             raise RunError(f"--timeout {self.timeout}: expected seconds above 0.")
         options = DeviceOptions(device=self.device, dtype="float32")
@@ -75,7 +89,16 @@ class ServeCheck:
         else:
             found = check_server(model, tokenizer, client, settings, say=_say)
         print(printable(found))
+        if self.out is not None:
+            write_whole(self.out, lambda part: part.write_text(_as_json(found)))
         return 0 if found.ok else 1
+
+
+def _as_json(found: Checked | CheckedText) -> str:
+    """The figures, with whether all is well."""
+    from ..files import finite
+
+    return json.dumps(finite({**asdict(found), "ok": found.ok}), indent=2) + "\n"
 
 
 def _say(text: str) -> None:

@@ -31,6 +31,7 @@ class ServeFlags:
     def run(self) -> int:
         """Read the config and print."""
         from ..checkpoint import locate
+        from ..config_windows import impossible, text_part
         from ..errors import ModelError, printable
         from ..serving.flags import flags_of
         from ..weights import read_config
@@ -41,6 +42,8 @@ class ServeFlags:
         config = read_config(source)
         if not config:
             raise ModelError(f"{source} has no config.json: expected a checkpoint.")
+        for key, what, expected in impossible(text_part(config)):
+            raise ModelError(f"{source}: config.json: {key}: {what}: expected {expected}.")
         flags = flags_of(source, config, self.engine)
         for note in flags.notes:
             print(f"{self.engine}: {printable(note)}", file=sys.stderr)
