@@ -94,8 +94,9 @@ def serving(
     elif engine == "vllm":
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         more = ["--enforce-eager", "--max-num-seqs", "2", *(["--dtype", "float32"] * exact)]
-        server = str(Path(python).with_name("vllm"))
-        started, path = [server, *command[1:], "--port", str(port), *more], "/health"
+        assert command[:2] == ("vllm", "serve"), command
+        module = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", *command[2:]]
+        started, path = [*module, "--port", str(port), *more], "/health"
         started += ["--host", "127.0.0.1"]
     else:
         server = str(Path(python).with_name("transformers"))

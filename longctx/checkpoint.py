@@ -40,6 +40,7 @@ from .model import (
 from .patch import patch_of
 from .registry import make_method
 from .schema import conform
+from .serving.engines import Reading, checkpoint_of, readings
 from .twin import build_twin, differences, follow_config
 from .weights import (
     read_config,
@@ -83,6 +84,11 @@ class Saved:
     """Whether plain transformers loads it to the same logits."""
     message: str
     """The same in a sentence."""
+    engines: tuple[Reading, ...] = ()
+    """What each engine does with it, by the table that `longctx.serving.engines` keeps."""
+
+    def __str__(self) -> str:
+        return "\n".join([self.message, *(f"  {reading}" for reading in self.engines)])
 
 
 def load(
@@ -318,6 +324,7 @@ def save(
     with new_folder(Path(out), overwrite=overwrite, inputs=inputs) as folder:
         _write(model, tokenizer, folder)
         otherwise = [] if beyond else _differences(model, folder)
+    read = readings(checkpoint_of(read_config(Path(out))))
     if otherwise:
         message = (
             f"{out} is not known to load to this model's logits: compared with what its config "
@@ -326,13 +333,14 @@ def save(
         warnings.warn(message, stacklevel=2)
         return Saved(Path(out), False, message)
     if not beyond:
-        return Saved(Path(out), True, f"{out} loads in plain transformers to the same logits.")
+        message = f"{out} loads in plain transformers to the same logits."
+        return Saved(Path(out), True, message, read)
     message = (
         f"{out}: {' and '.join(beyond)} cannot be said in a transformers config. longctx.load "
-        "restores it; plain transformers and vLLM would load the unextended model."
+        "restores it; plain transformers would load the unextended model."
     )
     warnings.warn(message, stacklevel=2)
-    return Saved(Path(out), False, message)
+    return Saved(Path(out), False, message, read)
 
 
 def _refuse_adapters(model: PreTrainedModel) -> None:

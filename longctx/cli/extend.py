@@ -53,7 +53,7 @@ class Extend:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the message says it too
             saved = save(model, tokenizer, self.out, overwrite=self.overwrite)
-        print(saved.message)
+        print(saved)
         return 0
 
 

@@ -267,7 +267,7 @@ def _token_faults(tokenizer: PreTrainedTokenizerBase, client: Scorer) -> Iterato
         found = client.tokenize(text)
         if found is None:
             return
-        wanted: list[int] = tokenizer(text)["input_ids"]  # pyright: ignore[reportAssignmentType]
+        wanted: list[int] = tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
         if found != wanted:
             at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), 0)
             yield (

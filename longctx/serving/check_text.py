@@ -123,7 +123,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> str:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text)["input_ids"]  # pyright: ignore[reportReturnType]
+    return tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
 
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:

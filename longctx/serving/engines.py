@@ -222,6 +222,8 @@ def _promised(config: Mapping[str, Any], held: int, original: int) -> int:
 
 def _beyond(methods: list[Mapping[str, Any]]) -> Change | None:
     """Whether a method does what no config of a RoPE model can say."""
+    if not methods:
+        return None
     from ..registry import available, method_class  # torch takes seconds: only where it is needed
 
     found: Change | None = None

@@ -83,7 +83,6 @@ def layout_of(model: PreTrainedModel) -> Layout:
             and what to do instead.
     """
     config = text_config(model)
-    _refuse_beyond(model)
     kind = str(config.model_type)
     if kind not in _TYPES:
         raise ModelError(
@@ -91,6 +90,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
             "converter takes more types, and drops most changes of frequencies without a word: "
             "hold its server against the checkpoint (longctx serve-check)."
         )
+    _refuse_beyond(model)
     if config.hidden_act != "silu":
         raise ModelError(
             f"hidden_act {config.hidden_act!r}: llama.cpp computes 'silu' for model type {kind!r}."

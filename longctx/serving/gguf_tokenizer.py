@@ -237,7 +237,7 @@ def _space_prefix(settings: dict[str, Any]) -> bool:
 
 def _space_notes(settings: dict[str, Any]) -> list[str]:
     if (settings.get("pre_tokenizer") or {}).get("prepend_scheme") == "first":
-        return ["a text right after a special token gets a space before it"]
+        return ["a text that begins with a space, or follows a special token, gets one more"]
     return []
 
 
