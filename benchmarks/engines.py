@@ -23,7 +23,7 @@ import longctx
 from longctx.cli.main import main as command
 from longctx.model import rope_of
 from longctx.registry import method_class
-from longctx.serving.engines import Engine, checkpoint_of, reading
+from longctx.serving.engines import Engine
 from longctx.serving.flags import flags_of
 
 from ._measure import write_results
@@ -136,7 +136,11 @@ def write(table: list[dict[str, str]], notes: str, model: str) -> None:
         f"What engines compute: {model}", "python -m benchmarks.engines WORK [MODEL]", table, notes
     )
     head = "| " + " | ".join(table[0]) + " |"
-    lines = [head, f"|{'---|' * len(table[0])}", *("| " + " | ".join(row.values()) + " |" for row in table)]
+    lines = [
+        head,
+        f"|{'---|' * len(table[0])}",
+        *("| " + " | ".join(row.values()) + " |" for row in table),
+    ]
     text = PAGE.read_text(encoding="utf-8")
     body = f"{_BEGIN}\n\n" + "\n".join(lines) + f"\n\n{notes}\n\n{_END}"
     pattern = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)

@@ -12,7 +12,7 @@ one, other temperatures, the same in bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,13 +33,20 @@ from ..model import (
     with_rope_entry,
 )
 from ..patch import patch_of
-
 from ..prompts.haystacks import Texts, bos_of, encode, held_out
 from ..rope import ScaledRotary, frequencies_of
 from ..scoring.token_scores import score
-from .clients import Scorer, ServerRefusal
+from .clients import RefusedError, Scorer
 
-__all__ = ["CheckSettings", "Checked", "Row", "check_server", "lengths_of", "strip", "window_of_model"]
+__all__ = [
+    "CheckSettings",
+    "Checked",
+    "Row",
+    "check_server",
+    "lengths_of",
+    "strip",
+    "window_of_model",
+]
 
 _SAME = 1e-3
 """Largest difference of a log-probability between two float32 computations of one model."""
@@ -159,7 +166,7 @@ def check_server(
         say(f"asking the server for {len(places)} of {len(ids)} tokens")
         try:
             theirs[len(ids)] = client.logprobs(ids, places)
-        except ServerRefusal as error:
+        except RefusedError as error:
             faults.append(f"it does not take {len(ids)} tokens of {window}: {error}")
     prompts = [ids for ids in prompts if len(ids) in theirs]
     if not prompts:
@@ -306,12 +313,15 @@ def _temperatures(model: PreTrainedModel) -> dict[str, float]:
         return {}
     window, original = window_of_model(model)
     usual = 0.1 * float(torch.tensor(window / original).log()) + 1
-    named = {"no temperature (attention factor 1)": 1.0, f"YaRN's usual temperature ({usual:.4g})": usual}
+    named = {
+        "no temperature (attention factor 1)": 1.0,
+        f"YaRN's usual temperature ({usual:.4g})": usual,
+    }
     return {what: value for what, value in named.items() if abs(value - scaling) > 1e-4}
 
 
 @contextmanager
-def _temperature(model: PreTrainedModel, value: float) -> Iterator[None]:
+def _temperature(model: PreTrainedModel, value: float) -> Generator[None]:
     """The model with another factor on cos and sin inside the block."""
     rotary: Any = rotary_of(model)
     native = rotary.native if isinstance(rotary, ScaledRotary) else rotary
@@ -326,7 +336,7 @@ def _temperature(model: PreTrainedModel, value: float) -> Iterator[None]:
 
 
 @contextmanager
-def _cast(model: PreTrainedModel, dtype: _Dtype) -> Iterator[None]:
+def _cast(model: PreTrainedModel, dtype: _Dtype) -> Generator[None]:
     """The model with its weights in another dtype inside the block; buffers stay as they are."""
     wanted = getattr(torch, dtype)
     before = [(parameter, parameter.data) for parameter in model.parameters()]

@@ -16,7 +16,7 @@ from ..errors import RunError
 from ..model import evaluating
 from ..prompts.haystacks import held_out
 from .check import CheckSettings, lengths_of, strip, window_of_model
-from .clients import ServerRefusal, Transformers
+from .clients import RefusedError, Transformers
 
 __all__ = ["CheckedText", "check_text"]
 
@@ -86,7 +86,7 @@ def check_text(
         say("asking the server for an answer")
         try:
             asked.append((text, client.complete(text, _ANSWER, served_as)))
-        except ServerRefusal as error:
+        except RefusedError as error:
             faults.append(f"it does not take {len(_ids(tokenizer, text))} tokens: {error}")
     say("answering the same by longctx")
     ours = [_answer(model, tokenizer, text) for text, _ in asked]
@@ -113,7 +113,9 @@ def check_text(
 def _text(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> str:
     """A text of at most so many tokens, special ones included, by halving."""
     documents = held_out().documents
-    whole = "\n\n".join(documents[(index + seed) % len(documents)] for index in range(len(documents)))
+    whole = "\n\n".join(
+        documents[(index + seed) % len(documents)] for index in range(len(documents))
+    )
     low, high = 1, len(whole)
     while low < high:
         middle = (low + high + 1) // 2

@@ -25,8 +25,17 @@ from torch import Tensor
 
 from ..errors import RunError
 
-__all__ = ["SERVERS", "LlamaCpp", "Scorer", "Server", "ServerRefusal", "SgLang", "Transformers",
-           "VLlm", "client_of"]  # fmt: skip
+__all__ = [
+    "SERVERS",
+    "LlamaCpp",
+    "RefusedError",
+    "Scorer",
+    "Server",
+    "SgLang",
+    "Transformers",
+    "VLlm",
+    "client_of",
+]  # fmt: skip
 
 Server = Literal["vllm", "sglang", "llama.cpp", "transformers"]
 SERVERS: tuple[Server, ...] = get_args(Server)
@@ -34,7 +43,7 @@ _LARGEST = 1 << 30
 """Bytes of an answer that are read at most."""
 
 
-class ServerRefusal(RunError):
+class RefusedError(RunError):
     """The server answered that it does not take a request."""
 
 
@@ -61,7 +70,7 @@ class _Http:
                 text: bytes = answer.read(_LARGEST + 1)
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode(errors="replace")
-            raise ServerRefusal(f"{where} answered {error.code}: {_message(said)}") from error
+            raise RefusedError(f"{where} answered {error.code}: {_message(said)}") from error
         except (OSError, ValueError) as error:
             raise RunError(
                 f"cannot reach {where} ({error}): start the server, or name its address by --url."
@@ -103,7 +112,7 @@ class Scorer(Protocol):
         """Log-probabilities of the tokens at some places, each given all before it, float64 [N].
 
         Raises:
-            ServerRefusal: the server does not take the prompt.
+            RefusedError: the server does not take the prompt.
             RunError: no server, or an answer of another form.
         """
         ...
@@ -133,9 +142,7 @@ class VLlm:
     def logprobs(self, ids: Sequence[int], places: Sequence[int]) -> Tensor:
         """All tokens of the prompt in one request."""
         body = {"model": self._model()["id"], "prompt": [*ids], "max_tokens": 1}
-        answer = self.http.post(
-            "/v1/completions", {**body, "temperature": 0, "prompt_logprobs": 1}
-        )
+        answer = self.http.post("/v1/completions", {**body, "temperature": 0, "prompt_logprobs": 1})
         try:
             rows: Any = answer["choices"][0]["prompt_logprobs"]
             return _finite([float(rows[p][str(ids[p])]["logprob"]) for p in places])
@@ -196,13 +203,25 @@ class LlamaCpp:
         return _tokens(self.http, {"content": text, "add_special": True})
 
     def logprobs(self, ids: Sequence[int], places: Sequence[int]) -> Tensor:
-        """One request a place, in ascending order, so that the cache holds what was read."""
+        """One request a place, in ascending order, so that the cache holds what was read.
+
+        The token that is generated is chosen by a bias, which the probabilities are without: of
+        one that ends inside a character the server would say nothing.
+        """
+        said = _tokens(self.http, {"content": "a", "add_special": False})
+        bias = [[token, 1000.0] for token in (said or [])[-1:]]
         found: list[float] = []
         for place in places:
             body = {"prompt": [*ids[:place]], "n_predict": 1, "n_probs": self.vocabulary}
             answer = self.http.post(
                 "/completion",
-                {**body, "temperature": 0, "post_sampling_probs": False, "cache_prompt": True},
+                {
+                    **body,
+                    "temperature": 0,
+                    "logit_bias": bias,
+                    "post_sampling_probs": False,
+                    "cache_prompt": True,
+                },
             )
             try:
                 first = answer["completion_probabilities"][0]
@@ -263,7 +282,7 @@ def client_of(
 def _tokens(http: _Http, body: dict[str, Any]) -> list[int] | None:
     try:
         found = http.post("/tokenize", body)
-    except ServerRefusal:  # a server without this address
+    except RefusedError:  # a server without this address
         return None
     tokens: Any = found.get("tokens") if isinstance(found, dict) else None
     return [int(token) for token in tokens] if isinstance(tokens, list) else None

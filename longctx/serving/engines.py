@@ -69,10 +69,8 @@ class Checkpoint:
     """Names from its record; empty where longctx did not extend it."""
 
 
-_PLUGIN = (
-    "needs the plugin that comes with longctx, which computes linear biases for LLaMA-like models"
-)
-_UNEXTENDED = "no config can say it: the unextended model would be served, without an error"
+_PLUGIN = "reads it by longctx's plugin for LLaMA-like models"
+_UNEXTENDED = "has no way to compute it from a config"
 _TABLE: dict[Change, dict[Engine, tuple[Does, str]]] = {
     "none": {
         "transformers": ("reads", "reads it"),
@@ -198,8 +196,9 @@ def _methods(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _original(config: Mapping[str, Any], rope: Mapping[str, Any], held: int) -> int:
     record: Any = config.get("longctx")
     before: Any = record.get("original") if isinstance(record, dict) else None
-    for source in (before or {}).get("max_position_embeddings"), rope.get(
-        "original_max_position_embeddings"
+    for source in (
+        (before or {}).get("max_position_embeddings"),
+        rope.get("original_max_position_embeddings"),
     ):
         if is_number(source):
             return int(source)

@@ -29,11 +29,10 @@ _INSTEAD = {
     "frequencies (yarn, linear, ntk, …)",
 }
 _KV_CACHE = {
-    "vllm": "--kv-cache-dtype auto keeps keys and values in the model's dtype; fp8 changes numbers.",
-    "sglang": "--kv-cache-dtype auto keeps keys and values in the model's dtype; fp8 changes "
-    "numbers.",
-    "llama.cpp": "keys and values are cached in f16 by default; -ctk f32 -ctv f32 is exact, q8_0 "
-    "and below change numbers.",
+    "vllm": "--kv-cache-dtype auto keeps keys and values in the model's dtype, fp8 does not",
+    "sglang": "--kv-cache-dtype auto keeps keys and values in the model's dtype, fp8 does not",
+    "llama.cpp": "keys and values are kept in f16, which moves log-probabilities by thousandths: "
+    "-fa off -ctk f32 -ctv f32 is exact",
 }
 
 
@@ -94,11 +93,8 @@ def _vllm(folder: str, checkpoint: Checkpoint, notes: list[str]) -> Flags:
         )
     if checkpoint.change == "biases":
         if importlib.util.find_spec(_ALIBI_PLUGIN) is None:
-            return _none(
-                checkpoint, "vllm", f"{notes[0]}, and this installation does not have it. "
-                f"{_INSTEAD['biases']}."
-            )  # fmt: skip
-        overrides = {"max_position_embeddings": checkpoint.window}
+            why = f"{notes[0]}, which this installation does not have. {_INSTEAD['biases']}."
+            return _none(checkpoint, "vllm", why)
         notes.append("longctx must be installed in vLLM's environment, where it finds the plugin")
     more = ("--hf-overrides", json.dumps(overrides, separators=(",", ":"))) if overrides else ()
     command = ("vllm", "serve", folder, "--max-model-len", str(checkpoint.window), *more)
@@ -147,4 +143,6 @@ def _transformers(folder: str, checkpoint: Checkpoint, notes: list[str]) -> Flag
         f"no window is enforced: requests beyond {checkpoint.window} tokens are answered too, by "
         "what the model was not made for"
     )
-    return Flags("transformers", checkpoint.window, (("transformers", "serve", folder),), tuple(notes))
+    return Flags(
+        "transformers", checkpoint.window, (("transformers", "serve", folder),), tuple(notes)
+    )

@@ -126,7 +126,9 @@ def _keys(
     """All metadata of the file by its full key."""
     config = text_config(model)
     arch, patch = layout.architecture, patch_of(model)
-    head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head = int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     window = int(config.max_position_embeddings) if patch is None else patch.window
     keys: dict[str, Any] = {
         "general.name": Path(model.name_or_path).name or str(config.model_type),
@@ -164,10 +166,7 @@ def _vocabulary_keys(vocabulary: Vocabulary) -> dict[str, Any]:
         "add_bos_token": vocabulary.begins,
         "add_eos_token": vocabulary.ends,
         "add_space_prefix": vocabulary.space_prefix,
-        **{
-            f"{'unknown' if name == 'unk' else 'padding' if name == 'pad' else name}_token_id": index
-            for name, index in vocabulary.special.items()
-        },
+        **{f"{name}_token_id": index for name, index in vocabulary.special.items()},
     }
     keys = {f"tokenizer.ggml.{name}": value for name, value in known.items() if value is not None}
     if vocabulary.chat_template is not None:
@@ -251,9 +250,8 @@ def _compare(
     reader = GGUFReader(path)
     for key, value in keys.items():
         there = _value(reader, key)
-        if there != (float(np.float32(value)) if isinstance(value, float) else value):
-            if not (isinstance(value, list) and np.array_equal(there, _rounded(value))):
-                raise RunError(f"{path} was written, but holds {str(there)[:60]!r} as {key}.")
+        if there != _stored(value):
+            raise RunError(f"{path} was written, but holds {str(there)[:60]!r} as {key}.")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     limit, worst = {"f32": 0.0, "f16": 2.0**-11, "q8_0": 1 / 254 + 2.0**-11}[dtype], 0.0
     for name, tensor in tensors_of(model, layout):
@@ -280,6 +278,8 @@ def _value(reader: GGUFReader, key: str) -> Any:
     return None if entry is None else entry.contents()
 
 
-def _rounded(values: list[Any]) -> list[Any]:
-    """Numbers as float32 holds them; strings and integers as they are."""
-    return [float(np.float32(v)) if isinstance(v, float) else v for v in values]
+def _stored(value: Any) -> Any:
+    """A value as the file holds it: numbers in float32; strings and integers as they are."""
+    if isinstance(value, list):
+        return [_stored(item) for item in value]
+    return float(np.float32(value)) if isinstance(value, float) else value

@@ -1,10 +1,11 @@
-"""How llama.cpp lays out a model: which of its architectures computes it, names and order of weights.
+"""How llama.cpp lays out a model: its architecture, and the names and order of weights.
 
 LLaMA-like models are written as `llama`, which turns neighbouring channels (2i, 2i + 1) where
 transformers turns i and i + d/2: rows of the query and key projections are put in that order. Their
 frequencies are free, since `llama` reads a divisor for each plane (`rope_freqs.weight`):
 
-    angle of plane i at position p = p · freq_base^(−2i/d) / rope_freqs[i],  cos and sin × attn_factor
+    angle of plane i at position p = p · freq_base^(−2i/d) / rope_freqs[i]
+    cos and sin × attn_factor
 
 Models with linear biases and no rotary are written as `refact`, whose slopes are those of ALiBi.
 Qwen3 has norms on queries and keys, which `llama` has not; `qwen3` reads no divisors, so that it
@@ -17,11 +18,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -159,9 +161,7 @@ def _is_bias(rule: Any, identity: bool) -> bool:
     if not isinstance(rule, LinearBias) or not identity:
         return False
     wanted = _refact_slopes(len(rule.slopes))
-    return all(
-        math.isclose(a, b, rel_tol=1e-6) for a, b in zip(rule.slopes, wanted, strict=True)
-    )
+    return all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(rule.slopes, wanted, strict=True))
 
 
 def _refact_slopes(heads: int) -> list[float]:
@@ -207,9 +207,7 @@ def _divided(rope: Rope, frequencies: Frequencies) -> Layout:
     if frequencies.attention_scaling != 1.0:
         keys["scaling.attn_factor"] = frequencies.attention_scaling
     changed = not bool(((divisors - 1).abs() < 1e-6).all())
-    return Layout(
-        "llama", permuted=True, rope=keys, divisors=divisors.float() if changed else None
-    )
+    return Layout("llama", permuted=True, rope=keys, divisors=divisors.float() if changed else None)
 
 
 def _computed(
@@ -229,23 +227,20 @@ def _computed(
         keys |= {"scaling.type": "linear", "scaling.factor": factor}
         computed = own / factor
     elif kind == "yarn":
-        betas = float(entry.get("beta_fast") or 32), float(entry.get("beta_slow") or 1)
         keys |= {
             "scaling.type": "yarn",
             "scaling.factor": factor,
             "scaling.original_context_length": rope.length,
-            "scaling.yarn_beta_fast": betas[0],
-            "scaling.yarn_beta_slow": betas[1],
         }
-        kept = _kept(rope, betas)
+        kept = _kept(rope)
         computed, temperature = (1 - kept) * own / factor + kept * own, 0.1 * math.log(factor) + 1
     off = float((computed / frequencies.inv_freq - 1).abs().max())
     if off > _CLOSE:
         raise ModelError(
             f"model type {text_config(model).model_type!r}: llama.cpp reads no divisors of "
             f"frequencies for it, and computes none of these itself (rope_type {kind!r}, off by up "
-            f"to {off:.2g}): extend it by yarn, ntk_by_parts, linear, ntk or abf, or serve it by "
-            "vLLM."
+            f"to {off:.2g}): extend it by yarn or ntk_by_parts with their usual betas, linear, ntk "
+            "or abf, or serve it by vLLM."
         )
     attention = frequencies.attention_scaling / temperature
     if abs(attention - 1) > 1e-7:
@@ -253,15 +248,18 @@ def _computed(
     return keys
 
 
-def _kept(rope: Rope, betas: Sequence[float]) -> Tensor:
-    """The share of its own frequency that llama.cpp leaves each plane under YaRN, float64 [d/2]."""
+def _kept(rope: Rope) -> Tensor:
+    """The share of its own frequency that llama.cpp leaves each plane under YaRN, float64 [d/2].
+
+    The betas are always 32 and 1: it reads them from the file for other architectures alone.
+    """
 
     def plane(turns: float) -> float:
         span = rope.length / (turns * 2 * math.pi)
         return rope.dim * math.log(span) / (2 * math.log(rope.theta))
 
-    low = max(0, math.floor(plane(betas[0])))
-    high = min(rope.dim - 1, math.ceil(plane(betas[1])))
+    low = max(0, math.floor(plane(32)))
+    high = min(rope.dim - 1, math.ceil(plane(1)))
     index = torch.arange(rope.dim // 2, dtype=torch.float64)
     return 1 - ((index - low) / max(0.001, high - low)).clamp(0, 1)
 
@@ -299,6 +297,5 @@ def tensors_of(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[str, Te
 
 
 def _neighbours(value: Tensor, heads: int) -> Tensor:
-    """Rows [(heads, 2, d/2), …] as [(heads, d/2, 2), …]: the two channels of a plane side by side."""
-    half = value.shape[0] // heads // 2
-    return value.view(heads, 2, half, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
+    """The rows of each head with the two channels of a plane side by side."""
+    return rearrange(value, "(h two half) ... -> (h half two) ...", h=heads, two=2)

@@ -58,7 +58,7 @@ class Vocabulary:
     ends: bool = False
     """Whether a text ends with EOS."""
     special: dict[str, int] = field(default_factory=dict)
-    """Ids of "bos", "eos", "unk" and "pad", where there are such."""
+    """Ids of "bos", "eos", "unknown" and "padding", where there are such."""
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
     """Where llama.cpp may split a text in another way, in words."""
@@ -148,9 +148,7 @@ def _kinds(
 
 
 def _pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
-    pairs = [
-        tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]
-    ]
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     return [(left, right) for left, right in pairs]
 
 
@@ -229,9 +227,9 @@ def _space_prefix(settings: dict[str, Any]) -> bool:
     cut = settings.get("pre_tokenizer")
     if cut is None and steps in ([prepend, replace], [replace]):
         return prepend in steps
-    if not steps and cut and cut.get("type") == "Metaspace" and cut.get("replacement") == _SPACE:
-        if cut.get("split") is False:
-            return cut.get("prepend_scheme") != "never"
+    metaspace = {"type": "Metaspace", "replacement": _SPACE, "split": False}
+    if not steps and cut and metaspace.items() <= cut.items():
+        return cut.get("prepend_scheme") != "never"
     raise _unmatched(f"spaces become ▁ by {_short([normalizer, cut])}")
 
 
@@ -267,8 +265,8 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     ids = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
-        "unk": tokenizer.unk_token_id,
-        "pad": tokenizer.pad_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
     }
     return {name: int(index) for name, index in ids.items() if isinstance(index, int)}
 

@@ -42,7 +42,9 @@ class Served:
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """Answer a POST; None is 404, a string 400."""
         if path == "/tokenize":
-            return {"tokens": self.tokenizer(body.get("prompt") or body.get("content"))["input_ids"]}
+            return {
+                "tokens": self.tokenizer(body.get("prompt") or body.get("content"))["input_ids"]
+            }
         if path == "/completion":
             row = self.logprobs(body["prompt"])[-1]
             top = [{"id": i, "logprob": float(p)} for i, p in enumerate(row)]
@@ -69,7 +71,9 @@ class Served:
                     "input_token_logprobs": [[p, t, None] for p, t in zip(own, ids, strict=True)]
                 }
             }
-        named = [p if p is None else {str(t): {"logprob": p}} for p, t in zip(own, ids, strict=True)]
+        named = [
+            p if p is None else {str(t): {"logprob": p}} for p, t in zip(own, ids, strict=True)
+        ]
         return {"choices": [{"text": "", "prompt_logprobs": named}]}
 
 

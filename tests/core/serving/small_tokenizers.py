@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that llama.cpp knows, trained on a few pages, and some it does not."""
+"""Small tokenizers, trained on a few pages, of the kinds that llama.cpp knows and of others."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def _sentencepiece(*, whole: bool = True, metaspace: bool = False) -> Tokenizer:
     if not whole:
         several = [pair for pair in merges if sum("".join(p) == "".join(pair) for p in merges) > 1]
         merges.remove(several[-1])
-    made = Tokenizer(
-        BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
+    made = Tokenizer(BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if metaspace:
         made.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)  # pyright: ignore[reportAttributeAccessIssue]
     else:

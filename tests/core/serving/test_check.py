@@ -52,9 +52,7 @@ def test_a_server_that_computes_the_checkpoint_passes(engine: str, positions: in
 
 def test_a_dropped_scaling_is_called_that() -> None:
     found = check(Served(*extended(None), window=1024))
-    assert found.faults == (
-        "the scaling was dropped: the server computes the unextended model",
-    )
+    assert found.faults == ("the scaling was dropped: the server computes the unextended model",)
     assert all(row.plain is not None and row.plain < 1e-4 for row in found.rows)
     assert "FAULT the scaling was dropped" in str(found)
 
@@ -148,11 +146,13 @@ def test_lengths_are_those_at_which_windows_end() -> None:
 def test_dynamic_is_read_at_the_base_of_the_whole_window() -> None:
     """As vLLM computes it with the overrides of serve-flags: one base for every request."""
     served, tokenizer = extended("dynamic:4")
-    with longctx.patch_of(served).method.reserve(served, 1024):  # pyright: ignore[reportOptionalMemberAccess]
-        with running(Served(served, tokenizer, window=1024)) as url:
-            client: Any = client_of("vllm", url, vocabulary=1024)
-            model, _ = extended("dynamic:4")
-            assert check_server(model, tokenizer, client, SETTINGS).ok
+    patch = longctx.patch_of(served)
+    assert patch is not None
+    begun = patch.method.reserve(served, 1024)
+    with begun, running(Served(served, tokenizer, window=1024)) as url:
+        client: Any = client_of("vllm", url, vocabulary=1024)
+        model, _ = extended("dynamic:4")
+        assert check_server(model, tokenizer, client, SETTINGS).ok
 
 
 @pytest.fixture
@@ -192,9 +192,7 @@ def test_an_address_without_a_server_is_bad_usage(
 
 
 @pytest.mark.parametrize("answer", [{}, {"data": []}, {"data": [{"id": "x"}]}, [1]])
-def test_an_answer_of_another_form_is_named(
-    answer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_answer_of_another_form_is_named(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     served = Served(nn.Identity(), None, 1024)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(Served, "get", lambda *_: answer)
     monkeypatch.setattr(Served, "post", lambda *_: {"choices": [{}]})
@@ -228,4 +226,6 @@ def test_greedy_texts_are_compared_where_there_is_nothing_else(
     with running(Served(*extended(method), window=1024)) as url:
         assert main([*words, "--url", url]) == (0 if method else 1)
     said = capsys.readouterr().out
-    assert ("the server's answers are this checkpoint's" if method else "scaling was dropped") in said
+    assert (
+        "the server's answers are this checkpoint's" if method else "scaling was dropped"
+    ) in said

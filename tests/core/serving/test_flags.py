@@ -56,9 +56,7 @@ def test_the_table_has_a_sentence_for_every_change_and_engine() -> None:
     found = checkpoint_of({"model_type": "llama", "max_position_embeddings": 8})
     for change in get_args(Change):
         for engine in get_args(Engine):
-            said = reading(
-                type(found)("llama", change, 8, 8, {}), engine
-            )
+            said = reading(type(found)("llama", change, 8, 8, {}), engine)
             assert said.says
             assert str(said).startswith(engine)
 
@@ -83,7 +81,13 @@ def test_the_length_is_always_named() -> None:
 def test_dynamic_needs_an_override_under_vllm() -> None:
     config = config_of("dynamic")
     words = shlex.split(flags_of("x", config, "vllm").command)
-    assert words[: words.index("--hf-overrides")] == ["vllm", "serve", "x", "--max-model-len", "256"]
+    assert words[: words.index("--hf-overrides")] == [
+        "vllm",
+        "serve",
+        "x",
+        "--max-model-len",
+        "256",
+    ]
     assert json.loads(words[-1]) == {
         "max_position_embeddings": 256,
         "rope_parameters": {
@@ -105,7 +109,7 @@ def test_dynamic_needs_an_override_under_vllm() -> None:
         ("dynamic", "transformers", 1, "a base that grows"),
         ("rerope", "vllm", 1, "longctx.load"),
         ("rerope", "llama.cpp", 1, "has no way to compute it"),
-        ("alibi", "transformers", 1, "the unextended model would be served"),
+        ("alibi", "transformers", 1, "no way to compute it from a config"),
         ("alibi", "llama.cpp", 0, "reads it as longctx exports it"),
     ],
 )
@@ -128,7 +132,11 @@ def test_a_checkpoint_without_a_window_or_with_an_impossible_one(
     for config, code, said in (
         ({"model_type": "llama"}, 1, "names no window"),
         ({"model_type": "llama", "max_position_embeddings": -3}, 2, "which is no window"),
-        ({"model_type": "llama", "max_position_embeddings": 8, "longctx": {"methods": [{}]}}, 0, ""),
+        (
+            {"model_type": "llama", "max_position_embeddings": 8, "longctx": {"methods": [{}]}},
+            0,
+            "",
+        ),
     ):
         path.write_text(json.dumps(config))
         assert main(["serve-flags", str(tmp_path), "--engine", "vllm"]) == code
