@@ -157,7 +157,7 @@ def main() -> None:
     source = sys.argv[2] if len(sys.argv) > 2 else source
     work.mkdir(parents=True, exist_ok=True)
     model, _ = longctx.load(source, device="cpu", dtype="float32")
-    engines = [engine for engine in _ENGINES if python_of(engine)]
+    engines: list[Engine] = [engine for engine in _ENGINES if python_of(engine)]
     absent = [f"{e} (${ENVIRONMENTS[e][0]})" for e in _ENGINES if e not in engines]
     print(f"engines: {', '.join(engines) or 'none'}; left out: {', '.join(absent) or 'none'}")
     table: list[dict[str, str]] = []

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -76,7 +76,8 @@ class ServeCheck:
             raise RunError(f"--timeout {self.timeout}: expected seconds above 0.")
         options = DeviceOptions(device=self.device, dtype="float32")
         model, tokenizer = options.load(self.model)
-        vocabulary = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = int(embeddings.weight.shape[0])
         client = client_of(self.engine, self.url, vocabulary=vocabulary, seconds=self.timeout)
         positions = self.positions
         if positions is None and self.engine == "llama.cpp":

@@ -100,7 +100,8 @@ def export_gguf(
         ) from error
     causal, path = unwrapped(model), Path(out)
     layout = layout_of(causal)
-    vocabulary = vocabulary_of(tokenizer, int(causal.get_input_embeddings().weight.shape[0]))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    embeddings: Any = causal.get_input_embeddings()
+    vocabulary = vocabulary_of(tokenizer, int(embeddings.weight.shape[0]))
     keys = _keys(causal, layout, vocabulary, dtype)
     found: list[tuple[int, float]] = []
 
@@ -131,7 +132,7 @@ def _keys(
     )
     window = int(config.max_position_embeddings) if patch is None else patch.window
     keys: dict[str, Any] = {
-        "general.name": Path(model.name_or_path).name or str(config.model_type),
+        "general.name": Path(model.name_or_path or "").name or str(config.model_type),
         "general.file_type": _FILE_TYPES[dtype],
         f"{arch}.vocab_size": len(vocabulary.tokens),
         f"{arch}.context_length": window,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def extended(method: str | None = "yarn:4") -> tuple[Any, Any]:
 
 def check(served: Served, engine: Any = "vllm", **changes: Any) -> Checked:
     model, tokenizer = extended()
-    settings = CheckSettings(**{"lengths": (100, 300), "positions": 80, **changes})
+    settings = replace(SETTINGS, **changes)
     with running(served) as url:
         client: Any = client_of(engine, url, vocabulary=1024)
         return check_server(model, tokenizer, client, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +34,7 @@ CHANGES: dict[str, Change] = {
 """What each method's checkpoint is; all others are beyond any config."""
 
 
+@lru_cache
 def config_of(*methods: str) -> dict[str, Any]:
     """The config of a model with methods on it, as it is saved."""
     model = build("llama")
