@@ -154,6 +154,7 @@ def _converts(made: ast.ClassDef) -> bool:
     return "slots: ClassVar[tuple[str, ...]] = ('weights',)" in ast.unparse(made)
 
 
+@lru_cache(maxsize=128)
 def converts(module: str) -> bool:
     """Whether the method of a file makes a new model, by the slot "weights" that its class names.
 

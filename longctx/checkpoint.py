@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .config_windows import doubtful, impossible, text_part
+from .config_windows import TEXT_PARTS, doubtful, impossible, text_part
 from .conversion import recorded
 from .errors import ModelError, RunError
 from .folders import left_over, new_folder
@@ -32,6 +32,7 @@ from .patch import patch_of
 from .record import restore
 from .remote_code import load_config, remote_twin, write_remote_code
 from .restoring import restore_conversion, without_report
+from .serving.engines import Reading, checkpoint_of, readings
 from .twin import build_twin, differences
 from .weights import (
     read_config,
@@ -58,6 +59,11 @@ class Saved:
     """Whether plain transformers loads it to the same logits."""
     message: str
     """The same in a sentence."""
+    engines: tuple[Reading, ...] = ()
+    """What each engine does with it, by the table that `longctx.serving.engines` keeps."""
+
+    def __str__(self) -> str:
+        return "\n".join([self.message, *(f"  {reading}" for reading in self.engines)])
 
 
 def load(
@@ -308,8 +314,8 @@ def save(
         patch = patch.below
     if remote_code and made_by is not None:
         raise ModelError(
-            f"remote_code restores methods that extend puts on, and this model was made by {made_by}:"
-            " save it without, and load it by longctx.load."
+            f"remote_code restores methods that extend puts on, and this model was made by "
+            f"{made_by}: save it without, and load it by longctx.load."
         )
     inputs = [name for name in (model.name_or_path, tokenizer.name_or_path) if name]
     with new_folder(Path(out), overwrite=overwrite, inputs=inputs) as folder:
@@ -319,6 +325,7 @@ def save(
         elif beyond:
             _name_architecture(folder / "config.json", beyond[::-1])
         otherwise = [] if beyond and not remote_code else _differences(model, folder, remote_code)
+    read = readings(checkpoint_of(read_config(Path(out))))
     if otherwise:
         message = (
             f"{out} is not known to load to this model's logits: compared with what its config "
@@ -332,16 +339,17 @@ def save(
             "installed (pip install longctx-toolkit). Without trust_remote_code transformers "
             "refuses it."
         )
-        return Saved(Path(out), False, message)
+        return Saved(Path(out), False, message, read)
     if not beyond:
-        return Saved(Path(out), True, f"{out} loads in plain transformers to the same logits.")
+        message = f"{out} loads in plain transformers to the same logits."
+        return Saved(Path(out), True, message, read)
     message = (
         f"{out}: {' and '.join(beyond)} cannot be said in a transformers config. longctx.load "
-        f"restores it; plain transformers would load {_otherwise(made_by)}, and engines that do not "
-        f"know the method refuse it.{'' if made_by else _WITH_CODE}"
+        f"restores it; plain transformers would load {_otherwise(made_by)}, and engines that do "
+        f"not know the method refuse it.{'' if made_by else _WITH_CODE}"
     )
     warnings.warn(message, stacklevel=2)
-    return Saved(Path(out), False, message)
+    return Saved(Path(out), False, message, read)
 
 
 _WITH_CODE = " remote_code=True (--remote-code) lets transformers restore it too."
@@ -395,17 +403,21 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def _add_legacy_keys(path: Path) -> None:
-    """Say the rotary settings in the keys of transformers 4 too, which older servers read.
+    """Say the rotary settings in the keys of transformers 4 too, which other software reads.
 
-    Settings per layer type have no such form.
+    A base of its own is always said: software that finds none falls back to 10,000. Settings per
+    layer type have no other form.
     """
     config: dict[str, Any] = json.loads(path.read_text())
-    entry: dict[str, Any] = config.get("rope_parameters") or {}
-    if "rope_theta" not in entry:
+    text = next((config[key] for key in TEXT_PARTS if isinstance(config.get(key), dict)), config)
+    entry: dict[str, Any] = text.get("rope_parameters") or {}
+    nested: Any = entry.get("full_attention")
+    base = (nested if isinstance(nested, dict) else entry).get("rope_theta")
+    if base is None:
         return
-    config["rope_theta"] = entry["rope_theta"]
-    if entry.get("rope_type", "default") != "default":
-        config["rope_scaling"] = entry
+    text["rope_theta"] = base
+    if "rope_theta" in entry and entry.get("rope_type", "default") != "default":
+        text["rope_scaling"] = entry
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

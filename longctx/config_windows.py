@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 __all__ = [
+    "TEXT_PARTS",
     "WINDOW_KEYS",
     "Doubt",
     "doubtful",
@@ -56,12 +57,13 @@ _POSITIVE = (
     *("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"),
 )
 """Entries of RoPE settings that are numbers above zero."""
-_TEXT = ("text_config", "llm_config", "language_config")
+TEXT_PARTS = ("text_config", "llm_config", "language_config")
+"""Keys under which a multimodal config keeps that of its text model."""
 
 
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the text model, also inside a multimodal config."""
-    for key in _TEXT:
+    for key in TEXT_PARTS:
         if isinstance(config.get(key), dict):
             return dict(config[key])
     return dict(config)

@@ -19,6 +19,7 @@ from .config_windows import (
     window_of,
 )
 from .errors import ModelError
+from .serving.engines import Engine, checkpoint_of, reading
 
 __all__ = ["Finding", "examine"]
 
@@ -39,11 +40,12 @@ class Finding:
     """What to write or run instead."""
 
 
-def examine(folder: Path) -> list[Finding]:
+def examine(folder: Path, engine: Engine | None = None) -> list[Finding]:
     """Read a checkpoint's JSON files (no weights, no code) and return what is worth knowing.
 
     Args:
         folder: a checkpoint folder.
+        engine: also say what this engine does with it.
 
     Returns:
         Problems, which change numbers silently, and notes, which only matter in some use.
@@ -61,7 +63,21 @@ def examine(folder: Path) -> list[Finding]:
             Finding("problem", f"config.json: {key}", what, mend) for key, what, mend in doubts
         ]
     found += [*_tokenizer(folder, text), *_pinned(folder, config)]
-    return found
+    return found if engine is None else [*found, *_served(config, engine)]
+
+
+def _served(config: dict[str, Any], engine: Engine) -> Iterator[Finding]:
+    """What an engine does with the checkpoint, where that is more than reading it."""
+    found = reading(checkpoint_of(config), engine)
+    if found.does == "refused":
+        way = "serve it by another engine (longctx serve-flags says which command)"
+        yield Finding("problem", engine, found.says, way)
+    elif found.does == "needs":
+        way = f"longctx serve-flags MODEL --engine {engine} prints the command"
+        yield Finding("note", engine, found.says, way)
+    elif found.does == "unmeasured":
+        way = f"longctx serve-check MODEL --url URL --engine {engine} compares it"
+        yield Finding("note", engine, found.says, way)
 
 
 def _kind(config: dict[str, Any]) -> Iterator[Finding]:

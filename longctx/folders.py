@@ -35,6 +35,7 @@ __all__ = [
     "refuse_other_than_file",
     "refuse_other_than_folder",
     "refuse_taken",
+    "refuse_taken_file",
 ]
 
 _log = logging.getLogger(__name__)
@@ -94,6 +95,27 @@ def refuse_other_than_file(out: Path) -> None:
         RunError: it has, it is a link to nothing, or it cannot be looked at.
     """
     _refuse_other_than("file", out)
+
+
+def refuse_taken_file(
+    out: Path, overwrite: bool, *, inputs: Iterable[str | os.PathLike[str]] = ()
+) -> None:
+    """Refuse an output file that is there already or has no folder: before any work is done.
+
+    Args:
+        out: the file to be written.
+        overwrite: whether one that is there may be replaced.
+        inputs: what is read; see `refuse_inputs`.
+
+    Raises:
+        RunError: it is there and `overwrite` is off, is an input, or is not a file.
+    """
+    refuse_other_than_file(out)
+    if not out.absolute().parent.is_dir():
+        raise RunError(f"the folder of {out} does not exist: make it first.")
+    if out.exists() and not overwrite:
+        raise RunError(f"{out} exists: name another file, or pass --overwrite.")
+    refuse_inputs(out, inputs)
 
 
 def refuse_inputs(out: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:

@@ -45,6 +45,8 @@ class Method(Protocol):
     """Whether plain transformers loads a saved model to the same logits."""
     trains_only: ClassVar[bool] = False
     """Whether it acts in train mode alone, and the model in eval mode is as without it."""
+    biases: ClassVar[bool] = False
+    """Whether linear biases take the place of the rotary, which some engines compute (ALiBi)."""
     changes_far_logits: ClassVar[bool] = True
     """Whether a few tokens show it, half of them at positions beyond the window; False where it
     takes an input longer than the window, or training."""

@@ -78,9 +78,21 @@ def _put_back(model: PreTrainedModel, record: _Record) -> None:
         fields = {key: value for key, value in entry.items() if key != "name"}
         extend(model, make_method(str(entry.get("name")), fields), replace=True)
     for key, value in saved.items():
-        if json.dumps(value, sort_keys=True) != json.dumps(getattr(config, key), sort_keys=True):
+        now = _as_then(getattr(config, key), value)
+        if json.dumps(value, sort_keys=True) != json.dumps(now, sort_keys=True):
             raise ModelError(
                 f"config.json says {key}={value}, its longctx record {record.methods} means "
                 f"{getattr(config, key)}: it was edited after saving. Extend the original anew "
                 "(longctx.extend), or delete the entry 'longctx' to load what the config says."
             )
+
+
+def _as_then(value: Any, saved: Any) -> Any:
+    """Settings as a checkpoint of an earlier version has them, which did not say `mscale`."""
+    if not isinstance(value, dict) or not isinstance(saved, dict):
+        return value
+    return {
+        key: _as_then(entry, saved.get(key))
+        for key, entry in value.items()
+        if key in saved or key not in ("mscale", "mscale_all_dim")
+    }

@@ -61,6 +61,7 @@ class Alibi(AttentionMethod):
     name: ClassVar[str] = "alibi"
     slots: ClassVar[tuple[str, ...]] = ("rotary", "attention")
     unbounded: ClassVar[bool] = True
+    biases: ClassVar[bool] = True
     changes_far_logits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

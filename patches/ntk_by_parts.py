@@ -62,13 +62,17 @@ class NtkByParts(FrequencyMethod):
         return self._yarn(rope, 1.0) | {"apply_yarn_scaling": False}
 
     def _yarn(self, rope: Rope, attention_factor: float) -> dict[str, Any]:
+        """`rope_type: yarn`, the temperature also as `mscale`, which some engines read alone."""
+        factor = self.scale(rope)
+        mscale = (attention_factor - 1) / (0.1 * math.log(factor)) if factor > 1 else None
         return rope.parameters(
             "yarn",
-            factor=self.scale(rope),
+            factor=factor,
             original_max_position_embeddings=rope.length,
             attention_factor=attention_factor,
             beta_fast=float(self.beta_fast),
             beta_slow=float(self.beta_slow),
+            **({} if mscale is None else {"mscale": mscale, "mscale_all_dim": 0.0}),
             **{key: rope.yarn[key] for key in ("truncate",) if key in rope.yarn},
         )
 

@@ -55,8 +55,11 @@ class Yarn(NtkByParts):
         """`rope_type: yarn`; the default temperature is left to the reader, which vLLM requires."""
         parameters = self._yarn(rope, self.attention_scaling(rope))
         if self.attention_factor is None:
-            del parameters["attention_factor"]
-        return {**parameters, **rope.yarn}
+            for key in ("attention_factor", "mscale", "mscale_all_dim"):
+                parameters.pop(key, None)
+        if rope.yarn.get("mscale_all_dim"):  # which scales attention itself (DeepSeek)
+            return {**parameters, **rope.yarn}
+        return parameters
 
 
 METHOD = Yarn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -18,10 +19,13 @@ class Doctor:
     Examples:
         longctx doctor smollm2-16k
         longctx doctor demo
+        longctx doctor smollm2-16k --engine vllm
     """
 
     model: Positional[str]
     """Checkpoint folder, or "demo"."""
+    engine: Literal["transformers", "vllm", "sglang", "llama.cpp"] | None = None
+    """Also say what this engine does with it."""
 
     def run(self) -> int:
         """Print the findings."""
@@ -33,7 +37,7 @@ class Doctor:
         from ..errors import printable
 
         console = Console(highlight=False, soft_wrap=True)
-        findings = examine(local_folder(self.model))
+        findings = examine(local_folder(self.model), self.engine)
         for finding in findings:
             colour = "red" if finding.level == "problem" else "yellow"
             said = printable(f" {finding.where}: {finding.what}\n        → {finding.mend}")

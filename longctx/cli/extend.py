@@ -63,7 +63,7 @@ class Extend:
             saved = save(
                 model, tokenizer, self.out, overwrite=self.overwrite, remote_code=self.remote_code
             )
-        print(saved.message)
+        print(saved)
         return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def save_served(
             "inf: its window is another; nan: its weights are NaN or infinite). Do not serve it."
         )
     message = saved.message.replace(str(saved.path), str(folder.model))
-    saved = Saved(folder.model, saved.plain, message)
+    saved = replace(saved, path=folder.model, message=message)
     try:
         card = model_card(model, saved, record, done)
         (folder.unchecked / "README.md").write_text(card, encoding="utf-8")

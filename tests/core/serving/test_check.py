@@ -1,0 +1,232 @@
+"""Every fault that is planted in a server is found and named, and a right one passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import longctx
+from longctx.cli.main import main
+from longctx.errors import RunError
+from longctx.model import rotary_of
+from longctx.serving import check_text
+from longctx.serving.check import Checked, CheckSettings, check_server, lengths_of, window_of_model
+from longctx.serving.clients import Scorer, client_of
+
+from .fake_server import Served, running
+
+SETTINGS = CheckSettings(lengths=(100, 300), positions=80)
+
+
+def extended(method: str | None = "yarn:4") -> tuple[Any, Any]:
+    model, tokenizer = longctx.load("demo", device="cpu", dtype="float32")
+    if method is not None:
+        longctx.extend(model, method)
+    return model, tokenizer
+
+
+def check(served: Served, engine: Any = "vllm", **changes: Any) -> Checked:
+    model, tokenizer = extended()
+    settings = replace(SETTINGS, **changes)
+    with running(served) as url:
+        client: Any = client_of(engine, url, vocabulary=1024)
+        return check_server(model, tokenizer, client, settings)
+
+
+@pytest.mark.parametrize(("engine", "positions"), [("vllm", None), ("sglang", 7), ("llama.cpp", 4)])
+def test_a_server_that_computes_the_checkpoint_passes(engine: str, positions: int | None) -> None:
+    found = check(Served(*extended(), window=1024), engine, positions=positions)
+    assert found.ok, str(found)
+    assert [row.length for row in found.rows] == [100, 300]
+    assert [row.compared for row in found.rows] == [positions or n for n in (99, 299)]
+    assert all(row.largest < 1e-4 for row in found.rows)
+    assert all(row.between is not None and row.between > 0.01 for row in found.rows)
+    assert "computes this checkpoint" in str(found)
+
+
+def test_a_dropped_scaling_is_called_that() -> None:
+    found = check(Served(*extended(None), window=1024))
+    assert found.faults == ("the scaling was dropped: the server computes the unextended model",)
+    assert all(row.plain is not None and row.plain < 1e-4 for row in found.rows)
+    assert "FAULT the scaling was dropped" in str(found)
+
+
+def test_a_wrong_temperature_is_called_that() -> None:
+    model, tokenizer = extended()
+    native: Any = rotary_of(model)
+    native.native.attention_scaling = 1.0
+    [fault] = check(Served(model, tokenizer, window=1024)).faults
+    assert fault.startswith("wrong temperature: ")
+    assert "no temperature" in fault
+
+
+@pytest.mark.parametrize("window", [512, 4096])
+def test_a_wrong_window_is_called_that(window: int) -> None:
+    [fault] = check(Served(*extended(), window=window)).faults
+    assert fault.startswith(f"wrong window: the server takes {window:,} tokens")
+
+
+def test_a_refused_prompt_is_a_fault_and_the_others_are_compared() -> None:
+    found = check(Served(*extended(), window=200))
+    assert [row.length for row in found.rows] == [100]
+    assert any("does not take 300 tokens" in fault for fault in found.faults)
+
+
+def test_another_tokenizer_is_called_that() -> None:
+    model, tokenizer = extended()
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    [fault] = check(Served(model, tokenizer, window=1024)).faults
+    assert fault.startswith("another tokenizer")
+
+
+def test_a_bfloat16_server_is_called_that_and_passes_as_one() -> None:
+    model, tokenizer = extended()
+    served = Served(model.to(torch.bfloat16), tokenizer, window=1024)
+    [fault] = check(served).faults
+    assert "half precision's rounding" in fault
+    found = check(served, dtype="bfloat16")
+    assert found.ok, str(found)
+    assert all(row.allowed > 1e-2 for row in found.rows)
+
+
+def test_a_bfloat16_server_that_drops_the_scaling_is_found() -> None:
+    model, tokenizer = extended(None)
+    served = Served(model.to(torch.bfloat16), tokenizer, window=1024)
+    [fault] = check(served, dtype="bfloat16").faults
+    assert fault.startswith("the scaling was dropped")
+
+
+def test_other_weights_are_another_model() -> None:
+    model, tokenizer = extended()
+    with torch.no_grad():
+        layer: Any = model.get_submodule("model.layers.1.self_attn.q_proj")
+        layer.weight.mul_(1.5)
+    [fault] = check(Served(model, tokenizer, window=1024)).faults
+    assert fault.startswith("another model: log-probabilities differ by up to")
+
+
+def test_a_checkpoint_with_scaling_of_its_own_is_held_against_the_unscaled(tmp_path: Path) -> None:
+    """Scaling that longctx has no record of is taken off by the config."""
+    model, tokenizer = extended()
+    longctx.save(model, tokenizer, tmp_path / "x")
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    del config["longctx"]
+    (tmp_path / "x/config.json").write_text(json.dumps(config))
+    foreign, _ = longctx.load(tmp_path / "x", device="cpu", dtype="float32")
+    assert window_of_model(foreign) == (1024, 256)
+    with running(Served(*extended(None), window=1024)) as url:
+        client: Any = client_of("vllm", url, vocabulary=1024)
+        found = check_server(foreign, tokenizer, client, SETTINGS)
+    assert found.faults == ("the scaling was dropped: the server computes the unextended model",)
+
+
+def test_an_unextended_model_has_nothing_to_be_held_against() -> None:
+    model, tokenizer = extended(None)
+    with running(Served(*extended(None), window=256)) as url:
+        client: Any = client_of("vllm", url, vocabulary=1024)
+        found = check_server(model, tokenizer, client)
+    assert found.ok
+    assert [row.plain for row in found.rows] == [None]
+    assert [row.length for row in found.rows] == [255]
+
+
+def test_lengths_are_those_at_which_windows_end() -> None:
+    assert lengths_of(1024, 256) == (256, 512, 1023)
+    assert lengths_of(512, 256) == (256, 511)
+    assert lengths_of(256, 256) == (255,)
+    assert window_of_model(extended("dynamic:4")[0]) == (1024, 256)
+
+
+def test_dynamic_is_read_at_the_base_of_the_whole_window() -> None:
+    """As vLLM computes it with the overrides of serve-flags: one base for every request."""
+    served, tokenizer = extended("dynamic:4")
+    patch = longctx.patch_of(served)
+    assert patch is not None
+    begun = patch.method.reserve(served, 1024)
+    with begun, running(Served(served, tokenizer, window=1024)) as url:
+        client: Any = client_of("vllm", url, vocabulary=1024)
+        model, _ = extended("dynamic:4")
+        assert check_server(model, tokenizer, client, SETTINGS).ok
+
+
+@pytest.fixture
+def demo_yarn(tmp_path: Path) -> Path:
+    model, tokenizer = extended()
+    longctx.save(model, tokenizer, tmp_path / "demo-yarn")
+    return tmp_path / "demo-yarn"
+
+
+def test_the_command_writes_figures_and_says_by_its_exit_code(
+    demo_yarn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["serve-check", str(demo_yarn), "--engine", "vllm", "--lengths", "100", "--url"]
+    with running(Served(*extended(), window=1024)) as url:
+        assert main([*words, url, "--out", str(tmp_path / "x.json")]) == 0
+        assert "computes this checkpoint" in capsys.readouterr().out
+        assert main([*words, url, "--out", str(tmp_path / "x.json")]) == 2
+    assert json.loads((tmp_path / "x.json").read_text())["ok"]
+    with running(Served(*extended(None), window=1024)) as url:
+        assert main([*words, url]) == 1
+    assert "FAULT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("file:///etc/hosts", "expected an address such as http"),
+        ("nonsense", "expected an address such as http"),
+        ("http://127.0.0.1:9", "start the server"),
+    ],
+)
+def test_an_address_without_a_server_is_bad_usage(
+    url: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve-check", "demo", "--engine", "vllm", "--url", url]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("answer", [{}, {"data": []}, {"data": [{"id": "x"}]}, [1]])
+def test_an_answer_of_another_form_is_named(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(nn.Identity(), None, 1024)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(Served, "get", lambda *_: answer)
+    monkeypatch.setattr(Served, "post", lambda *_: {"choices": [{}]})
+    with running(served) as url:
+        client: Any = client_of("vllm", url, vocabulary=1024)
+        with pytest.raises(RunError, match=r"another form than expected|is it the engine"):
+            client.logprobs([1, 2, 3], [1, 2])
+
+
+def test_lengths_beyond_the_window_are_refused() -> None:
+    model, tokenizer = extended()
+    scorer: Any = _Nothing()
+    client: Scorer = scorer
+    with pytest.raises(RunError, match="expected 2 to 1023 tokens"):
+        check_server(model, tokenizer, client, CheckSettings(lengths=(1024,)))
+
+
+class _Nothing:
+    window: Callable[..., None] = staticmethod(lambda: None)
+
+
+@pytest.mark.parametrize("method", ["yarn:4", None])
+def test_greedy_texts_are_compared_where_there_is_nothing_else(
+    method: str | None,
+    demo_yarn: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check_text, "_ANSWER", 12)
+    words = ["serve-check", str(demo_yarn), "--engine", "transformers", "--lengths", "270"]
+    with running(Served(*extended(method), window=1024)) as url:
+        assert main([*words, "--url", url]) == (0 if method else 1)
+    said = capsys.readouterr().out
+    assert (
+        "the server's answers are this checkpoint's" if method else "scaling was dropped"
+    ) in said
