@@ -90,8 +90,8 @@ def main() -> None:
         "python -m benchmarks.serving_cost SMOLLM2",
         rows,
         "float32, one thread, one row, CPU time. Bounds are bytes over bandwidth and FLOPs over "
-        "TFLOP/s, measured by a matrix times a vector and times a matrix in turns with the model; best of "
-        f"{ROUNDS} rounds, on a machine that others used too.",
+        "TFLOP/s, measured by a matrix times a vector and times a matrix in turns with the model; "
+        f"best of {ROUNDS} rounds, on a machine that others used too.",
     )
 
 
