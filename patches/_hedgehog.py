@@ -8,6 +8,7 @@ F features.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ from longctx.errors import ModelError
 
 __all__ = ["Fitting", "HedgehogAttention", "forms_differ"]
 
+_log = logging.getLogger(__name__)
 _GATE = -2.2
 """First log-odds of γ: sigmoid(−2.2) = 0.1, as LoLCATs begins."""
 _ROWS_TOKENS = 2_048
@@ -123,6 +125,8 @@ class Fitting:
     Source: Zhang et al. 2024, LoLCATs (arXiv:2410.10254), section 3.1, attention transfer.
     """
 
+    name: str
+    """Of the layer, to say how far it is."""
     window: int
     features: int | None
     steps: int
@@ -158,6 +162,9 @@ class Fitting:
         self.off = before, _missed(rule, given, wanted, scaling)
         self.forms = forms_differ(rule, tuple(x[:1, :, :_PROOF] for x in given), scaling)
         self.rule = rule.to(v.dtype)
+        _log.info(
+            "%s: features fitted, missing %.0f%% of the outputs", self.name, 100 * self.off[1]
+        )
         return wanted
 
     def _fit(

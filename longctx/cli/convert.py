@@ -27,6 +27,7 @@ class Convert:
         longctx convert demo tiny
         longctx convert demo tiny-mqa --to multi_query:1
         longctx convert smollm2 smollm2-8x --to moe:experts=8,active=2
+        longctx convert demo tiny-linear --to linear_attention:window=64,keep=auto:2
     """
 
     source: Positional[str]
@@ -53,6 +54,7 @@ class Convert:
         refuse_taken(self.out, self.overwrite, inputs=[locate(self.source)])
         model, tokenizer = self.device_options.load(self.source)
         if method is not None:
+            _show_progress()
             made = convert(model, method, tokenizer=tokenizer, calibration=texts)
             print(made.report())
             model = made.model
@@ -77,6 +79,16 @@ class Convert:
         except (OSError, UnicodeDecodeError) as error:
             raise RunError(f"--calibration: {error}. Expected text files in UTF-8.") from error
         return Texts(documents, name="calibration")
+
+
+def _show_progress() -> None:
+    """Let conversions say on stderr how far they are."""
+    import logging
+
+    log = logging.getLogger("longctx.patches")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
 
 
 COMMAND = Convert

@@ -38,7 +38,8 @@ IDS = tokens(60, batch=2)
 
 def made(family: str = "llama", *, steps: int = 1, **fields: Any) -> Any:
     """A converted model of a family, of a window of eight tokens."""
-    method = LinearAttention(**{"window": 8, **fields}, steps=steps)
+    settings: dict[str, Any] = {"window": 8, "steps": steps, **fields}
+    method = LinearAttention(**settings)
     return longctx.convert(build(family), method, calibration=READ)
 
 
@@ -214,11 +215,12 @@ def test_packed_documents_do_not_see_each_other() -> None:
 
 
 def test_what_is_refused() -> None:
-    for fields, said in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"window": 65}, "window=65 and the model's 64"),
         ({"keep": (0, 1)}, "fewer than the 2 layers"),
         ({"keep": (2,)}, "fewer than the 2 layers"),
-    ):
+    ]
+    for fields, said in wrong:
         with pytest.raises(MethodError, match=said):
             made(**fields)
     for fields, said in (

@@ -121,7 +121,7 @@ def finetune(
         packed: rows may hold several documents.
         shifted: S²-Attn (`patches/shifted.py`) while it trains; the saved model attends to all.
         teacher: the model whose logits are learnt (`losses.distillation`); it stays as it is.
-        weights: all of them, or those of the attention alone.
+        weights: all of them, those of the attention, or the features that a conversion gave it.
         evaluate: figures of the model, before, after and every `training.evaluate_every` updates.
         gate: which of them may stop the run, and which chooses the best checkpoint.
         resume: go on with the run in `output_dir`, if there is one.

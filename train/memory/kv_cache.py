@@ -75,7 +75,8 @@ class KvCache:
                 f"{error}): expected a decoder of attention layers."
             ) from error
         layers: list[CachedLayer] = []
-        for layer in cache.layers:
+        filled: list[Any] = cache.layers
+        for layer in filled:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise ModelError(
                     f"model type {model_type!r} keeps a {type(layer).__name__} beside keys and "

@@ -70,7 +70,8 @@ def tiny(family: str) -> Any:
 
 def planned(model: Any, **fields: Any) -> ServingPlan:
     """The plan of a model's config, in float32."""
-    return plan_serving(model.config, ServingSettings(**{"dtype": "float32", **fields}))
+    settings: dict[str, Any] = {"dtype": "float32", **fields}
+    return plan_serving(model.config, ServingSettings(**settings))
 
 
 def held(model: Any, *pieces: int) -> int:
@@ -187,14 +188,15 @@ def test_what_is_not_known_is_refused() -> None:
     assert KvCache.of(positions).growth == 64  # learned ones, and keys and values like others
     with pytest.raises(ModelError, match="'mamba' keeps a LinearAttentionLayer"):
         KvCache.of(MambaConfig(num_hidden_layers=1, hidden_size=32, vocab_size=96))
-    for fields, said in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"max_length": 0}, "max_length=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"memory": 1.0}, "memory=1.0, reserve=1.5"),
         ({"bandwidth": 0.0}, "bandwidth=0.0"),
         ({"tflops": math.inf}, "tflops=inf"),
         ({"dtype": "int4"}, "dtype='int4'"),
-    ):
+    ]
+    for fields, said in wrong:
         with pytest.raises(RunError, match=said):
             ServingSettings(**fields)
     made = longctx.convert(
