@@ -13,7 +13,7 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def vllm(model: Path, folder: Path, *options: str) -> Iterator[str]:
+def vllm(model: Path, folder: Path, *options: str) -> Generator[str]:
     """A running server's address."""
     python = os.environ.get("LONGCTX_VLLM")
     if not python:
