@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,7 @@ class Clock(TrainerCallback):
 
     def __init__(self) -> None:
         self.marks: list[float] = []
+        self.cpu_marks: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """The first update begins."""
@@ -58,11 +60,17 @@ class Clock(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
+        self.cpu_marks.append(time.process_time())
 
     @property
     def seconds(self) -> list[float]:
         """Of all updates but the first."""
-        return [b - a for a, b in zip(self.marks[1:], self.marks[2:], strict=False)]
+        return [b - a for a, b in pairwise(self.marks[1:])]
+
+    @property
+    def cpu_seconds(self) -> list[float]:
+        """The same in the time that processors worked for this process, all threads together."""
+        return [b - a for a, b in pairwise(self.cpu_marks[1:])]
 
 
 def train_ours(

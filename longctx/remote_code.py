@@ -210,7 +210,7 @@ class RemoteModel:
         Raises:
             LongctxError: a damaged record, or one that does not fit the model.
         """
-        del config.auto_map  # else this would be called again
+        delattr(config, "auto_map")  # else this would be called again
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, *args, config=config, **settings)
         restore(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
@@ -218,7 +218,7 @@ class RemoteModel:
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
         """As `AutoModelForCausalLM.from_config` takes it: a model without its weights."""
-        del config.auto_map
+        delattr(config, "auto_map")
         model = AutoModelForCausalLM.from_config(config, **settings)
         restore(model)
         return model

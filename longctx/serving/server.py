@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -242,7 +242,7 @@ class _Work:
         self._begin = begin
         self.said: list[Said] = []
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event]:
         """What comes; leaving before the end cancels the job."""
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[Event] = asyncio.Queue()
@@ -306,7 +306,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _streamed(work: _Work, writer: Writer) -> AsyncIterator[str]:
+async def _streamed(work: _Work, writer: Writer) -> AsyncGenerator[str]:
     """Server-sent events; a failure is one too, since the status was sent before."""
     async with contextlib.aclosing(work.events()) as events:
         async for event in events:

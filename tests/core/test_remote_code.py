@@ -85,9 +85,10 @@ def test_stacked_methods_and_precisions_come_back(tmp_path: Path) -> None:
     longctx.save(model, demo_tokenizer(), tmp_path / "x", remote_code=True)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "x", trust_remote_code=True)
     assert torch.equal(plain(tokens(LONG)).logits, model(tokens(LONG)).logits)
-    half, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "x", trust_remote_code=True, dtype=torch.bfloat16, output_loading_info=True
     )
+    half, info = loaded
     assert half.dtype == torch.bfloat16
     assert not info["missing_keys"]
     assert longctx.patch_of(half) is not None

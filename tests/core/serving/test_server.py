@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Running:
 
 
 @contextmanager
-def started(method: str) -> Iterator[Running]:
+def started(method: str) -> Generator[Running]:
     model, tokenizer = longctx.load("demo", device="cpu")
     tokenizer.chat_template = TEMPLATE
     longctx.extend(model, method)
@@ -113,7 +113,7 @@ def test_a_stream_joins_up_to_the_whole(running: Running) -> None:
     assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
     assert pieces[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     shown = [piece.choices[0].logprobs for piece in pieces]
-    streamed = [each for some in shown if some for each in some.content]
+    streamed = [each for some in shown if some for each in some.content or ()]
     assert streamed == whole.choices[0].logprobs.content
     assert len(streamed) == whole.usage.completion_tokens
     assert all(len(each.top_logprobs) == 2 for each in streamed)
