@@ -1,11 +1,12 @@
-"""What engines do with checkpoints: `python -m benchmarks.engines WORK [MODEL]`.
+"""What engines do with checkpoints: `python -m benchmarks.engines WORK [MODEL [METHOD …]]`.
 
 Every method that can be served is put on MODEL (the embedded one by default, 4-fold), saved, and
 held against each engine's server by longctx's own commands: `serve-flags` names the command,
 `export-gguf` writes the file for llama.cpp, `serve-check` compares prompts of 1 and 2 times the old
 window and of the window less one. An engine whose environment variable is not set
 (`benchmarks/_servers.py`) is left out. The folder WORK keeps what was measured; a second run
-measures what is missing there and writes the tables to RESULTS.md and docs/serving.md.
+measures what is missing there (of the methods that are named after MODEL, if there are any) and
+writes the tables to RESULTS.md and docs/serving.md.
 """
 
 from __future__ import annotations
@@ -77,8 +78,6 @@ def measure(engine: Engine, folder: Path, out: Path) -> dict[str, Any]:
     Returns:
         The JSON of serve-check, or {"refused": why}.
     """
-    if out.exists():
-        return json.loads(out.read_text(encoding="utf-8"))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     flags = flags_of(folder, config, engine)
     found: dict[str, Any]
@@ -162,17 +161,20 @@ def main() -> None:
     print(f"engines: {', '.join(engines) or 'none'}; left out: {', '.join(absent) or 'none'}")
     table: list[dict[str, str]] = []
     for label, method in methods(model).items():
-        if only and label not in only:
-            continue
-        folder = checkpoint(source, method, work / re.sub(r"[^\w.]+", "-", label))
-        row, first = {"method": label}, None
+        folder = work / re.sub(r"[^\w.]+", "-", label)
+        row, first = {}, None
         for engine in engines:
-            print(f"{label} on {engine}", flush=True)
-            found = measure(engine, folder, work / f"{folder.name}.{engine}.json")
-            first = found if "rows" in found and found["rows"] and first is None else first
+            out = work / f"{folder.name}.{engine}.json"
+            found: dict[str, Any] | None = None
+            if out.exists():
+                found = json.loads(out.read_text(encoding="utf-8"))
+            elif not only or label in only:
+                print(f"{label} on {engine}", flush=True)
+                found = measure(engine, checkpoint(source, method, folder), out)
+            first = found if (found or {}).get("rows") and first is None else first
             row[engine] = cell(found)
         table.append({"method": label, "unextended": lost(first), **row})
-    if only or not engines:
+    if not engines:
         return
     versions = ", ".join(f"{engine} {version_of(engine)}" for engine in engines)
     notes = (

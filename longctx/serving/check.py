@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import LongctxError, ModelError, RunError
+from ..errors import DataError, LongctxError, ModelError, RunError
 from ..model import (
     build_rotary,
     put_rope_parameters,
@@ -36,6 +36,7 @@ from ..patch import patch_of
 from ..prompts.haystacks import Texts, bos_of, encode, held_out
 from ..rope import ScaledRotary, frequencies_of
 from ..scoring.token_scores import score
+from ..weights import refuse_small_vocabulary
 from .clients import RefusedError, Scorer
 
 __all__ = [
@@ -149,8 +150,10 @@ def check_server(
 
     Raises:
         RunError: no server there, an answer of another form, or lengths beyond the window.
+        ModelError: a tokenizer with ids beyond the model's embeddings.
     """
     settings = settings or CheckSettings()
+    refuse_small_vocabulary(model, tokenizer)
     window, original = window_of_model(model)
     lengths = settings.lengths or lengths_of(window, original)
     if not all(2 <= length < window for length in lengths):
@@ -245,6 +248,8 @@ def _prompts(
         ids += encode(tokenizer, texts.documents[(index + seed) % len(texts.documents)])
         if len(ids) >= max(lengths):
             break
+    if len(ids) <= len(bos_of(tokenizer)):
+        raise DataError("the tokenizer makes no tokens of a text: it is not the model's.")
     while len(ids) < max(lengths):  # a window longer than the text: it is read again
         ids += ids[len(bos_of(tokenizer)) :]
     return [ids[:length] for length in lengths]

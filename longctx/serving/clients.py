@@ -127,7 +127,7 @@ class VLlm:
     def _model(self) -> dict[str, Any]:
         found = self.http.get("/v1/models")
         try:
-            return found["data"][0]
+            return {"id": str(found["data"][0]["id"]), **found["data"][0]}
         except (KeyError, IndexError, TypeError) as error:
             raise _unexpected(self.http, "/v1/models", found) from error
 
@@ -158,7 +158,7 @@ class SgLang:
 
     def window(self) -> int | None:
         """`context_length` of the server's arguments, where it was given."""
-        return _whole(self.http.get("/get_server_info").get("context_length"))
+        return _whole(_entry(self.http.get("/get_server_info"), "context_length"))
 
     def tokenize(self, text: str) -> list[int] | None:
         """By `/tokenize`."""
@@ -194,9 +194,8 @@ class LlamaCpp:
 
     def window(self) -> int | None:
         """`n_ctx` of a slot."""
-        found = self.http.get("/props")
-        settings: Any = found.get("default_generation_settings") if isinstance(found, dict) else {}
-        return _whole((settings or {}).get("n_ctx"))
+        settings = _entry(self.http.get("/props"), "default_generation_settings")
+        return _whole(_entry(settings, "n_ctx"))
 
     def tokenize(self, text: str) -> list[int] | None:
         """By `/tokenize`."""
@@ -284,8 +283,15 @@ def _tokens(http: _Http, body: dict[str, Any]) -> list[int] | None:
         found = http.post("/tokenize", body)
     except RefusedError:  # a server without this address
         return None
-    tokens: Any = found.get("tokens") if isinstance(found, dict) else None
-    return [int(token) for token in tokens] if isinstance(tokens, list) else None
+    tokens: Any = _entry(found, "tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+        raise _unexpected(http, "/tokenize", found)
+    return tokens
+
+
+def _entry(value: Any, key: str) -> Any:
+    """An entry of a JSON object, None where it is no object or has none."""
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def _whole(value: Any) -> int | None:

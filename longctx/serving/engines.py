@@ -196,10 +196,8 @@ def _methods(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _original(config: Mapping[str, Any], rope: Mapping[str, Any], held: int) -> int:
     record: Any = config.get("longctx")
     before: Any = record.get("original") if isinstance(record, dict) else None
-    for source in (
-        (before or {}).get("max_position_embeddings"),
-        rope.get("original_max_position_embeddings"),
-    ):
+    recorded = before.get("max_position_embeddings") if isinstance(before, dict) else None
+    for source in (recorded, rope.get("original_max_position_embeddings")):
         if is_number(source):
             return int(source)
     factor = rope.get("factor")
@@ -251,7 +249,7 @@ def _change(rope: Mapping[str, Any]) -> Change:
         "proportional": "proportional",
         "dynamic": "dynamic",
     }
-    return names.get(kind, "unknown")
+    return names.get(kind, "unknown") if isinstance(kind, str) else "unknown"
 
 
 def _own_yarn(rope: Mapping[str, Any]) -> bool:

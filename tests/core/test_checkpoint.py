@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -320,3 +321,65 @@ def test_wrong_types_are_refused_by_name(wrong: Any, tmp_path: Path) -> None:
         longctx.save(model, wrong, tmp_path / "out")
     with pytest.raises(RunError, match="expected the path of a folder"):
         longctx.save(model, tokenizer, wrong)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("method", [None, "ntk:4"])
+def test_a_base_is_said_at_the_top_too(family: str, method: str | None, tmp_path: Path) -> None:
+    """Software that finds none there takes 10,000; transformers reads the same with it."""
+    changes: Any = {}
+    if family == "llama":
+        changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
+    model, ids = build(family, **changes), tokens(60)
+    if method:
+        longctx.extend(model, method)
+    save(model, demo_tokenizer(), tmp_path / "x")
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    entry = config["rope_parameters"]
+    assert config["rope_theta"] == entry.get("full_attention", entry)["rope_theta"]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("method", ["yarn:factor=4,attention_factor=1.3", "ntk_by_parts:4"])
+def test_a_temperature_is_said_as_mscale_and_changes_nothing_here(
+    method: str, tmp_path: Path
+) -> None:
+    """The formula of those who read `mscale` alone gives the factor; old checkpoints have none."""
+    model, ids = build("llama"), tokens(200)
+    longctx.extend(model, method)
+    saved = save(model, demo_tokenizer(), tmp_path / "x")
+    assert saved.plain
+    path = tmp_path / "x/config.json"
+    config = json.loads(path.read_text())
+    entry = config["rope_parameters"]
+    by_mscale = 0.1 * entry["mscale"] * math.log(entry["factor"]) + 1
+    assert by_mscale == pytest.approx(entry["attention_factor"])
+    assert entry["mscale_all_dim"] == 0
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    for key in ("mscale", "mscale_all_dim"):
+        del config["rope_parameters"][key], config["rope_scaling"][key]
+    for text in (path.read_text(), json.dumps(config)):
+        path.write_text(text)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=torch.float32)
+        ours, _ = load(tmp_path / "x", device="cpu")
+        with torch.no_grad():
+            assert torch.equal(plain(input_ids=ids).logits, wanted)
+            assert torch.equal(ours(input_ids=ids).logits, wanted)
+
+
+def test_what_was_saved_is_said_engine_by_engine(tmp_path: Path) -> None:
+    model = build("llama")
+    longctx.extend(model, "linear:4")
+    found = save(model, demo_tokenizer(), tmp_path / "x")
+    said = {reading.engine: reading.does for reading in found.engines}
+    assert said["transformers"] == "reads"
+    assert said["vllm"] == said["llama.cpp"] == "needs"
+    assert said["sglang"] == "unmeasured"
+    assert "vllm: reads it, and multiplies the window" in str(found)
+    longctx.extend(model, "log_n")
+    with pytest.warns(UserWarning, match="cannot be said"):
+        found = save(model, demo_tokenizer(), tmp_path / "y")
+    assert {reading.does for reading in found.engines} == {"refused"}

@@ -266,3 +266,23 @@ def test_load_says_what_it_assumes(tmp_path: Path, caplog: pytest.LogCaptureFixt
     longctx.save(build("llama", rope_parameters=LINEAR), demo_tokenizer(), tmp_path / "x")
     longctx.load(tmp_path / "x", device="cpu")
     assert "longctx takes it so, of an original window of 16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rope", "engine", "level", "said"),
+    [
+        ({}, "vllm", None, ""),
+        ({"rope_type": "linear", "factor": 4.0}, "vllm", "note", "multiplies the window"),
+        ({"rope_type": "dynamic", "factor": 4.0}, "llama.cpp", "problem", "one frequency for each"),
+        (YARN, "sglang", "note", "not measured"),
+        (YARN, "llama.cpp", "note", "as GGUF"),
+    ],
+)
+def test_what_an_engine_does_is_said_where_it_is_more_than_reading(
+    rope: dict[str, Any], engine: Any, level: str | None, said: str, tmp_path: Path
+) -> None:
+    folder = checkpoint(tmp_path / "x", rope_parameters=rope or None)
+    found = [finding for finding in examine(folder, engine) if finding.where == engine]
+    assert [finding.level for finding in found] == ([level] if level else [])
+    assert all(said in finding.what for finding in found)
+    assert not [finding for finding in examine(folder) if finding.where == engine]

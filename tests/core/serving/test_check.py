@@ -192,7 +192,7 @@ def test_an_address_without_a_server_is_bad_usage(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("answer", [{}, {"data": []}, {"data": [{"id": "x"}]}, [1]])
+@pytest.mark.parametrize("answer", [{}, {"data": []}, {"data": [{}]}, {"data": [{"id": "x"}]}, [1]])
 def test_an_answer_of_another_form_is_named(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     served = Served(nn.Identity(), None, 1024)  # pyright: ignore[reportArgumentType]
     monkeypatch.setattr(Served, "get", lambda *_: answer)

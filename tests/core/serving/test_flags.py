@@ -143,3 +143,19 @@ def test_a_checkpoint_without_a_window_or_with_an_impossible_one(
         path.write_text(json.dumps(config))
         assert main(["serve-flags", str(tmp_path), "--engine", "vllm"]) == code
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"longctx": {"original": "x", "methods": 3}},
+        {"longctx": {"original": {"max_position_embeddings": []}, "methods": [{"name": {}}]}},
+        {"rope_parameters": {"rope_type": ["yarn"], "factor": "4"}},
+        {"rope_parameters": {"rope_type": "longrope", "long_factor": [1, "x"]}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": "x"}},
+        {"text_config": {"rope_scaling": 3}},
+    ],
+)
+def test_whatever_a_config_holds_is_read(config: dict[str, Any]) -> None:
+    found = checkpoint_of({"model_type": "llama", "max_position_embeddings": 64, **config})
+    assert len(readings(found)) == len(ENGINES)
