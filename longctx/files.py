@@ -16,24 +16,27 @@ __all__ = ["finite", "read_text", "write_whole"]
 
 
 def read_text(path: Path, expected: str) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, its line ends as one character each.
 
     Args:
         path: of the file.
         expected: what it should hold, for the message: "a document".
 
     Raises:
-        DataError: it is not a file, cannot be read, or is not UTF-8.
+        DataError: it is not a file, cannot be read, is not UTF-8, or holds NUL bytes.
     """
     if not path.is_file():  # reading a FIFO or a device would wait, or never end
         what = "a folder, a device or a FIFO" if path.exists() else "not there"
         raise DataError(f"{path} is {what}: expected a file with {expected}.")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}): convert it.") from error
+    if "\0" in text:
+        raise DataError(f"{path} holds NUL bytes: it is binary, expected a file with {expected}.")
+    return text
 
 
 def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:

@@ -43,6 +43,8 @@ _BEGUN = "longctx_requests"
 """The attribute of a cache that holds T of each of its rows."""
 _ROWS = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 """The methods of a cache that move its rows."""
+_DEFAULT = 20
+"""New tokens where no length is asked for: transformers' default."""
 _turns: weakref.WeakKeyDictionary[nn.Module, RLock] = weakref.WeakKeyDictionary()
 """For each rotary, what threads that generate wait for."""
 _log = logging.getLogger(__name__)
@@ -249,6 +251,8 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     plain = kind.generate
     call = inspect.signature(plain).bind(model, *args, **kwargs).arguments
     given: dict[str, Any] = {**call, **call.pop("kwargs", {})}
+    if not _is_length_named(model, given):  # transformers' own default ends at the old window
+        kwargs["max_new_tokens"] = given["max_new_tokens"] = _DEFAULT
     asked = _asked(model, given)
     cache = given.get("past_key_values")
     if isinstance(cache, Cache) and cache.get_seq_length():
@@ -278,8 +282,8 @@ def _asked(model: PreTrainedModel, given: dict[str, Any]) -> tuple[int, ...]:
     named = (given.get(key) for key in ("inputs", "input_ids", "inputs_embeds"))
     prompt = next((x for x in named if isinstance(x, Tensor)), None)
     batch, read = (1, 1) if prompt is None else prompt.shape[:2]
-    new, end = config.max_new_tokens, config.max_length or read + 20
-    total = read + new if new is not None else max(end, read)
+    new = config.max_new_tokens
+    total = read + new if new is not None else max(config.max_length, read)
     mask = given.get("attention_mask")
     if mask is None and prompt is not None and not prompt.is_floating_point():
         mask = _inferred_mask(prompt, config)
@@ -287,6 +291,16 @@ def _asked(model: PreTrainedModel, given: dict[str, Any]) -> tuple[int, ...]:
     if isinstance(mask, Tensor) and mask.ndim == 2:  # that before the first real token
         padding = (mask.bool().cumsum(1) == 0).sum(1).tolist()
     return tuple(max(total - own, _rotary(model).reserved) for own in padding)
+
+
+def _is_length_named(model: PreTrainedModel, given: dict[str, Any]) -> bool:
+    """Whether a call of `generate` says how long its texts may become."""
+    configs = (given.get("generation_config"), model.generation_config)
+    return any(
+        getattr(config, key, None) is not None or given.get(key) is not None
+        for config in configs
+        for key in ("max_new_tokens", "max_length")
+    )
 
 
 def _inferred_mask(ids: Tensor, config: Any) -> Tensor | None:

@@ -55,8 +55,9 @@ class Generate:
     `longctx decodings`."""
     guard: str = "none"
     """Against loops: "ban", "mend", or MODE:field=value,… such as mend:copies=3."""
-    max_new_tokens: int = 256
-    """Tokens to write after each prompt, at most."""
+    max_new_tokens: int | None = None
+    """Tokens to write after each prompt, at most (default: 256, or what the window leaves beside
+    the longest prompt)."""
     method: str = "none"
     """Extend the model first: NAME:FACTOR or NAME:field=value,…: see `longctx methods`."""
     replace: bool = False
@@ -79,16 +80,16 @@ class Generate:
         from ..folders import refuse_inputs, refuse_inside, refuse_other_than_file
         from ..generation.loop_guard import parse_guard
         from ..generation.registry import parse_decoding
+        from ..generation.requests import new_tokens_of, prompt_ids, refuse_beyond_window
         from ..registry import parse_method
 
         parse_decoding(self.decoding)
         parse_guard(self.guard)
         method = parse_method(self.method)
         for option in ("max_new_tokens", "batch_size"):
-            if getattr(self, option) < 1:
-                raise RunError(
-                    f"--{option.replace('_', '-')} {getattr(self, option)}: expected 1 or more."
-                )
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise RunError(f"--{option.replace('_', '-')} {value}: expected 1 or more.")
         if self.stream and self.out is not None:
             raise RunError("--stream prints text as it comes and --out writes it: leave one out.")
         prompts = self.prompts()
@@ -101,10 +102,16 @@ class Generate:
         model, tokenizer = self.device_options.load(self.model)
         if method is not None:
             extend(model, method, replace=self.replace)
+        # All prompts are known to fit before any is gone on from, and no row depends on its batch.
+        table: Any = model.get_input_embeddings()
+        ids = prompt_ids(tokenizer, prompts, int(table.weight.shape[0]))
+        limit = new_tokens_of(model, ids, self.max_new_tokens)
+        refuse_beyond_window(model, ids, limit)
+        asked = _Asked(model, tokenizer, ids, limit)
         if self.out is None:
-            self._print(model, tokenizer, prompts)
+            self._print(asked)
         else:
-            self._write(model, tokenizer, prompts, self.out)
+            self._write(asked, self.out)
         return 0
 
     def prompts(self) -> list[Any]:
@@ -126,24 +133,18 @@ class Generate:
             return [[{"role": "user", "content": text}] for text in self.prompt]
         return [*self.prompt]
 
-    def _generate(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: list[Any],
-        first: int,
-        shown: Any = None,
-    ) -> Generated:
+    def _generate(self, asked: _Asked, first: int, size: int, shown: Any = None) -> Generated:
+        """Go on after `size` prompts, from number `first` on."""
         from ..generation.generate import generate
         from ..generation.loop_guard import parse_guard
 
         return generate(
-            model,
-            tokenizer,
-            prompts,
+            asked.model,
+            asked.tokenizer,
+            asked.ids[first : first + size],
             decoding=self.decoding,
             guard=parse_guard(self.guard),
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=asked.limit,
             batch_size=self.batch_size,
             seed=self.seed,
             stream=shown,
@@ -151,70 +152,75 @@ class Generate:
             first_row=first,
         )
 
-    def _print(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Any]
-    ) -> None:
+    def _print(self, asked: _Asked) -> None:
+        from longctx.eval.running.progress import Progress
+
+        several = len(asked.ids) > 1
         size = 1 if self.stream else self.batch_size
-        for first in range(0, len(prompts), size):
-            batch = prompts[first : first + size]
 
-            def show(row: int, text: str) -> None:
-                del row
-                print(printable(text), end="", flush=True)
+        def show(row: int, text: str) -> None:
+            del row
+            print(printable(text), end="", flush=True)
 
-            if self.stream and len(prompts) > 1:
-                print(f"[{first}] ", end="")
-            said = self._generate(model, tokenizer, batch, first, show if self.stream else None)
-            for index, text in enumerate(said.texts):
-                if self.stream:
-                    print()
-                else:
-                    name = f"[{first + index}] " if len(prompts) > 1 else ""
-                    print(f"{name}{printable(text)}", flush=True)
+        for first in range(0, len(asked.ids), size):
+            if self.stream:
+                if several:
+                    print(f"[{first}] ", end="")
+                said = self._generate(asked, first, size, show)
+                print()
+            else:
+                # A bar of its own for each batch: texts are printed between them.
+                with Progress(len(asked.ids), shown=True) as progress:
+                    progress.advance(first)
+                    progress.at(f"row {first} of {len(asked.ids)}")
+                    said = self._generate(asked, first, size)
+                for index, text in enumerate(said.texts, first):
+                    print(f"{f'[{index}] ' if several else ''}{printable(text)}", flush=True)
             for event in said.events:
                 where = f"row {first + event.row}, token {event.position}"
                 print(f"{where}: {event.kind}: {event.detail}", file=sys.stderr)
 
-    def _write(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: list[Any],
-        out: Path,
-    ) -> None:
+    def _write(self, asked: _Asked, out: Path) -> None:
         from longctx.eval.running.progress import Progress
 
         from ..fingerprint import identity_of, json_digest
         from ..generation.loop_guard import parse_guard
         from ..generation.registry import parse_decoding
-        from ..generation.requests import prompt_ids, refuse_beyond_window
         from ..generation.row_file import RowFile
 
-        table: Any = model.get_input_embeddings()
-        ids = prompt_ids(tokenizer, prompts, int(table.weight.shape[0]))
-        refuse_beyond_window(model, ids, self.max_new_tokens)  # all, before any is generated
         settings: dict[str, Any] = {
             "decoding": str(parse_decoding(self.decoding)),
             "guard": str(parse_guard(self.guard)),
             "method": self.method,
-            "max_new_tokens": self.max_new_tokens,
+            "max_new_tokens": asked.limit,
             "seed": self.seed,
             "ignore_eos": self.ignore_eos,
-            **identity_of(model, tokenizer),
+            **identity_of(asked.model, asked.tokenizer),
         }
-        digests = [json_digest(each) for each in ids]
-        with RowFile(out, settings, digests) as rows, Progress(len(ids), shown=True) as progress:
+        digests = [json_digest(each) for each in asked.ids]
+        count = len(asked.ids)
+        with RowFile(out, settings, digests) as rows, Progress(count, shown=True) as progress:
             before = rows.done
             progress.advance(before)
-            for first in range(before, len(ids), self.batch_size):
-                progress.at(f"row {first} of {len(ids)}")
-                batch = prompts[first : first + self.batch_size]
-                said = self._generate(model, tokenizer, batch, first)
+            for first in range(before, count, self.batch_size):
+                progress.at(f"row {first} of {count}")
+                said = self._generate(asked, first, self.batch_size)
                 for index, text in enumerate(said.texts):
                     rows.add(_row(said, index, text))
-                progress.advance(len(batch))
+                progress.advance(len(said.texts))
         kept = f", {before} of them from before" if before else ""
-        print(f"{len(ids)} rows are in {out}{kept}")
+        print(f"{count} rows are in {out}{kept}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is gone on from, and how far."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    ids: list[tuple[int, ...]]
+    limit: int
+    """New tokens at most."""
 
 
 def _row(said: Generated, index: int, text: str) -> dict[str, Any]:

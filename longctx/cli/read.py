@@ -88,6 +88,7 @@ class Read:
             extend(model, method, replace=self.replace)
         with Progress(1.0, shown=True) as bar:
             share = 0.0
+            bar.at("cutting the document into pieces")
 
             def show(done: int, there: int) -> None:
                 nonlocal share

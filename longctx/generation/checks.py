@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..errors import RunError
+from ..errors import DataError, RunError
 
-__all__ = ["check_flag", "check_number", "check_whole"]
+__all__ = ["LARGEST", "check_flag", "check_number", "check_text", "check_whole"]
+
+LARGEST = 1 << 31
+"""Of tokens, copies and candidates: far beyond any use, and within what tensors count by."""
 
 
 def check_number(
@@ -26,16 +29,35 @@ def check_number(
         raise RunError(f"{owner}: {field}={value!r}: expected a number {bound}{upper}.")
 
 
-def check_whole(owner: str, field: str, value: Any, *, least: int, most: int | None = None) -> None:
+def check_whole(owner: str, field: str, value: Any, *, least: int, most: int = LARGEST) -> None:
     """Refuse what is not a whole number from `least` to `most`.
 
     Raises:
         RunError: it is not.
     """
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        bound = f"{least} or more" if most is None else f"from {least} to {most:,}"
+    if not whole or value < least or value > most:
+        bound = f"{least} or more" if most == LARGEST else f"from {least} to {most:,}"
+        bound += f", and at most {most:,}" if whole and value > most == LARGEST else ""
         raise RunError(f"{owner}: {field}={value!r}: expected a whole number, {bound}.")
+
+
+def check_text(name: str, value: Any) -> str:
+    """The value, which a tokenizer can read.
+
+    Raises:
+        DataError: it is not text, or holds half a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{name} is of type {type(value).__name__}: expected text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{name} holds half a surrogate pair, {value[error.start]!r}, at character "
+            f"{error.start}: it is not text. Write the whole pair, or leave it out."
+        ) from error
+    return value
 
 
 def check_flag(owner: str, field: str, value: Any) -> None:

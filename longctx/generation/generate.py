@@ -34,7 +34,7 @@ from .detokenize import TextStream, text_of
 from .draws import Draws, Finite, seed_of
 from .loop_guard import BanProcessor, LoopGuard, parse_guard
 from .registry import parse_decoding
-from .requests import Prompts, prompt_ids, reach, refuse_beyond_window
+from .requests import Prompts, new_tokens_of, prompt_ids, reach, refuse_beyond_window
 from .result import Generated
 from .rows import Row, Watch
 
@@ -48,7 +48,7 @@ def generate(
     *,
     decoding: str | Decoding = "greedy",
     guard: str | LoopGuard | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
     stream: Callable[[int, str], object] | None = None,
@@ -69,7 +69,8 @@ def generate(
         decoding: a decoding, a preset, or either as text ("dry:multiplier=0.8"); see
             `longctx decodings`.
         guard: against loops; as text "ban" or "mend:copies=3".
-        max_new_tokens: per row, at most.
+        max_new_tokens: per row, at most; None: 256, or what the window leaves beside the longest
+            prompt.
         batch_size: rows read at a time, padded on the left.
         seed: of whatever is drawn.
         stream: called with a prompt's index and its new text, as soon as nothing that comes can
@@ -102,15 +103,16 @@ def generate(
     )
     table: Any = inner.get_input_embeddings()
     ids = prompt_ids(tokenizer, prompts, int(table.weight.shape[0]))
+    limit = new_tokens_of(inner, ids, max_new_tokens)
     if not beyond_window or learned_positions(inner) is not None:
-        refuse_beyond_window(inner, ids, max_new_tokens)
+        refuse_beyond_window(inner, ids, limit)
     chosen.refuse(inner, tokenizer)
     own_ends = ends_of(inner, tokenizer)
     rows = [
         Row(
             index,
             prompt,
-            max_new_tokens,
+            limit,
             frozenset() if ignore_eos else own_ends,
             watched if watched is not None and watched.mode == "mend" else None,
             seed_of(seed, first_row + index),
@@ -137,17 +139,20 @@ def generate(
 
 
 def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end a text: the checkpoint's generation settings may name several."""
+    """Tokens that end a text: the checkpoint's generation settings may name several.
+
+    Some checkpoints write −1 for none.
+    """
     named: Any = getattr(model.generation_config, "eos_token_id", None)
     several: list[int | None] = [*named] if isinstance(named, list | tuple) else [named]
     own: Any = tokenizer.eos_token_id
-    return frozenset(token for token in (*several, own) if token is not None)
+    return frozenset(token for token in (*several, own) if token is not None and token >= 0)
 
 
 def _checked(
     decoding: Any,
     guard: Any,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     batch_size: int,
     seed: int,
     stream: object,
@@ -155,9 +160,10 @@ def _checked(
     first_row: int,
 ) -> tuple[Decoding, LoopGuard | None]:
     """The decoding and the guard, once all settings are known to fit."""
-    check_whole("generate", "max_new_tokens", max_new_tokens, least=1)
+    if max_new_tokens is not None:
+        check_whole("generate", "max_new_tokens", max_new_tokens, least=1)
     check_whole("generate", "batch_size", batch_size, least=1)
-    check_whole("generate", "seed", seed, least=0)
+    check_whole("generate", "seed", seed, least=0, most=(1 << 64) - 1)
     check_whole("generate", "first_row", first_row, least=0)
     check_flag("generate", "ignore_eos", ignore_eos)
     if stream is not None and not callable(stream):
@@ -243,7 +249,7 @@ def _run(
         do_sample=False,
         max_new_tokens=max(row.limit - len(row.tokens) for row in rows),
         eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0),
+        pad_token_id=0,  # after a row's end, where nobody looks; ends may lie beyond the embeddings
         **{"num_beams": 1, **decoding.settings()},
     )
     banned = [BanProcessor(guard, call)] if guard is not None and guard.mode == "ban" else []

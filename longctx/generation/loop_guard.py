@@ -7,7 +7,8 @@ For each p the tokens that agree with the one p before them are counted at the t
 
 "ban" forbids the token that would complete a loop: a hard guarantee, but the model goes on around
 it. "mend" lets the loop come, cuts the row to one copy and goes on from there with a temperature
-that rises from try to try, and with the first settings again after `recover_after` tokens.
+that rises from try to try, and with the first settings again after `recover_after` tokens: twice as
+many at each further place, since a loop that comes again shows that they came back too early.
 """
 
 from __future__ import annotations
@@ -45,14 +46,16 @@ class LoopGuard:
     """Tokens of the longest stretch that is looked for."""
     min_length: int = 12
     """Tokens of the shortest loop: shorter ones (three dots, a key of equal digits) are text."""
-    temperature: float = 0.5
-    """Mend: added to the decoding's own for each try at one place."""
+    temperature: float = 1.0
+    """Mend: added to the decoding's own for the first try at one place; half of it more for each
+    further one."""
     min_p: float = 0.05
     """Mend: tries draw among tokens at least this share as likely as the likeliest."""
     retries: int = 4
     """Mend: tries at one place, after which the row ends with the reason "loop"."""
     recover_after: int = 32
-    """Mend: tokens after a cut that are drawn warmer. A loop beyond them is a new place."""
+    """Mend: tokens after a row's first cut that are drawn warmer; twice as many at each new place.
+    A loop that many tokens beyond a cut is at a new place."""
     strategy: Literal["resample", "split", "marker"] = "resample"
     """Mend: what a try begins with, beside the warmer draws, which all have: nothing, the text
     `split_with` (a new paragraph), or `marker`."""
@@ -69,11 +72,11 @@ class LoopGuard:
                     f"guard: {field}={value!r}{nearest(value, known)}: expected one of "
                     f"{', '.join(known)}."
                 )
-        check_whole("guard", "copies", self.copies, least=2)
+        check_whole("guard", "copies", self.copies, least=2, most=_LONGEST)
         check_whole("guard", "max_period", self.max_period, least=1, most=_LONGEST)
         for field in ("min_length", "retries", "recover_after"):
             check_whole("guard", field, getattr(self, field), least=1)
-        check_number("guard", "temperature", self.temperature, least=0, above=True)
+        check_number("guard", "temperature", self.temperature, least=0, most=1000, above=True)
         check_number("guard", "min_p", self.min_p, least=0, most=1)
         for field in ("split_with", "marker"):
             value = getattr(self, field)

@@ -41,7 +41,11 @@ __all__ = [
 
 NEAR = 90.0
 """Similarity from which sentences count as copies."""
-_SENTENCE = re.compile(r".+?(?:[.!?…。！？]+[\"'”’)\]]*(?=\s|$)|(?=\n)|$)\s*", re.DOTALL)
+_SENTENCE = re.compile(
+    r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？]+[\"'”’」』）)\]]*|(?=\n)|$)\s*", re.DOTALL
+)
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+")
+"""A word, or a character of a script without spaces (kana, Chinese characters)."""
 Decision = Literal["keep", "drop"]
 
 
@@ -60,12 +64,14 @@ def drop_repeated_sentences(text: str, *, threshold: float = NEAR, least: int = 
     Args:
         text: any.
         threshold: similarity from which a sentence is a copy, 0 to 100.
-        least: words that a sentence needs to be compared: shorter ones ("Yes.") are kept.
+        least: words that a sentence needs to be compared: shorter ones ("Yes.") are kept. A Chinese
+            character or kana counts as a word.
 
     Raises:
-        DataError: a threshold or number that cannot be.
+        DataError: a threshold or number that cannot be, or something that is not text.
     """
     _check(threshold)
+    _check_texts([text])
     if type(least) is not int or least < 1:
         raise DataError(f"least={least!r}: expected a whole number of words, 1 or more.")
     kept: list[str] = []
@@ -73,7 +79,7 @@ def drop_repeated_sentences(text: str, *, threshold: float = NEAR, least: int = 
     dropped: list[str] = []
     for sentence in _SENTENCE.findall(text):
         plain = utils.default_process(sentence)
-        long = len(plain.split()) >= least
+        long = len(_WORD.findall(plain)) >= least
         if long and process.extractOne(plain, said, scorer=fuzz.ratio, score_cutoff=threshold):
             dropped.append(sentence.strip())
             continue
@@ -95,9 +101,10 @@ def same_texts(texts: Sequence[str], *, threshold: float = 95.0) -> tuple[tuple[
             that it is like.
 
     Raises:
-        DataError: a threshold that cannot be.
+        DataError: a threshold that cannot be, or something that is not a list of texts.
     """
     _check(threshold)
+    _check_texts(texts)
     plain = [utils.default_process(text) for text in texts]
     if len(plain) < 2:
         return ()
@@ -153,7 +160,7 @@ def mark(texts: Sequence[str], *, repeated: float = 0.2, threshold: float = NEAR
     Raises:
         DataError: a threshold or share that cannot be.
     """
-    if not 0 < repeated <= 1:
+    if not isinstance(repeated, int | float) or not 0 < repeated <= 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(f"repeated={repeated!r}: expected a share above 0 and at most 1.")
     same = {index for group in same_texts(texts, threshold=threshold) for index in group}
     reasons: list[tuple[str, ...]] = []
@@ -277,3 +284,9 @@ def _decisions(
 def _check(threshold: float) -> None:
     if not isinstance(threshold, int | float) or not 0 < threshold <= 100:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise DataError(f"threshold={threshold!r}: expected a similarity above 0 and at most 100.")
+
+
+def _check_texts(texts: Any) -> None:
+    """Refuse what is not a list of texts: a single text would be taken letter by letter."""
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"texts={texts!r:.60}: expected a list of texts, one a prompt.")

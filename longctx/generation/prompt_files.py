@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import read_text
+from .requests import is_prompt
 
 __all__ = ["read_prompts"]
 
@@ -33,7 +34,7 @@ def read_prompts(path: Path) -> list[Any]:
     numbered = [(i, line.rstrip("\r")) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise DataError(f"{path} holds no prompts: expected one a line.")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return [line for _, line in numbered]
     return [_value(line, f"{path}:{number}") for number, line in numbered]
 
@@ -48,6 +49,6 @@ def _value(line: str, where: str) -> Any:
         if len(held) != 1:
             raise DataError(f"{where} holds {len(held)} prompts: expected {_EXPECTED}.")
         value = value[held[0]]
-    if not isinstance(value, str | list) or not value:
+    if not value or not is_prompt(value):
         raise DataError(f"{where} is {line!r:.60}: expected {_EXPECTED}.")
     return value

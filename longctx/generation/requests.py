@@ -11,14 +11,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import DataError
 from ..model import learned_positions, window
 from ..patch import Patch, patch_of
+from ..prompts.haystacks import encode
 from ..prompts.rendering import render_chat
+from .checks import check_text
 
-__all__ = ["Chat", "One", "Prompts", "prompt_ids", "reach", "refuse_beyond_window"]
+__all__ = [
+    "Chat",
+    "One",
+    "Prompts",
+    "is_prompt",
+    "new_tokens_of",
+    "prompt_ids",
+    "reach",
+    "refuse_beyond_window",
+]
 
 Chat: TypeAlias = Sequence[Mapping[str, str]]
 One: TypeAlias = str | Chat | Sequence[int] | Tensor
 Prompts: TypeAlias = One | Sequence[One]
 
+_DEFAULT = 256  # new tokens where the window leaves as many
 _EXPECTED = (
     'expected a text, a chat ([{"role": "user", "content": "Hi"}]), token ids, or a list of such'
 )
@@ -37,7 +49,7 @@ def prompt_ids(
     Raises:
         DataError: none, an empty one, one of another type, or ids beyond the vocabulary.
     """
-    several = [prompts] if _is_one(prompts) else _listed(prompts)
+    several = [prompts] if is_prompt(prompts) else _listed(prompts)
     if not several:
         raise DataError(f"no prompts: {_EXPECTED}.")
     return [_ids(tokenizer, each, index, vocabulary) for index, each in enumerate(several)]
@@ -51,7 +63,8 @@ def _listed(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def _is_one(prompts: Any) -> bool:
+def is_prompt(prompts: Any) -> bool:
+    """Whether this has the form of one prompt: a text, messages or token ids."""
     if isinstance(prompts, Tensor):
         return prompts.ndim == 1
     if isinstance(prompts, str):
@@ -72,9 +85,8 @@ def _ids(
         prompt = prompt.tolist()
     found: Any
     if isinstance(prompt, str):
-        found = tokenizer(prompt)["input_ids"]
-        if not prompt.strip():
-            found = []
+        text = check_text(f"prompt {index}", prompt)
+        found = tokenizer(text, verbose=False)["input_ids"] if text.strip() else []
     elif isinstance(prompt, list | tuple) and prompt and all(map(_is_id, prompt)):
         found = prompt
     elif isinstance(prompt, list | tuple) and all(isinstance(part, Mapping) for part in prompt):
@@ -104,8 +116,7 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Any, index: int) -> 
             f"prompt {index} is a chat, and the tokenizer has no chat template: pass it as text."
         )
     text = render_chat(tokenizer, messages, generation=True)
-    found: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return found
+    return [*encode(tokenizer, check_text(f"prompt {index}", text))]
 
 
 def refuse_beyond_window(
@@ -126,6 +137,23 @@ def refuse_beyond_window(
             f"follow, {longest + new_tokens:,} in all, and {what} is {most:,}: {shorter}lower "
             "max_new_tokens, or extend the model (longctx.extend)."
         )
+
+
+def new_tokens_of(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], asked: int | None
+) -> int:
+    """The new tokens of each row: those asked for, else 256 or what the window leaves.
+
+    Raises:
+        DataError: none was asked for, and the longest prompt fills the window.
+    """
+    if asked is not None:
+        return asked
+    most, _ = reach(model)
+    left = _DEFAULT if most is None else min(_DEFAULT, most - max(map(len, prompts)))
+    if left < 1:
+        refuse_beyond_window(model, prompts, 1)
+    return left
 
 
 def reach(model: PreTrainedModel) -> tuple[int | None, str]:

@@ -16,6 +16,8 @@ from .result import GenerationEvent
 
 __all__ = ["Row", "Watch"]
 
+_DOUBLINGS = 20  # far more tokens than any row has
+
 
 @dataclass(slots=True)
 class Row:
@@ -43,6 +45,7 @@ class Row:
     _tracker: LoopTracker | None = None
     _tries: int = 0
     _place: int = 0  # generated tokens where the tries began
+    _places: int = 0  # where it looped, the latest included
     _warm_until: int = 0  # generated tokens
 
     def __post_init__(self) -> None:
@@ -87,14 +90,16 @@ class Row:
         self.looped = False
         if len(kept) >= self._place + guard.recover_after or not self._tries:
             self._tries, self._place = 0, len(kept)
+            self._places += 1
         self._tries += 1
         if self._tries > guard.retries:
             self._event("gave up", f"{guard.retries} tries from token {self._place} on all looped")
             self.finish = "loop"
             self._show()
             return
-        self.warmer = guard.temperature * self._tries
-        self._warm_until = len(kept) + guard.recover_after
+        self.warmer = guard.temperature * (1 + self._tries) / 2
+        # A loop that comes again under the first settings shows that they were too early.
+        self._warm_until = len(kept) + guard.recover_after * 2 ** min(self._places - 1, _DOUBLINGS)
         what = f"try {self._tries}, temperature {self.warmer:g} higher"
         if guard.inserted:
             ids: Any = tokenizer.encode(guard.inserted, add_special_tokens=False)

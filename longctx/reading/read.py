@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError, RunError, nearest
-from ..generation.checks import check_whole
+from ..generation.checks import check_text, check_whole
 from ..generation.generate import ends_of
 from ..generation.requests import reach
 from ..model import unwrapped
@@ -177,9 +177,10 @@ def read(
     """
     reading = Reading(combine, chunk, overlap, batch_size)
     check_whole("read", "max_new_tokens", max_new_tokens, least=1)
-    for name, value in (("document", document), ("question", question)):
-        if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise DataError(f"{name} is of type {type(value).__name__}: expected text.")
+    texts = {"document": document, "question": question, "intro": intro}
+    texts |= {"answer_prefix": answer_prefix or "", "stop": stop or ""}
+    for name, value in texts.items():
+        check_text(name, value)
     chat = bool(tokenizer.chat_template) if chat is None else chat
     asked = Question.of(tokenizer, question, intro=intro, answer_prefix=answer_prefix, chat=chat)
     if stop is None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import RunError
-from ..generation.checks import check_whole
+from ..errors import DataError, RunError
+from ..generation.checks import check_text, check_whole
 from ..model import unwrapped
 from .combine_map import answer_each
 from .question import Question
@@ -61,6 +61,10 @@ def summarise(
             do not become shorter than what they sum up.
     """
     check_whole("summarise", "max_new_tokens", max_new_tokens, least=1)
+    for name, value in (("document", document), ("instruction", instruction)):
+        check_text(name, value)
+    if not instruction.strip():
+        raise DataError("the instruction is empty: say what is to be done with each piece.")
     inner = unwrapped(model)
     reading = Reading("map", chunk, 0, batch_size)
     question = Question.of(tokenizer, instruction, chat=chat)

@@ -73,6 +73,14 @@ def test_generate_settles_the_length_however_it_is_asked() -> None:
     assert torch.equal(longer, wanted)
 
 
+def test_generate_without_a_length_is_not_ended_by_the_old_window() -> None:
+    model, ids = build("llama"), tokens(WINDOW - 5)
+    longctx.extend(model, Dynamic(factor=4))
+    wanted = model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    model.generation_config.eos_token_id = None
+    assert torch.equal(model.generate(ids, do_sample=False), wanted)
+
+
 def test_a_config_class_that_takes_other_types_of_rope_only_refuses_it() -> None:
     with pytest.raises(ModelError, match="refuses rope_type 'dynamic'"):
         longctx.extend(build("phi3"), Dynamic(factor=4))

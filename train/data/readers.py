@@ -97,7 +97,9 @@ class Records:
             yield from self._dataset(path)
             return
         if not path.is_file():
-            raise DataError(f"{path} does not exist: expected a file, a folder or a hub id.")
+            # Reading a FIFO or a device would wait, or never end; records are read more than once.
+            why = "is not a regular file" if path.exists() else "does not exist"
+            raise DataError(f"{path} {why}: expected a file, a folder or a hub id.")
         readers = dict.fromkeys(_JSON, self._json) | {
             ".parquet": self._parquet,
             ".txt": self._document,

@@ -64,8 +64,15 @@ class Contrastive(Decoding):
 
         Raises:
             ModelError: the model keeps a state in place of keys (Mamba), or no cache.
+            RunError: more candidates than the model has tokens.
         """
         del tokenizer
+        table: Any = model.get_input_embeddings()
+        if self.k > len(table.weight):
+            raise RunError(
+                f"contrastive: k={self.k:,}: the model has {len(table.weight):,} tokens to choose "
+                "from: expected a few, such as 4."
+            )
         name = cache_argument(model.forward)
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         strange = {type(layer).__name__ for layer in layers if not _selects(layer)}

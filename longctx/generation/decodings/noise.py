@@ -1,6 +1,6 @@
 """Noise: greedy decoding of logits, or of embeddings, with Gaussian noise on them.
 
-    logits + sd · ε,  or  embedding · (1) + sd · ε,  ε ~ N(0, 1)
+    logits + sd · ε,  or  embedding + sd · rms · ε,  ε ~ N(0, 1)
 
 Noise on embeddings goes to generated tokens alone: the prompt is read as it is. Each row's noise
 follows from the seed, the row's index and, for embeddings, the token's place, not from the batch.
@@ -43,7 +43,7 @@ class Noise(Decoding):
     keeps_keys: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_number(self.name, "sd", self.sd, least=0, above=True)
+        check_number(self.name, "sd", self.sd, least=0, most=1000, above=True)
         if self.where not in ("logits", "embeddings"):
             raise RunError(f"noise: where={self.where!r}: expected 'logits' or 'embeddings'.")
 

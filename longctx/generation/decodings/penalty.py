@@ -40,7 +40,7 @@ class Penalty(Sampled):
 
     def __post_init__(self) -> None:
         super(Penalty, self).__post_init__()
-        check_number(self.name, "penalty", self.penalty, least=1)
+        check_number(self.name, "penalty", self.penalty, least=1, most=1000)
 
     def processors(self, call: Call) -> Sequence[LogitsProcessor]:
         """The penalty."""

@@ -49,6 +49,32 @@ def test_text_is_printed_and_streamed_alike(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == printed
 
 
+def test_the_first_example_of_the_help_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    # The default length is more than the embedded model's window leaves.
+    command = ["generate", "demo", "--prompt", "parser " * 60, "A"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("[0] ")
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    out = tmp_path / "said.jsonl"
+    (tmp_path / "prompts.txt").write_text("".join(f"The number {n} is\n" for n in range(12)))
+    line = ["generate", "demo", "--file", str(tmp_path / "prompts.txt"), "--out", str(out)]
+    line += ["--batch-size", "1", "--max-new-tokens", "24", "--decoding", "sample"]
+    run = subprocess.Popen([sys.executable, "-m", "longctx", *line], stderr=subprocess.DEVNULL)
+    while not out.exists() or len(out.read_bytes().splitlines()) < 2:
+        time.sleep(0.01)
+        assert run.poll() is None
+    run.kill()
+    run.wait()
+    assert main(line) == 0
+    rows = rows_of(out)
+    assert [row["row"] for row in rows] == list(range(12))
+    whole = tmp_path / "whole.jsonl"
+    assert main([str(whole) if part == str(out) else part for part in line]) == 0
+    assert rows_of(whole) == rows
+
+
 def test_rows_are_written_and_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = tmp_path / "prompts.jsonl", tmp_path / "new" / "said.jsonl"
     lines = ['"The parser"', '{"prompt": "Once"}', "[5, 9, 17]", '{"input_ids": [4, 8]}', ""]
@@ -123,6 +149,9 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
         (["--file", "bad.jsonl"], "bad.jsonl:2 is not JSON"),
         (["--file", "two.jsonl"], "holds 2 prompts"),
         (["--file", "number.jsonl"], "number.jsonl:1 is '3'"),
+        (["--file", "NESTED.JSONL"], "NESTED.JSONL:2 is '[[5], [7]]'"),
+        (["--file", "nul.txt"], "nul.txt holds NUL bytes"),
+        (["--file", "half.jsonl"], "prompt 0 holds half a surrogate pair"),
         (["--file", "ok.txt", "--chat"], "--chat is for --prompt"),
         (["--prompt", "x", "--decoding", "dry:breakers=''"], "empty text"),
         (["--prompt", "x", "--decoding", "beam", "--guard", "mend"], "use the guard 'ban'"),
@@ -143,6 +172,9 @@ def test_bad_usage_is_one_line(
     Path("bad.jsonl").write_text('"a"\n{\n')
     Path("two.jsonl").write_text('{"prompt": "a", "messages": []}\n')
     Path("number.jsonl").write_text("3\n")
+    Path("NESTED.JSONL").write_text('"a"\n[[5], [7]]\n')
+    Path("nul.txt").write_text("a\0b\n")
+    Path("half.jsonl").write_text('"\\ud800"\n')
     before = sorted(path.name for path in tmp_path.iterdir())
     assert main(["generate", "demo", *arguments]) == 2
     shown = capsys.readouterr()

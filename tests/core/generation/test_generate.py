@@ -197,6 +197,7 @@ def test_prompts_beyond_the_window_are_refused_by_both_numbers(tiny: Any) -> Non
         (7, "prompts of type int"),
         (None, "prompts of type NoneType"),
         ([None], r"prompt 0 is None"),
+        (["Hi", "\ud800"], "prompt 1 holds half a surrogate pair"),
         ([[5, 1.5]], "prompt 0 is"),
         ([[5, 96]], "token 96 is not in the model's vocabulary of 96"),
         ([[-1]], "token -1"),
@@ -230,6 +231,13 @@ def test_bad_prompts_are_refused(tiny: Any, prompts: Any, message: str) -> None:
         ({"decoding": "beam:num_beams=1"}, "num_beams=1"),
         ({"decoding": "noise:where=weights"}, "where='weights'"),
         ({"decoding": "noise:sd=0"}, "above 0"),
+        ({"decoding": "noise:sd=1e308"}, "above 0 to 1000"),
+        ({"decoding": "penalty:penalty=1e308"}, "from 1 to 1000"),
+        ({"decoding": f"dry:allowed={10**20}"}, "1 or more, and at most 2,147,483,648"),
+        ({"decoding": "contrastive:k=97"}, "the model has 96 tokens to choose from"),
+        ({"guard": f"mend:copies={10**20}"}, "from 2 to 65,536"),
+        ({"guard": f"ban:min_length={10**20}"}, "at most 2,147,483,648"),
+        ({"guard": "mend:temperature=1e300"}, "above 0 to 1000"),
         ({"decoding": Dry}, "expected a decoding such as"),
         ({"decoding": None}, "expected a decoding such as"),
         ({"decoding": 3}, "expected a decoding such as"),
@@ -273,6 +281,34 @@ def test_models_that_cannot_be_gone_on_with_are_refused(tiny: Any) -> None:
             longctx.generate(
                 broken, demo_tokenizer(), [[5, 6]], decoding=decoding, max_new_tokens=4
             )
+
+
+def test_without_a_length_a_row_fills_the_window_at_most(tiny: Any) -> None:
+    tokenizer = demo_tokenizer()
+    said = longctx.generate(tiny, tokenizer, [[7] * 60, [5]], ignore_eos=True)
+    assert [len(row) for row in said.token_ids] == [4, 4]  # the window has 64
+    with pytest.raises(DataError, match="has 64 tokens and max_new_tokens=1 are to"):
+        longctx.generate(tiny, tokenizer, [[7] * 64])
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "beam", "contrastive", "sample"])
+@pytest.mark.parametrize("ends", [-1, 5000, [13, 5000, -1], []])
+def test_ends_that_are_not_tokens_change_nothing(tiny: Any, decoding: str, ends: Any) -> None:
+    common: Any = {"decoding": decoding, "max_new_tokens": 8}
+    free = longctx.generate(tiny, demo_tokenizer(), PROMPTS, ignore_eos=True, **common)
+    kept = tiny.generation_config
+    tiny.generation_config = GenerationConfig(eos_token_id=ends)
+    try:
+        said = longctx.generate(tiny, demo_tokenizer(), PROMPTS, **common)
+        # One row ends at once, and is filled up while the others go on.
+        tiny.generation_config = GenerationConfig(eos_token_id=[5000, free.token_ids[0][0]])
+        ended = longctx.generate(tiny, demo_tokenizer(), PROMPTS, **common)
+    finally:
+        tiny.generation_config = kept
+    for row, whole in zip(said.token_ids, free.token_ids, strict=True):
+        assert row == whole[: len(row)]
+        assert len(row) == 8 or whole[len(row)] in (13, demo_tokenizer().eos_token_id)
+    assert ended.finish_reasons[0] == "eos"
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny: Any) -> None:

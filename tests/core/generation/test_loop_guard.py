@@ -169,10 +169,16 @@ def test_rows_that_are_mended_together_stay_in_the_window(demo: tuple[Any, Any])
 
 def test_the_first_settings_come_back(demo: tuple[Any, Any]) -> None:
     said = shown_by(demo, guard="mend:recover_after=10")
-    places = {event.position for event in said.events if event.kind == "recovered"}
-    assert places
-    retries = {event.position + 10 for event in said.events if event.kind == "retry"}
-    assert places <= retries
+    stretches: dict[int, list[int]] = {}
+    begun = 0
+    for event in said.events:
+        if event.kind == "retry":
+            begun = event.position
+        elif event.kind == "recovered":
+            stretches.setdefault(event.row, []).append(event.position - begun)
+    # Twice as many tokens at each further place where a row loops.
+    assert all(row[0] == 10 and set(row) <= {10, 20, 40, 80} for row in stretches.values())
+    assert any(len(set(row)) > 1 for row in stretches.values())
 
 
 def test_the_ban_holds_for_beams(demo: tuple[Any, Any]) -> None:

@@ -43,6 +43,12 @@ def test_a_text_without_copies_stays_as_it_is(text: str) -> None:
     assert drop_repeated_sentences(text).text == text
 
 
+def test_sentences_of_scripts_without_spaces_are_compared() -> None:
+    found = drop_repeated_sentences("天空是蓝色的。草是绿色的！天空是蓝色的。「好。」他说。")
+    assert found.dropped == ("天空是蓝色的。",)
+    assert found.text == "天空是蓝色的。草是绿色的！「好。」他说。"
+
+
 def test_the_same_answer_to_several_prompts() -> None:
     texts = ["I am a model.", "Paris", "i am a model", "", "Rome", " "]
     assert same_texts(texts) == ((0, 2), (3, 5))
@@ -99,6 +105,12 @@ def test_bad_settings(tmp_path: Path) -> None:
         drop_repeated_sentences("a", least=0)
     with pytest.raises(DataError, match="repeated=2"):
         mark(["a"], repeated=2)
+    with pytest.raises(DataError, match="repeated='x'"):
+        mark(["a"], repeated="x")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DataError, match="expected a list of texts"):
+        same_texts("one text")
+    with pytest.raises(DataError, match="expected a list of texts"):
+        drop_repeated_sentences(None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match="1 prompts, 2 texts"):
         write_review(tmp_path / "r", ["a"], ["a", "b"], mark(["a", "b"]))
     with pytest.raises(RunError):

@@ -170,7 +170,11 @@ def test_a_summary_ends_in_one(demo: tuple[Any, Any], hidden: tuple[str, str]) -
     [
         ({"document": " "}, DataError, "document is empty"),
         ({"document": 3}, DataError, "document is of type int"),
+        ({"document": "\udc80"}, DataError, "document holds half a surrogate pair"),
         ({"question": ""}, DataError, "question is empty"),
+        ({"intro": None}, DataError, "intro is of type NoneType"),
+        ({"stop": 3}, DataError, "stop is of type int"),
+        ({"chat": True}, DataError, "no chat template"),
         ({"combine": "maps"}, RunError, "did you mean 'map'"),
         ({"chunk": 4000}, DataError, "more than the model's window of 256"),
         ({"chunk": 0}, RunError, "chunk=0"),
@@ -187,6 +191,13 @@ def test_bad_input(
     document, asked = given.pop("document"), given.pop("question")
     with pytest.raises(error, match=found):
         longctx.read(*demo, document, asked, **given)
+
+
+def test_a_summary_of_what_is_not_text_is_refused(demo: tuple[Any, Any]) -> None:
+    with pytest.raises(DataError, match="document is of type bytes"):
+        longctx.summarise(*demo, b"One.")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DataError, match="instruction is empty"):
+        longctx.summarise(*demo, "One.", instruction=" ")
 
 
 def test_the_command(tmp_path: Path, hidden: tuple[str, str], capsys: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,12 @@ def test_what_arrow_fills_up_is_not_there(tmp_path: Path) -> None:
 def test_not_there() -> None:
     with pytest.raises(DataError, match="does not exist: expected a file, a folder or a hub id"):
         list(Records("./nowhere/chats.json"))
+
+
+def test_a_fifo_is_told_from_what_is_not_there(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "chats.jsonl")
+    with pytest.raises(DataError, match="is not a regular file"):
+        list(Records(tmp_path / "chats.jsonl"))
 
 
 def test_the_sample_set_is_there() -> None:
