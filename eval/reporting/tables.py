@@ -152,6 +152,9 @@ def _sweep_table(result: SweepResult, task: Task, parts: Sequence[Row]) -> Rende
         if far:
             cells.append(_far_keys([row for row in rows if row.method == variant.label]))
         table.add_row(plain(variant.label), *cells)
+        if any(row.prefix is not None for row in own):
+            cells = [Text(f"{_number(row.prefix or math.nan)} ", style="dim") for row in own]
+            table.add_row(plain("  prefix", style="dim"), *cells)
         for name, by_length in _parts_of(variant.label, task.name, parts).items():
             found = [by_length.get(length) for length in result.lengths]
             cells = [Text() if row is None else _cell(row, share=share) for row in found]
@@ -159,6 +162,9 @@ def _sweep_table(result: SweepResult, task: Task, parts: Sequence[Row]) -> Rende
     lines = [plain(said, style="dim") for said in (rows[0].estimand, *intervals(rows))]
     remarks: Callable[[Sequence[Row]], list[str]] | None = getattr(task, "remarks", None)
     lines += [plain(said, style="dim") for said in (remarks(rows) if remarks else ())]
+    if any(row.prefix is not None for row in rows):
+        said = "prefix: exp(mean NLL) over all tokens before each length, the same documents"
+        lines.append(Text(said, style="dim"))
     if beyond:
         lines.append(Text("* beyond the window that the model claims", style="dim"))
     if far:
