@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from .tasks.needle import Needle
     from .tasks.passkey import Passkey
     from .tasks.perplexity import Perplexity
+    from .tasks.questions import Questions
     from .tasks.repetition import Repetition
+    from .tasks.ruler import Ruler
     from .tasks.shared.adaptive import Adaptive
     from .tasks.shared.protocol import Measured, Observation, Plan, Summary, Task, Unit
     from .tasks.shared.registry import available_tasks, parse_task
@@ -52,8 +54,10 @@ __all__ = [
     "Perplexity",
     "Plan",
     "PooledDifference",
+    "Questions",
     "Repetition",
     "Row",
+    "Ruler",
     "Summary",
     "SweepResult",
     "Task",
@@ -93,6 +97,8 @@ __getattr__ = exporter(
         "tasks.lines",
         "tasks.topics",
         "tasks.perplexity",
+        "tasks.questions",
+        "tasks.ruler",
         "tasks.repetition",
         "running.lengths",
         "running.sweep",

@@ -95,12 +95,14 @@ def _cases(
         return found
     for length, spec, prompt in (case for unit in units for case in task.cases(tokenizer, unit)):
         detail, item = _details(scored, length, str(spec.index)), str(spec.index)
-        said = detail.get("argmax_ids")
+        ids, new = prompt.input_ids[: prompt.answer_start], len(prompt.answer_ids)
+        said = detail.get("said_ids")
         if said is not None:
-            known = _known(said, prompt.answer_ids)
-            ids = prompt.input_ids[: prompt.answer_start]
-            new = len(prompt.answer_ids)
-            found.append(_Case(length, item, ids, tuple(said[:known]), new, prompt.answer))
+            new = detail["new_tokens"]
+        elif "argmax_ids" in detail:
+            said = detail["argmax_ids"][: _known(detail["argmax_ids"], prompt.answer_ids)]
+        if said is not None:
+            found.append(_Case(length, item, ids, tuple(said), new, prompt.answer))
     return found
 
 
