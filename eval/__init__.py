@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from .tasks.needle import Needle
     from .tasks.passkey import Passkey
     from .tasks.perplexity import Perplexity
+    from .tasks.questions import Questions
     from .tasks.repetition import Repetition
+    from .tasks.ruler import Ruler
     from .tasks.shared.adaptive import Adaptive
     from .tasks.shared.protocol import Measured, Observation, Plan, Summary, Task, Unit
     from .tasks.shared.registry import available_tasks, parse_task
@@ -63,8 +65,10 @@ __all__ = [
     "Perplexity",
     "Plan",
     "PooledDifference",
+    "Questions",
     "Repetition",
     "Row",
+    "Ruler",
     "SearchSettings",
     "Summary",
     "SweepResult",
@@ -110,6 +114,8 @@ __getattr__ = exporter(
         "tasks.lines",
         "tasks.topics",
         "tasks.perplexity",
+        "tasks.questions",
+        "tasks.ruler",
         "tasks.repetition",
         "running.lengths",
         "running.sweep",

@@ -14,13 +14,14 @@ from longctx.files import finite, write_whole
 from longctx.folders import refuse_other_than_file, refuse_other_than_folder
 
 from ..comparison.comparison import Comparison
+from ..results.parts import part_rows
 from ..results.reader import read_cells
-from ..results.sweep_result import SweepResult, cell_key, estimand_text
+from ..results.sweep_result import SweepResult, cell_key, estimand_text, frame_of
 from .tables import regressions
 
 __all__ = ["refuse_lost_cells", "refuse_taken_comparison", "write_comparison", "write_sweep"]
 
-_SWEEP, _COMPARISON = "sweep.json", "compare.json"
+_SWEEP, _COMPARISON, _PARTS = "sweep.json", "compare.json", "parts.csv"
 _ENDINGS = (".csv", ".json", ".parquet", ".png", ".svg")
 
 
@@ -57,6 +58,8 @@ def write_sweep(
 ) -> list[Path]:
     """Write sweep.csv, .json, .parquet, .png and .svg; returns their paths.
 
+    Where a task has parts, their rows go to parts.csv.
+
     Args:
         result: of `sweep`.
         folder: is made if need be.
@@ -84,8 +87,14 @@ def write_sweep(
         "sweep.parquet": lambda path: frame.to_parquet(path, index=False),
         _SWEEP: lambda path: path.write_text(text, encoding="utf-8"),
     }
+    refuse_other_than_file(folder / _PARTS)
+    if parts := part_rows(result):
+        rows = frame_of(parts)
+        figures[_PARTS] = lambda path: rows.to_csv(path, index=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not parts and (folder / _SWEEP).exists():  # a report that is replaced had some
+            (folder / _PARTS).unlink(missing_ok=True)
         paths = [write_whole(folder / name, writer) for name, writer in figures.items()]
         picture = draw_sweep(result)  # the figures are there whatever becomes of it
         plots: dict[str, Callable[[Path], Any]] = {

@@ -215,7 +215,7 @@ def positions(sweep: SweepData) -> dict[str, Any] | None:
 
 
 def repetition(sweep: SweepData) -> dict[str, Any] | None:
-    """Means by method and length of every number in the details of tasks with a `figure` there.
+    """Means by method and length of every number in the details of tasks that measure repetition.
 
     Returns:
         `metrics` (names) and `rows`: {method, length, n, values: {name: [mean, observations]}}. A
@@ -223,7 +223,7 @@ def repetition(sweep: SweepData) -> dict[str, Any] | None:
     """
     rows: list[dict[str, Any]] = []
     metrics: dict[str, None] = {}
-    tasks = [name for name, task in sweep.tasks.items() if task.figure]
+    tasks = [name for name, task in sweep.tasks.items() if task.figure == "seq_rep_4"]
     for task, method in product(tasks, sweep.methods):
         groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for observation in sweep.observations(task, method):
@@ -265,7 +265,7 @@ def failures(sweep: SweepData, task: str, method: str) -> dict[str, Any] | None:
                 "depth": o.detail.get("depth"),
                 "haystack": _answer(o.detail.get("haystack")),
                 "key": _answer(o.detail.get("key")),
-                "said": _answer(o.detail.get("argmax")),
+                "said": _answer(o.detail.get("said", o.detail.get("argmax"))),
             }
             for o in shown
         ],

@@ -6,7 +6,7 @@ A table per task, methods or entries down and lengths across.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -17,6 +17,7 @@ from rich.text import Text
 from longctx.errors import printable
 
 from ..comparison.comparison import ComparedCell, ComparedTask, Comparison, PooledDifference
+from ..results.parts import part_rows
 from ..results.sweep_result import Row, SweepResult
 from ..stats.intervals import wilson
 from ..tasks.shared.protocol import Task
@@ -50,7 +51,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 def sweep_tables(result: SweepResult) -> list[RenderableType]:
     """Return a table per task, each with its estimand and what went wrong under it."""
-    return [_sweep_table(result, task) for task in result.tasks] + [
+    parts = part_rows(result)
+    return [_sweep_table(result, task, parts) for task in result.tasks] + [
         plain(note, style="yellow") for note in result.notes
     ]
 
@@ -123,7 +125,7 @@ def intervals(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _sweep_table(result: SweepResult, task: Task) -> RenderableType:
+def _sweep_table(result: SweepResult, task: Task, parts: Sequence[Row]) -> RenderableType:
     share = task.scale == "share"
     table = Table(
         title=plain(f"{task.name} · {result.model}", style="bold"),
@@ -141,21 +143,28 @@ def _sweep_table(result: SweepResult, task: Task) -> RenderableType:
     if far:
         table.add_column("far keys", justify="right", no_wrap=True)
     for variant in result.variants:
-        cells: list[Text] = []
-        for length in result.lengths:
-            row = result.row(variant.label, task.name, length)
+        own = [result.row(variant.label, task.name, length) for length in result.lengths]
+        cells = [_cell(row, share=share) for row in own]
+        for row in own:
             beyond |= row.beyond_window
-            cell = Text(figure(row, share=share) + ("*" if row.beyond_window else " "))
             if row.failed:
-                cell.stylize("red")
-                failures[f"{row.method} at {length:,}: {row.failed}"] = None
-            elif interval := spread(row, share=share):
-                cell.append(f"\n{interval} ", style="dim")
-            cells.append(cell)
+                failures[f"{row.method} at {row.length:,}: {row.failed}"] = None
         if far:
             cells.append(_far_keys([row for row in rows if row.method == variant.label]))
         table.add_row(plain(variant.label), *cells)
+        if any(row.prefix is not None for row in own):
+            cells = [Text(f"{_number(row.prefix or math.nan)} ", style="dim") for row in own]
+            table.add_row(plain("  prefix", style="dim"), *cells)
+        for name, by_length in _parts_of(variant.label, task.name, parts).items():
+            found = [by_length.get(length) for length in result.lengths]
+            cells = [Text() if row is None else _cell(row, share=share) for row in found]
+            table.add_row(plain(f"  {name}", style="dim"), *cells)
     lines = [plain(said, style="dim") for said in (rows[0].estimand, *intervals(rows))]
+    remarks: Callable[[Sequence[Row]], list[str]] | None = getattr(task, "remarks", None)
+    lines += [plain(said, style="dim") for said in (remarks(rows) if remarks else ())]
+    if any(row.prefix is not None for row in rows):
+        said = "prefix: exp(mean NLL) over all tokens before each length, the same documents"
+        lines.append(Text(said, style="dim"))
     if beyond:
         lines.append(Text("* beyond the window that the model claims", style="dim"))
     if far:
@@ -163,6 +172,26 @@ def _sweep_table(result: SweepResult, task: Task) -> RenderableType:
         lines.append(Text(said, style="dim"))
     lines += [plain(failure, style="red") for failure in failures]
     return Group(table, *lines, Text())
+
+
+def _cell(row: Row, *, share: bool) -> Text:
+    """The value, and its interval under it."""
+    cell = Text(figure(row, share=share) + ("*" if row.beyond_window else " "))
+    if row.failed:
+        cell.stylize("red")
+    elif interval := spread(row, share=share):
+        cell.append(f"\n{interval} ", style="dim")
+    return cell
+
+
+def _parts_of(method: str, task: str, parts: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """The rows of a task's parts under a method, by part and length."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in parts:
+        whole, _, name = row.task.partition("/")
+        if (whole, row.method) == (task, method):
+            found.setdefault(name, {})[row.length] = row
+    return found
 
 
 def _far_keys(rows: Sequence[Row]) -> Text:

@@ -41,6 +41,9 @@ class _Detail(TypedDict, total=False):
     prefix_nll: Figure | None
     prefix_targets: Count
     seq_rep_4: Share | None
+    score: Share | None
+    part: str
+    said_ids: list[int]
 
 
 class StoredObservation(Struct, forbid_unknown_fields=True):

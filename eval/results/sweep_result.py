@@ -22,7 +22,7 @@ from .verification import Verification
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Row", "SweepResult", "cell_key", "estimand_text", "rows_of"]
+__all__ = ["Row", "SweepResult", "cell_key", "estimand_text", "frame_of", "rows_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +169,14 @@ def _share(record: Record, length: int) -> float:
     return (length - max(below, default=0)) / max(record.lengths)
 
 
+def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
+    """Rows as a pandas DataFrame."""
+    import pandas as pd
+
+    frame = pd.DataFrame([dataclasses.asdict(row) for row in rows])
+    return frame.astype(dict.fromkeys(("window", "far", "far_found"), "Int64"))
+
+
 @dataclass(frozen=True, slots=True)
 class SweepResult:
     """All cells of a sweep, and how they came about."""
@@ -211,10 +219,7 @@ class SweepResult:
 
     def frame(self) -> pd.DataFrame:
         """The rows as a pandas DataFrame."""
-        import pandas as pd
-
-        frame = pd.DataFrame([dataclasses.asdict(row) for row in self.rows])
-        return frame.astype(dict.fromkeys(("window", "far", "far_found"), "Int64"))
+        return frame_of(self.rows)
 
     def per_token(self) -> pd.DataFrame:
         """Every scored token of text: method, document, length, index, context, token, nll.

@@ -12,8 +12,9 @@ __all__ = ["Verification", "notes_of"]
 class Verification:
     """How many answers were generated too, and which came out otherwise.
 
-    The scores know what greedy decoding says up to its first wrong token: so far the two must be
-    the same, token by token. Answers whose logits held a NaN have no score and are left out.
+    Scores by teacher forcing know what greedy decoding says up to its first wrong token, generated
+    answers all of it: so far the two must be the same, token by token. Answers whose logits held a
+    NaN have no score and are left out.
     """
 
     method: str

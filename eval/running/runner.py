@@ -24,6 +24,7 @@ from ..results.store import Store
 from ..results.variants import Variant
 from ..results.verification import Verification
 from ..tasks.shared.adaptive import Adaptive, Verdict, boundary
+from ..tasks.shared.answering import Answering
 from ..tasks.shared.protocol import Measured, Observation, Plan, Task, Unit
 from ..tasks.shared.retrieval import Retrieval
 from .progress import Progress
@@ -199,8 +200,9 @@ class SweepRunner:
         return self._walk(job, self.unit_runner.recorded)
 
     def check(self, job: Job, count: int, *, replace: bool) -> Verification | None:
-        """Generate `count` answers of a retrieval task too; None for other tasks."""
-        if not isinstance(job.task, Retrieval) or not count or job.variant.reading is not None:
+        """Generate `count` answers of a task that has some too; None for other tasks."""
+        answered = isinstance(job.task, Retrieval | Answering)
+        if not answered or not count or job.variant.reading is not None:
             return None
         records = self.collect(job)[0]
         model, tokenizer = self.unit_runner.model, self.unit_runner.tokenizer

@@ -72,8 +72,8 @@ def sweep(
             alone by default.
         results: JSON lines to append each result to, and to take those from that are there.
         batch_tokens: tokens that are forwarded at a time at most, if that is one prompt or more.
-        verify: so many answers per method and retrieval task are generated too; what comes out
-            otherwise than it was scored is told in the notes.
+        verify: so many answers per method and task that has answers are generated too, each prompt
+            by itself; what comes out otherwise than it was scored is told in the notes.
         adaptive: stop asking a retrieval cell once it is decided, and find by bisection how far
             the model reads; None asks every prompt of every cell.
         replace: let methods replace the RoPE scaling that the checkpoint ships with.

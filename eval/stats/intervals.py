@@ -8,7 +8,14 @@ from typing import TypeVar
 
 from scipy import stats
 
-__all__ = ["clustered_wilson", "jackknife_interval", "mean_interval", "perplexity_of", "wilson"]
+__all__ = [
+    "clustered_wilson",
+    "jackknife_interval",
+    "mean_interval",
+    "mean_of_means",
+    "perplexity_of",
+    "wilson",
+]
 
 T = TypeVar("T")
 NAN = math.nan
@@ -110,23 +117,75 @@ def mean_interval(
     n/(n−1) · Σ (y − r·w)² / (Σ w)² (linearisation, Cochran 1977, section 6.3), on n − 1 degrees of
     freedom. The interval is NaN for a single cluster, which says nothing about others.
     """
+    whole = math.fsum(weights)
+    if not whole:
+        return NAN, NAN, NAN
+    mean, n = math.fsum(totals) / whole, len(set(clusters))
+    if n < 2 or math.isnan(mean):
+        return mean, NAN, NAN
+    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    reach *= math.sqrt(_variance(totals, weights, clusters))
+    return mean, mean - reach, mean + reach
+
+
+def _variance(totals: Sequence[float], weights: Sequence[float], clusters: Sequence[str]) -> float:
+    """Of Σ totals / Σ weights, by linearisation."""
     sums: dict[str, tuple[float, float]] = {}
     for total, weight, cluster in zip(totals, weights, clusters, strict=True):
         y, w = sums.get(cluster, (0.0, 0.0))
         sums[cluster] = (y + total, w + weight)
-    whole = math.fsum(w for _, w in sums.values())
-    if not whole:
-        return NAN, NAN, NAN
-    mean = math.fsum(y for y, _ in sums.values()) / whole
-    n = len(sums)
-    if n < 2 or math.isnan(mean):
-        return mean, NAN, NAN
+    whole, n = math.fsum(weights), len(sums)
+    mean = math.fsum(totals) / whole
     squares = math.fsum((y - mean * w) ** 2 for y, w in sums.values())
-    error = math.sqrt(n / (n - 1) * squares) / whole
-    reach = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * error
-    return mean, mean - reach, mean + reach
+    return n / (n - 1) * squares / whole**2 if n > 1 else NAN
 
 
 def perplexity_of(nll: float) -> float:
     """Exp of a mean NLL in nats, infinite where a float cannot hold it."""
     return math.exp(nll) if nll < 700 or math.isnan(nll) else math.inf
+
+
+def mean_of_means(
+    scores: Sequence[float],
+    clusters: Sequence[str],
+    parts: Sequence[str],
+    confidence: float = 0.95,
+) -> tuple[float, float, float]:
+    """Return the mean over parts of the mean score in each, and its t interval.
+
+    Scores lie between 0 and 1. Parts are independent of each other, and so are the clusters within
+    one: the variance of each mean is that of `mean_interval`, and the degrees of freedom of their
+    sum are Satterthwaite's (1946). Where all scores of a part are 0, or all 1, that variance would
+    be 0, as if the part were known for certain. So each part's spread is taken with two clusters
+    more, one of zeros and one of ones, of average size: what Agresti & Coull (1998) do for a share.
+
+    The interval is NaN where any part has fewer than two clusters.
+
+    >>> [round(x, 2) for x in mean_of_means([1, 1, 0, 1, 0, 0], list("abcdef"), list("xxxyyy"))]
+    [0.5, 0.0, 1.0]
+    """
+    by_part: dict[str, list[int]] = {}
+    for index, part in enumerate(parts):
+        by_part.setdefault(part, []).append(index)
+    if not by_part:
+        return NAN, NAN, NAN
+    means: list[float] = []
+    variances: list[float] = []
+    sizes: list[int] = []
+    for rows in by_part.values():
+        means.append(math.fsum(scores[row] for row in rows) / len(rows))
+        names = [clusters[row] for row in rows]
+        count = len(set(names))
+        average = len(rows) / count
+        more = [*(scores[row] for row in rows), 0.0, average]
+        weights = [*([1.0] * len(rows)), average, average]
+        spread = _variance(more, weights, [*names, "\0zeros", "\0ones"])
+        variances.append(spread * (count + 2) / count)  # the two are not data
+        sizes.append(count)
+    mean = math.fsum(means) / len(means)
+    if min(sizes) < 2 or math.isnan(mean):
+        return mean, NAN, NAN
+    total = math.fsum(variances)
+    freedom = total**2 / math.fsum(v**2 / (n + 1) for v, n in zip(variances, sizes, strict=True))
+    reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(total) / len(means)
+    return mean, max(0.0, mean - reach), min(1.0, mean + reach)

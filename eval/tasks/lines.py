@@ -6,6 +6,8 @@ Source: Li et al., "How Long Can Open-Source LLMs Truly Promise on Context Lengt
 
 from __future__ import annotations
 
+import math
+import re
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,15 +15,18 @@ from itertools import accumulate
 from random import Random
 from typing import Any, ClassVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt, answer_after, frame
 from longctx.prompts.haystacks import decode
+from longctx.scoring.continuations import continue_prompts
 
+from .shared.answering import said_by, stops_of
 from .shared.line_packing import cut, fit
 from .shared.longeval import Case, LongEval, field
-from .shared.retrieval import PromptSpec, depth_grid, turn_of
+from .shared.protocol import Measured, Observation, Unit
+from .shared.retrieval import PromptSpec, depth_grid, details_of, turn_of
 from .shared.vocabulary import names, number
 
 __all__ = ["TASK", "Lines"]
@@ -36,6 +41,7 @@ _INTRO = (
 _QUESTION = (
     "Now the record is over. Tell me what is the <REGISTER_CONTENT> in line {}? I need the number."
 )
+_FREE = 100  # tokens of a free answer: LongEval's
 _PREFIX = "The <REGISTER_CONTENT> in line {} is <"  # whether brackets are repeated is not asked
 
 
@@ -73,6 +79,10 @@ class Lines(LongEval):
     depths: int | None = 10
     """So many depths, evenly from the first line to the last. Prompts go through them in one record
     before the next record is begun. None draws each at random, in a record of its own."""
+    free: bool = False
+    """As published: the model answers freely, in up to 100 tokens and without a beginning given,
+    and the last number of what it says counts. Else the answer's beginning is given, and the number
+    must follow at once, which takes no generating."""
 
     name: ClassVar[str] = "lines"
 
@@ -84,18 +94,66 @@ class Lines(LongEval):
     @property
     def estimand(self) -> str:
         """What the table shows."""
+        how = (
+            "whose number is the last one of a free greedy answer of up to 100 tokens (LongEval's "
+            "rule)"
+            if self.free
+            else "that greedy decoding returns after the answer's beginning (a prefix that LongEval"
+            " itself does not give)"
+        )
         if self.file:
             return (
-                f"share of line contents that greedy decoding returns, over at most {self.samples} "
-                "published prompts that have up to that many tokens, and more than the next "
-                "shorter length"
+                f"share of line contents {how}, over at most {self.samples} published prompts that "
+                "have up to that many tokens, and more than the next shorter length"
             )
         count = len(self._grid())
         where = "random depths" if self.depths is None else f"{count} depth{'s' * (count > 1)}"
         return (
-            f"share of {self.samples} line contents that greedy decoding returns, at {where} of a "
-            "record that fills the prompt to exactly that many tokens"
+            f"share of {self.samples} line contents {how}, at {where} of a record that fills the "
+            "prompt to exactly that many tokens"
         )
+
+    def cache_key(self) -> dict[str, Any]:
+        """All settings; those of results from before `free` was one stay as they were."""
+        key = LongEval.cache_key(self)
+        return key if self.free else {name: key[name] for name in key if name != "free"}
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        *,
+        batch_tokens: int,
+        length_invariant: bool,
+    ) -> Measured:
+        """Score the contents of a unit's prompts, or let the model answer freely."""
+        how: Any = {"batch_tokens": batch_tokens, "length_invariant": length_invariant}
+        if not self.free:
+            return LongEval.measure(self, model, tokenizer, unit, **how)
+        cases = self.cases(tokenizer, unit)
+        prompts = [prompt for _, _, prompt in cases]
+        found = continue_prompts(
+            model,
+            [prompt.input_ids[: prompt.answer_start] for prompt in prompts],
+            new_tokens=[_FREE] * len(prompts),
+            stop=stops_of(model, tokenizer),
+            drafts=[prompt.answer_ids for prompt in prompts],
+            length_invariant=length_invariant,
+        )
+        observed: list[Observation] = []
+        for (length, spec, prompt), said in zip(cases, found.token_ids, strict=True):
+            detail = {**details_of(length, spec, prompt), "new_tokens": _FREE}
+            correct = None
+            if said is not None:
+                text = said_by(tokenizer, said)
+                numbers = re.findall(r"\d+", text)
+                correct = bool(numbers) and int(numbers[-1]) == int(prompt.key)
+                detail |= {"said": text, "said_ids": list(said)}
+            nll = math.nan if said is None else 0.0
+            cluster = self.cluster(spec, prompt)
+            observed.append(Observation(length, str(spec.index), cluster, nll, 0, correct, detail))
+        return Measured(tuple(observed), found.tokens, f"generated, {found.how}")
 
     def prompt_spec(self, index: int, length: int, longest: int | None) -> PromptSpec:
         """A line at each depth of one record, then the next record."""
@@ -168,9 +226,18 @@ class Lines(LongEval):
         self, tokenizer: PreTrainedTokenizerBase, asked: _Line
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """What stands before the record and after it, and the answer."""
-        question, prefix = _QUESTION.format(asked.name), _PREFIX.format(asked.name)
+        question, prefix = _QUESTION.format(asked.name), self._prefix(asked.name)
         head, tail = frame(tokenizer, _INTRO, question, prefix, self.chat)
-        return head, *answer_after(tokenizer, tail, asked.content, space="")
+        tail = tail if prefix else tail.rstrip(" ")
+        return head, *answer_after(tokenizer, tail, asked.content, space=self._space(tail))
+
+    def _prefix(self, name: str) -> str:
+        """What the answer begins with."""
+        return "" if self.free else _PREFIX.format(name)
+
+    def _space(self, tail: str) -> str:
+        """What stands between the end of a prompt and the number, were it said at once."""
+        return " " if self.free and not tail[-1:].isspace() else ""
 
     def case(self, record: dict[str, Any], where: str) -> Case:
         """A published prompt."""
@@ -186,7 +253,8 @@ class Lines(LongEval):
                 f"{where}: it expects {content}, but its prompt says {line!r:.80}: fetch the file "
                 "again, or delete that test case."
             )
-        return Case(text, _PREFIX.format(name), f"{content}", space="", depth=found / len(text))
+        space = " " if self.free else ""
+        return Case(text, self._prefix(name), f"{content}", space, depth=found / len(text))
 
     def _grid(self) -> list[float]:
         return [] if self.depths is None else depth_grid(self.depths, self.samples)

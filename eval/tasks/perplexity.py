@@ -6,15 +6,20 @@ that the figures of all shorter lengths can be read off. The figure at L is take
 tokens before L; the mean over all tokens before L stands beside it, and dilutes a collapse.
 
 With `stride` the same target tokens are scored at every length, in windows that slide over them
-(Press et al. 2021, arXiv:2108.12409, section B), at the price of a pass per length and window.
+(Press et al. 2021, arXiv:2108.12409, section B), at the price of a pass per length and window. With
+`last=None` these are all tokens of a document, as papers print it, S = 256 in Position
+Interpolation (Chen et al. 2023, arXiv:2306.15595, section 3.2) and in YaRN (Peng et al. 2023,
+arXiv:2309.00071, section 4.3.1). What YaRN's script computes, over a document's first L tokens in
+one window, is the prefix perplexity, which has a line of its own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -40,15 +45,21 @@ __all__ = ["TASK", "Perplexity"]
 class Perplexity:
     """Perplexity of real text; the value of a cell is exp(mean NLL), every token counting alike."""
 
-    last: int = 128
-    """Target tokens per window: the last ones before each length."""
+    last: int | None = 128
+    """Target tokens per window: the last ones before each length. None: all of them, which with
+    `stride` are all tokens of a document, from its first."""
     windows: int = 10
     """Windows at most, spread over the documents. None reaches into a second document, and no two
     share a token."""
     stride: int | None = None
-    """None: the targets are those before each length, other tokens at each. A number of tokens
-    that divides `last`: the same targets at every length, each with at least length − stride
-    tokens before it."""
+    """None: the targets are those before each length, other tokens at each. A number of tokens: the
+    same targets at every length, in windows that slide by so many, so that each target has at least
+    length − stride tokens before it (or all there are)."""
+    limit: int | None = None
+    """With last=None and a stride: tokens of a document that are read at most."""
+    bos: bool | None = None
+    """Put a BOS before each window, which then has a token of text less; None: if the tokenizer
+    puts one before a text."""
     text: tuple[str, ...] = ()
     """Files or folders, a document per file; none means the embedded held-out documents."""
 
@@ -58,37 +69,51 @@ class Perplexity:
     figure: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        for name in ("last", "windows"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise DataError(
-                    f"{name}={getattr(self, name)!r}: expected a whole number, 1 or more."
-                )
-        if self.stride is not None and (self.stride < 1 or self.last % self.stride):
+        for name in ("last", "windows", "stride", "limit"):
+            value = getattr(self, name)
+            if value is None and name != "windows":
+                continue
+            if type(value) is not int or value < 1:
+                raise DataError(f"{name}={value!r}: expected a whole number, 1 or more.")
+        if self.limit is not None and not self._whole:
             raise DataError(
-                f"stride={self.stride} does not divide last={self.last}: pass a number of tokens "
-                "that does."
+                f"limit={self.limit} is for whole documents: pass last=None and a stride, or leave "
+                "it out."
             )
+
+    @property
+    def _whole(self) -> bool:
+        """Whether windows slide over whole documents."""
+        return self.last is None and self.stride is not None
 
     @property
     def estimand(self) -> str:
         """What the table shows."""
-        if self.stride is None:
+        last = "all" if self.last is None else f"the last {self.last}"
+        if self._whole:
+            upto = "" if self.limit is None else f", up to its token {self.limit:,}"
             targets = (
-                f"the last {self.last} tokens before each length: at one length all methods are "
-                "scored on the same tokens, different lengths on different tokens of the same "
-                "documents"
+                f"all tokens of each document{upto}, the same at every length, in windows of that "
+                f"many tokens which slide by {self.stride} (stride S = {self.stride})"
+            )
+        elif self.stride is None:
+            targets = (
+                f"{last} tokens before each length: at one length all methods are scored on the "
+                "same tokens, different lengths on different tokens of the same documents"
             )
         else:
             targets = (
                 f"the same {self.last} tokens per window at every length, each after at least "
                 f"length − {self.stride} tokens (stride {self.stride})"
             )
-        return f"exp(mean NLL) over {targets}"
+        with_bos = {None: "", True: "; a BOS before each window", False: "; without a BOS"}
+        return f"exp(mean NLL) over {targets}{with_bos[self.bos]}"
 
     def cache_key(self) -> dict[str, Any]:
         """Settings that a unit's figures depend on; its text is in the unit's own spec."""
         settings = dataclasses.asdict(self)
-        return {key: settings[key] for key in ("last", "stride")}
+        since = {key: settings[key] for key in ("bos", "limit") if settings[key] is not None}
+        return {**{key: settings[key] for key in ("last", "stride")}, **since}
 
     def report_identity(self) -> dict[str, Any]:
         """Beside those settings, how many windows of which documents."""
@@ -99,15 +124,25 @@ class Perplexity:
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
     ) -> Plan:
         """One unit per window (all lengths) or, where it must be, per window and length."""
-        if min(lengths) <= self.last:
+        if self.last is not None and min(lengths) <= self.last:
             raise DataError(
                 f"a length of {min(lengths)} tokens is too short for last={self.last} targets: "
                 f"ask for more than {self.last}, or pass a smaller `last`."
             )
-        longest = max(lengths)
+        longest, bos = max(lengths), self._bos(tokenizer)
         documents = documents_of(tokenizer, texts_of(self.text))
-        size = longest - len(bos_of(tokenizer)) + (self.last - self.stride if self.stride else 0)
-        places = spread({name: len(ids) for name, ids in documents.items()}, size, self.windows)
+        size = longest - len(bos)
+        if self._whole:
+            sizes = {name: size if len(ids) >= size else 0 for name, ids in documents.items()}
+            if self.limit is not None and self.limit < size:
+                raise DataError(
+                    f"limit={self.limit} is below the longest length, {longest}: pass more."
+                )
+        else:
+            if self.last is not None and self.stride is not None:
+                size += max(self.last - self.stride, 0)
+            sizes = {name: len(ids) for name, ids in documents.items()}
+        places = spread(sizes, size, self.windows)
         short = sum(len(ids) < size for ids in documents.values())
         if not places:
             raise DataError(
@@ -122,9 +157,15 @@ class Perplexity:
         units: list[Unit] = []
         for name, start in places:
             spec: dict[str, Any] = {"document": name}
-            if self.stride is not None:
-                spec["end"] = start + longest - len(bos_of(tokenizer))  # of the first window
-                count = self.last // self.stride
+            if self._whole:
+                tokens = self._read(documents[name])
+                for length in lengths:
+                    count = len(list(self._windows(len(tokens), length - len(bos))))
+                    units.append(Unit((length,), length * count, spec))
+            elif self.stride is not None:
+                assert self.last is not None
+                spec["end"] = start + longest - len(bos)  # of the first window
+                count = -(-self.last // self.stride)
                 units += [Unit((length,), length * count, spec) for length in lengths]
             else:
                 whole = Unit(tuple(lengths), longest, {**spec, "start": start})
@@ -142,8 +183,10 @@ class Perplexity:
     ) -> Measured:
         """Score one window at all its lengths."""
         del length_invariant  # the plan has seen to it
-        documents, bos = documents_of(tokenizer, texts_of(self.text)), bos_of(tokenizer)
+        documents, bos = documents_of(tokenizer, texts_of(self.text)), self._bos(tokenizer)
         ids = documents[unit.spec["document"]]
+        if self._whole:
+            return self._slide_over_all(model, unit, self._read(ids), bos, batch_tokens)
         if self.stride is not None:
             return self._slide(model, unit, ids, bos, batch_tokens)
         name, start, longest = unit.spec["document"], unit.spec["start"], max(unit.lengths)
@@ -155,8 +198,8 @@ class Perplexity:
                 length,
                 item=f"{name}@{start}",
                 cluster=name,
-                nll=float(nll[length - 1 - self.last : length - 1].sum()),
-                targets=self.last,
+                nll=float(nll[length - 1 - (self.last or length - 1) : length - 1].sum()),
+                targets=self.last or length - 1,
                 detail={
                     "start": start,
                     "prefix_nll": float(nll[: length - 1].sum()),
@@ -178,20 +221,80 @@ class Perplexity:
         batch_tokens: int,
     ) -> Measured:
         assert self.stride is not None
+        assert self.last is not None
         (length,) = unit.lengths
         name, first = unit.spec["document"], unit.spec["end"]
-        ends = range(first, first + self.last - self.stride + 1, self.stride)
+        stride = min(self.stride, self.last)
+        begin = first - stride  # the first target
+        ends = [*range(first, begin + self.last, stride), begin + self.last]
         windows = [(*bos, *ids[end - length + len(bos) : end]) for end in ends]
-        scores = score_batches(
-            model, torch.tensor(windows), start=length - self.stride, batch_tokens=batch_tokens
-        )
-        nll = float(scores.nll.double().sum())
+        new = [stride] * (len(ends) - 1) + [self.last - stride * (len(ends) - 1)]
+        scores = _scored(model, windows, new, batch_tokens)
         item = f"{name}@{first}"
-        found = Observation(length, item, name, nll, self.last, detail={"end": first})
-        context = torch.arange(length - self.stride, length).repeat(len(windows))
-        index = torch.arange(first - self.stride, first - self.stride + self.last)
-        table = _per_token(name, length, index, context, scores)
+        found = Observation(
+            length, item, name, float(scores.nll.double().sum()), self.last, detail={"end": first}
+        )
+        context = torch.cat([torch.arange(length - count, length) for count in new])
+        table = _per_token(name, length, torch.arange(begin, begin + self.last), context, scores)
         return Measured((found,), length * len(windows), "sliding windows", table)
+
+    def _slide_over_all(
+        self,
+        model: PreTrainedModel,
+        unit: Unit,
+        ids: tuple[int, ...],
+        bos: tuple[int, ...],
+        batch_tokens: int,
+    ) -> Measured:
+        """Each window scores what the one before it did not reach; nothing predicts token 0."""
+        (length,) = unit.lengths
+        name = unit.spec["document"]
+        places = list(self._windows(len(ids), length - len(bos)))
+        windows = [(*bos, *ids[first:last]) for first, last, _ in places]
+        new = [count for *_, count in places]
+        new[0] -= not bos
+        scores = _scored(model, windows, new, batch_tokens)
+        targets = sum(new)
+        nll = float(scores.nll.double().sum())
+        found = Observation(length, f"{name}@0", name, nll, targets, detail={"end": len(ids)})
+        context = torch.cat(
+            [
+                torch.arange(len(window) - count, len(window))
+                for window, count in zip(windows, new, strict=True)
+            ]
+        )
+        index = torch.arange(len(ids) - targets, len(ids))
+        table = _per_token(name, length, index, context, scores)
+        return Measured((found,), sum(map(len, windows)), "sliding windows", table)
+
+    def _windows(self, tokens: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """First token, token after the last, and tokens that no window before it holds."""
+        assert self.stride is not None
+        done = 0
+        for first in range(0, tokens, min(self.stride, length)):
+            last = min(first + length, tokens)
+            yield first, last, last - done
+            done = last
+            if last == tokens:
+                return
+
+    def _read(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """What is read of a document."""
+        return ids if self.limit is None else ids[: self.limit]
+
+    def _bos(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """What stands before each window.
+
+        Raises:
+            DataError: a BOS is asked for and the tokenizer has none.
+        """
+        if self.bos is None:
+            return bos_of(tokenizer)
+        if not self.bos:
+            return ()
+        if not isinstance(tokenizer.bos_token_id, int):
+            raise DataError("bos=True, but the tokenizer has no BOS: leave it out.")
+        return (tokenizer.bos_token_id,)
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:
         """Exponential of the token-weighted mean NLL, and of its interval's ends."""
@@ -208,6 +311,28 @@ class Perplexity:
         name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
         low = low if math.isnan(low) else max(low, 0.0)  # no perplexity is below 1
         return Summary(perplexity_of(mean), perplexity_of(low), perplexity_of(high), name, prefix)
+
+
+def _scored(
+    model: PreTrainedModel,
+    windows: Sequence[tuple[int, ...]],
+    new: Sequence[int],
+    batch_tokens: int,
+) -> TokenScores:
+    """Scores [1, Σ new] of the last `new` tokens of each window; equal ones run as a batch."""
+    parts: list[TokenScores] = []
+    for (length, count), same in groupby(
+        zip(windows, new, strict=True), key=lambda pair: (len(pair[0]), pair[1])
+    ):
+        ids = torch.tensor([window for window, _ in same])
+        start = length - count
+        parts.append(score_batches(model, ids, start=start, batch_tokens=batch_tokens))
+    return TokenScores(
+        targets=torch.cat([part.targets.flatten() for part in parts])[None],
+        nll=torch.cat([part.nll.flatten() for part in parts])[None],
+        argmax=torch.cat([part.argmax.flatten() for part in parts])[None],
+        valid=torch.cat([part.valid.flatten() for part in parts])[None],
+    )
 
 
 def _per_token(

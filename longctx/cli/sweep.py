@@ -141,6 +141,7 @@ class Sweep:
         for option in given:
             _refuse_idle(option, tasks_with(option), own)
 
+        from longctx.eval.tasks.shared.answering import Answering
         from longctx.eval.tasks.shared.registry import available_tasks, make_task, task_class
         from longctx.eval.tasks.shared.retrieval import Retrieval
 
@@ -148,10 +149,10 @@ class Sweep:
             make_task(name, {k: v for k, v in given.items() if name in tasks_with(k)} | fields)
             for name, fields in own.items()
         ]
-        answered = [n for n in available_tasks() if issubclass(task_class(n), Retrieval)]
-        for option in ("verify", "adaptive"):
+        for option, kinds in (("verify", (Retrieval, Answering)), ("adaptive", (Retrieval,))):
             if getattr(self, option):
-                _refuse_idle(option, answered, own)
+                having = [n for n in available_tasks() if issubclass(task_class(n), kinds)]
+                _refuse_idle(option, having, own)
         return chosen
 
 

@@ -6,13 +6,21 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
-from longctx.eval.running.verify import generated
 from longctx.eval.tasks.shared.adaptive import Adaptive
 from longctx.eval.tasks.shared.retrieval import Retrieval
 from longctx.prompts.assembly import Prompt
+from longctx.scoring.greedy import greedy
 
 from .conftest import byte_model, byte_tokenizer
+
+
+def generated(model: Any, prompt: Prompt) -> tuple[int, ...]:
+    """What greedy `generate` says in as many tokens as the answer has."""
+    ids = torch.tensor([prompt.input_ids[: prompt.answer_start]])
+    tokens: list[int] = greedy(model, ids, len(prompt.answer_ids))[0].tolist()
+    return tuple(tokens)
 
 
 def prompts_of(task: Any, length: int, tokenizer: Any = None) -> list[Prompt]:

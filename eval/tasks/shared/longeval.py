@@ -10,16 +10,17 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from longctx.errors import DataError
-from longctx.prompts.assembly import Prompt, answer_after, frame
+from longctx.prompts.assembly import Prompt, answer_after
 from longctx.prompts.haystacks import decode
 
+from .answering import around
+from .json_lines import records_of
 from .protocol import Plan, Unit
 from .retrieval import PromptSpec, Retrieval
 from .texts import digest
@@ -72,7 +73,7 @@ class LongEval(Retrieval):
 
     def cache_key(self) -> dict[str, Any]:
         """Settings, and the file by its content."""
-        cases = [json.dumps(record) for _, record in _read(self.file)] if self.file else []
+        cases = [json.dumps(record) for _, record in records_of(self.file)] if self.file else []
         return {**Retrieval.cache_key(self), "file": digest("\n".join(cases)) if cases else ""}
 
     def plan(
@@ -87,7 +88,7 @@ class LongEval(Retrieval):
             return Retrieval.plan(self, tokenizer, lengths, length_invariant=length_invariant)
         sizes = [
             len(self._from_file(tokenizer, number).input_ids)
-            for number in range(len(_read(self.file)))
+            for number in range(len(records_of(self.file)))
         ]
         if max(sizes) > max(lengths):
             raise DataError(
@@ -130,11 +131,10 @@ class LongEval(Retrieval):
         return self.generate(tokenizer, length, spec)
 
     def _from_file(self, tokenizer: PreTrainedTokenizerBase, number: int) -> Prompt:
-        line, record = _read(self.file)[number]
+        line, record = records_of(self.file)[number]
         case = self.case(record, self._where(number))
-        # A frame around nothing, of which the text is put in the middle.
-        head, tail = frame(tokenizer, "", "", case.answer_prefix, self.chat)
-        text = case.text.strip() + tail.removeprefix("\n")
+        head, tail = around(tokenizer, case.answer_prefix, self.chat)
+        text = case.text.strip() + tail
         ids, answer_ids = answer_after(tokenizer, text, case.key, space=case.space)
         return Prompt(
             input_ids=(*head, *ids, *answer_ids),
@@ -149,7 +149,7 @@ class LongEval(Retrieval):
 
     def _where(self, number: int) -> str:
         """File and line of a test case."""
-        return f"{self.file}:{_read(self.file)[number][0]}"
+        return f"{self.file}:{records_of(self.file)[number][0]}"
 
 
 def field(record: dict[str, Any], name: str, kind: type, where: str) -> Any:
@@ -166,44 +166,3 @@ def field(record: dict[str, Any], name: str, kind: type, where: str) -> Any:
             f"LongEval with a {kind.__name__} there; pass the file of the other task?"
         )
     return value
-
-
-@lru_cache(maxsize=8)
-def _read(file: str) -> tuple[tuple[int, dict[str, Any]], ...]:
-    """The records of a JSON-lines file, each with the number of its line; blank lines are skipped.
-
-    Raises:
-        DataError: not there, empty, or a line that is not a JSON object.
-    """
-    path = Path(file)
-    if path.exists() and not path.is_file():  # reading a FIFO would wait for its writer
-        raise DataError(f"{file} is not a regular file: pass JSON lines.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8 text (byte {error.start}): pass JSON lines."
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}; pass JSON lines.") from error
-    if not text.strip():
-        raise DataError(f"{file} is empty: fetch it again.")
-    lines = text.rstrip().split("\n")
-    records: list[tuple[int, dict[str, Any]]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            cut_off = number == len(lines) and not text.endswith("\n")
-            raise DataError(
-                f"{file}:{number} breaks off: fetch the file again, or delete that line."
-                if cut_off
-                else f"{file}:{number} is not JSON ({error.msg}, column {error.colno}): pass JSON "
-                "lines, one test case each."
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(f"{file}:{number} is {record!r:.40}: expected a JSON object.")
-        records.append((number, cast(dict[str, Any], record)))
-    return tuple(records)

@@ -31,7 +31,7 @@ from longctx.scoring.prefix_sharing import score_prompts
 from ...stats.intervals import wilson
 from .protocol import Measured, Observation, Plan, Summary, Unit
 
-__all__ = ["PromptSpec", "Retrieval", "depth_grid", "turn_of"]
+__all__ = ["PromptSpec", "Retrieval", "depth_grid", "details_of", "turn_of"]
 
 _MOST = 10**6  # seeds that a length has to itself
 _PROMPTS = 3  # counted up when the same settings give other prompts: old results are not reused
@@ -208,7 +208,7 @@ class Retrieval(ABC):
             tokens += sum(piece.tokens + question.size for piece in answer.pieces)
             said = list(answer.token_ids)
             correct = said == list(prompt.answer_ids)
-            detail = {**_detail(length, spec, prompt), "said": answer.text}
+            detail = {**details_of(length, spec, prompt), "said": answer.text}
             found.append(
                 Observation(
                     length, str(spec.index), self.cluster(spec, prompt), 0.0, 0, correct, detail
@@ -256,7 +256,7 @@ class Retrieval(ABC):
     ) -> Observation:
         total = float(nll.double().sum())
         said: list[int] = argmax.tolist()
-        detail = _detail(length, spec, prompt)
+        detail = details_of(length, spec, prompt)
         correct = None
         if not math.isnan(total):
             correct = said == list(prompt.answer_ids)
@@ -267,7 +267,7 @@ class Retrieval(ABC):
         )
 
 
-def _detail(length: int, spec: PromptSpec, prompt: Prompt) -> dict[str, Any]:
+def details_of(length: int, spec: PromptSpec, prompt: Prompt) -> dict[str, Any]:
     """What there is to know of a prompt, whatever is answered."""
     detail: dict[str, Any] = {
         "key": prompt.key,

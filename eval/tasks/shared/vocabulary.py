@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from functools import lru_cache
 from random import Random
+from typing import Literal
 
 from longctx.prompts.passkey_prompts import split_of
 
-__all__ = ["draw", "listed", "names", "number", "topics", "variable"]
+__all__ = ["draw", "listed", "names", "number", "topics", "variable", "words"]
 
 _WORDS = {
     "adjective": (
@@ -99,6 +100,11 @@ _WORDS = {
 }
 
 
+def words(kind: Literal["adjective", "noun"]) -> tuple[str, ...]:
+    """All words of a kind, of both key spaces."""
+    return tuple(_WORDS[kind].split())
+
+
 @lru_cache(maxsize=1)
 def names() -> tuple[str, ...]:
     """All names of an adjective and a noun, such as "torpid-kid"."""
@@ -133,9 +139,9 @@ def number(rng: Random, digits: int, taken: Container[str] = ()) -> str:
     return draw(lambda: str(rng.randrange(10 ** (digits - 1), 10**digits)), taken)
 
 
-def variable(rng: Random, taken: Container[str] = ()) -> str:
-    """A name of five capital letters."""
-    return draw(lambda: "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)), taken)
+def variable(rng: Random, taken: Container[str] = (), letters: int = 5) -> str:
+    """A name of so many capital letters."""
+    return draw(lambda: "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=letters)), taken)
 
 
 def listed(items: Sequence[str]) -> str:

@@ -19,8 +19,9 @@ from transformers import (
 import longctx
 from longctx.attention.hook import ATTRIBUTE
 from longctx.errors import MethodError
-from longctx.scoring import prefix_sharing
-from longctx.scoring.prefix_sharing import obstacle, score_prompts
+from longctx.scoring import prefix_sharing, prefix_tree
+from longctx.scoring.prefix_sharing import score_prompts
+from longctx.scoring.prefix_tree import obstacle
 
 from ...eval.conftest import byte_model
 
@@ -30,7 +31,8 @@ BUDGET = 4000
 @pytest.fixture(autouse=True)
 def calls_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that sharing pays at lengths that a test has time for."""
-    monkeypatch.setattr(prefix_sharing, "_CALL", 0)
+    monkeypatch.setattr(prefix_sharing, "CALL", 0)
+    monkeypatch.setattr(prefix_tree, "CALL", 0)
 
 
 def spine(seed: int, length: int = 900, depths: int = 5) -> tuple[list[list[int]], list[int]]:
@@ -162,7 +164,7 @@ def test_without_memory_for_a_cache_prompts_are_run_whole(monkeypatch: pytest.Mo
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(prefix_sharing, "prefill", full)
+    monkeypatch.setattr(prefix_tree, "prefill", full)
     model: Any = byte_model()
     before = model.config._attn_implementation
     prompts, starts = spine(0)

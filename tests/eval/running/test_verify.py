@@ -11,11 +11,11 @@ import torch
 import longctx
 from longctx.eval import Passkey, sweep
 from longctx.eval.results.verification import Verification
-from longctx.eval.running.verify import generated, verify
-from longctx.prompts.assembly import Prompt
+from longctx.eval.running.verify import verify
 from longctx.prompts.passkey_prompts import SHORT
 
 from ..conftest import byte_model, byte_tokenizer
+from ..retrieval_tasks import generated
 
 TASK = Passkey(samples=12, depths=4, wording=SHORT, digits=3)
 
@@ -36,12 +36,19 @@ def test_scores_agree_with_generate(method: str, texts: tuple[str, ...]) -> None
 def test_what_is_generated_is_spread_over_lengths_haystacks_and_depths(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[Prompt] = []
-    monkeypatch.setattr(
-        "longctx.eval.running.verify.generated", lambda model, prompt: asked.append(prompt) or ()
-    )
+    ids: list[tuple[int, ...]] = []
+
+    def nothing(model: Any, prompt: torch.Tensor, count: int) -> torch.Tensor:
+        ids.append(tuple(prompt[0].tolist()))
+        return prompt[:, :0]
+
+    monkeypatch.setattr("longctx.eval.running.verify.greedy", nothing)
     model, tokenizer = longctx.load("demo")
     sweep(model, tokenizer, ["passkey"], (256, 512), verify=10, progress=False)
+    units = Passkey().plan(tokenizer, (256, 512), length_invariant=True).units
+    prompts = [p for unit in units for _, _, p in Passkey().cases(tokenizer, unit)]
+    asked = [p for p in prompts if p.input_ids[: p.answer_start] in ids]
+    assert len(asked) == len(ids) == 10
     assert {(len(p.input_ids), p.haystack.partition("@")[0]) for p in asked} == {
         (length, kind) for length in (256, 512) for kind in ("grass", "python-manual")
     }
@@ -93,10 +100,10 @@ def test_a_disagreement_is_told(texts: tuple[str, ...]) -> None:
 def test_no_memory_to_generate_costs_no_report(
     texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(model: Any, prompt: Any) -> tuple[int, ...]:
+    def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("longctx.eval.running.verify.generated", full)
+    monkeypatch.setattr("longctx.eval.running.verify.greedy", full)
     task = dataclasses.replace(TASK, text=texts)
     found = sweep(byte_model(), byte_tokenizer(), [task], (400,), verify=2, progress=False)
     (check,) = found.verified

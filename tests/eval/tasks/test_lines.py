@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import longctx
 from longctx.errors import DataError
-from longctx.eval import Lines
+from longctx.eval import Lines, sweep
 from longctx.prompts.passkey_prompts import split_of
+from longctx.scoring.continuations import Continuations
+from longctx.scoring.greedy import greedy
 
-from ..conftest import byte_tokenizer
+from ..conftest import byte_model, byte_tokenizer
 from ..retrieval_tasks import check_properties, check_too_short, prompts_of, shared, text_of
 
 LINE = re.compile(r"^line ([a-z-]+): REGISTER_CONTENT is <(\d{5})>$", re.MULTILINE)
@@ -96,3 +102,58 @@ def test_the_answer_is_the_number_alone() -> None:
         assert prompt.answer == prompt.key
         assert prompt.key.isdigit()
         assert text_of(prompt).endswith(f"<{prompt.key}")
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_free_answers_are_those_of_a_naive_loop(file: bool, tmp_path: Path) -> None:
+    """LongEval's own: `generate` after each prompt, and the last number of what it says."""
+    model, tokenizer = longctx.load("demo")
+    path = tmp_path / "lines.jsonl"
+    plain = Lines(samples=3, free=True, seed=3)
+    asked = plain.cases(tokenizer, plain.part(512, range(3), 512))
+    texts = [str(tokenizer.decode(prompt.input_ids[: prompt.answer_start])) for *_, prompt in asked]
+    names = [re.findall(r"in line (\S+)\?", text)[-1] for text in texts]
+    cases = [
+        {"prompt": text, "random_idx": [name, 0], "expected_number": int(prompt.key)}
+        for text, name, (*_, prompt) in zip(texts, names, asked, strict=True)
+    ]
+    path.write_text("\n".join(map(json.dumps, cases)))
+    task = Lines(samples=3, free=True, seed=3, file=str(path) if file else "")
+    (unit,) = task.plan(tokenizer, (512,), length_invariant=True).units
+    found = task.measure(model, tokenizer, unit, batch_tokens=999, length_invariant=True)
+    for text, case, one in zip(texts, cases, found.observations, strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        said = greedy(model, ids, 100)[0].tolist()
+        ends = [place for place, token in enumerate(said) if token == tokenizer.eos_token_id]
+        said = str(tokenizer.decode(said[: ends[0]] if ends else said, skip_special_tokens=True))
+        numbers = re.findall(r"\d+", said)
+        assert one.detail["said"] == said
+        assert one.correct == (bool(numbers) and int(numbers[-1]) == case["expected_number"])
+    result = sweep(model, tokenizer, [task], 512, verify=1, progress=False)
+    assert [(c.checked, c.disagreements) for c in result.verified] == [(1, ())]
+
+
+def test_the_last_number_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    task = Lines(samples=4, free=True)
+    unit = task.part(2000, range(4), 2000)
+    keys = [prompt.key for *_, prompt in task.cases(tokenizer, unit)]
+    texts = [f"It is {keys[0]}.", f"{keys[1]} or 12", "none", f"12, no: <{keys[3]}>, I think"]
+    said = tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    monkeypatch.setattr(
+        "longctx.eval.tasks.lines.continue_prompts", lambda *_, **__: Continuations(said, 9, "so")
+    )
+    how: Any = {"batch_tokens": 1, "length_invariant": True}
+    found = task.measure(byte_model(), tokenizer, unit, **how).observations
+    assert [one.correct for one in found] == [True, False, False, True]
+
+
+def test_free_prompts_have_no_beginning_of_an_answer() -> None:
+    (forced, free) = (prompts_of(Lines(samples=1, free=free), 2000)[0] for free in (False, True))
+    assert text_of(free)[: -len(free.key)].endswith("I need the number. ")
+    assert len(free.input_ids) == 2000
+    assert "The <REGISTER_CONTENT> in line" in text_of(forced)[-60:]
+    assert "LongEval itself does not give" in Lines().estimand
+    assert "the last one of a free greedy answer" in Lines(free=True).estimand
+    assert "free" not in Lines().cache_key()
+    assert Lines(free=True).cache_key()["free"]

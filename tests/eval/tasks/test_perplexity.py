@@ -94,6 +94,81 @@ def test_stride_scores_the_same_tokens_at_every_length(
         assert observation.targets == 60
 
 
+@pytest.mark.parametrize("stride", [17, 50, 60, 90])
+def test_a_stride_need_not_divide(texts: tuple[str, ...], model: Any, stride: int) -> None:
+    """The last window ends at the last target, and scores what is left."""
+    tokenizer = byte_tokenizer(bos=False)
+    task = Perplexity(last=60, stride=stride, windows=1, text=texts)
+    ids = documents(texts)[0]
+    step = min(stride, 60)
+    begin = 800 - step  # the first window of the longest ends at 800
+    for observation in measured(task, model, tokenizer, True):
+        total, done = 0.0, begin
+        while done < begin + 60:
+            end = min(done + step, begin + 60)
+            window = ids[end - observation.length : end]
+            total += float(plain_nll(model, window)[done - end :].sum())
+            done = end
+        assert observation.nll == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+@pytest.mark.parametrize("limit", [None, 1024])
+def test_sliding_over_whole_documents(
+    texts: tuple[str, ...], model: Any, tokenizer: Any, bos: bool | None, limit: int | None
+) -> None:
+    """The loop of transformers' guide to perplexity, which PI and YaRN print with S = 256."""
+    task = Perplexity(last=None, stride=256, limit=limit, bos=bos, windows=2, text=texts)
+    found = measured(task, model, tokenizer, True)
+    assert len(found) == 6
+    before = [] if bos is False else [1]
+    for observation, ids in zip(
+        found, (d for d in documents(texts)[:2] for _ in LENGTHS), strict=True
+    ):
+        ids = ids[:limit]
+        total, targets, done = 0.0, 0, 0
+        size = observation.length - len(before)
+        for first in range(0, len(ids), min(256, size)):
+            last = min(first + size, len(ids))
+            nll = plain_nll(model, [*before, *ids[first:last]])
+            total += float(nll[-(last - done) :].sum())
+            targets += min(last - done, len(nll))
+            done = last
+            if last == len(ids):
+                break
+        assert observation.targets == targets == len(ids) - (not before)
+        assert observation.nll == pytest.approx(total, rel=1e-6)
+        assert observation.cluster in observation.item
+
+
+def test_prefix_perplexity_is_that_of_yarns_script(texts: tuple[str, ...], model: Any) -> None:
+    """`eval/perplexity.py` of YaRN: a document's first L tokens with a BOS, in one window."""
+    tokenizer = byte_tokenizer()
+    for last in (50, None):
+        task = Perplexity(last=last, windows=1, bos=True, text=texts)
+        for observation in measured(task, model, tokenizer, True):
+            window = [tokenizer.bos_token_id, *documents(texts)[0][: observation.length - 1]]
+            wanted = math.exp(float(plain_nll(model, window).mean()))
+            summary = task.summarise([observation])
+            assert summary.prefix == pytest.approx(wanted, rel=1e-6)
+            if last is None:
+                assert summary.value == pytest.approx(wanted, rel=1e-6)
+
+
+def test_all_tokens_are_kept_where_windows_slide(
+    texts: tuple[str, ...], model: Any, tokenizer: Any
+) -> None:
+    task = Perplexity(last=None, stride=100, windows=1, text=texts)
+    unit = task.plan(tokenizer, (300,), length_invariant=True).units[0]
+    found = task.measure(model, tokenizer, unit, batch_tokens=900, length_invariant=True)
+    table: Any = found.per_token
+    assert table["index"].to_pylist() == list(range(3000))
+    assert max(table["context"].to_pylist()) == 299
+    assert min(table["context"].to_pylist()[299:]) >= 200
+    assert sum(table["nll"].to_pylist()) == pytest.approx(found.observations[0].nll, rel=1e-5)
+    assert found.tokens == unit.tokens == 300 * 29 - 1 or found.tokens <= unit.tokens
+
+
 def test_windows_spread_without_sharing_a_token() -> None:
     places = spread({"a": 3000, "b": 2600, "c": 900, "d": 100}, 800, 5)
     assert places == [("a", 0), ("a", 1500), ("b", 0), ("b", 1300), ("c", 0)]
@@ -132,8 +207,18 @@ def test_the_summary_weights_by_tokens_and_exponentiates() -> None:
 
 
 def test_what_cannot_be_measured_is_refused(texts: tuple[str, ...], tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="stride=50 does not divide last=128"):
-        Perplexity(stride=50)
+    with pytest.raises(DataError, match="stride=0: expected a whole number"):
+        Perplexity(stride=0)
+    for task in ({"limit": 900}, {"limit": 900, "last": None}, {"limit": 900, "stride": 9}):
+        with pytest.raises(DataError, match="limit=900 is for whole documents"):
+            Perplexity(**task)
+    whole = Perplexity(last=None, stride=100, limit=900, text=texts)
+    with pytest.raises(DataError, match="limit=900 is below the longest length, 1000"):
+        whole.plan(tokenizer, (1000,), length_invariant=True)
+    nameless = byte_tokenizer(bos=False)
+    nameless.bos_token = None
+    with pytest.raises(DataError, match="bos=True, but the tokenizer has no BOS"):
+        Perplexity(bos=True, text=texts).plan(nameless, (200,), length_invariant=True)
     with pytest.raises(DataError, match="last=0: expected a whole number"):
         Perplexity(last=0)
     with pytest.raises(DataError, match="128 tokens is too short for last=128 targets"):

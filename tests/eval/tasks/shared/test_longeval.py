@@ -10,10 +10,9 @@ import pytest
 
 from longctx.errors import DataError
 from longctx.eval import Lines, Topics, sweep
-from longctx.eval.running.verify import generated
 
 from ...conftest import byte_model, byte_tokenizer
-from ...retrieval_tasks import text_of
+from ...retrieval_tasks import generated, text_of
 
 
 def lines_case(count: int) -> dict[str, Any]:

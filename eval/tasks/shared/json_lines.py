@@ -1,0 +1,53 @@
+"""Files of test cases: JSON lines, with what is wrong in them said by line."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+from longctx.errors import DataError
+
+__all__ = ["records_of"]
+
+
+@lru_cache(maxsize=8)
+def records_of(file: str) -> tuple[tuple[int, dict[str, Any]], ...]:
+    """The records of a JSON-lines file, each with the number of its line; blank lines are skipped.
+
+    Raises:
+        DataError: not there, empty, or a line that is not a JSON object.
+    """
+    path = Path(file)
+    if path.exists() and not path.is_file():  # reading a FIFO would wait for its writer
+        raise DataError(f"{file} is not a regular file: pass JSON lines.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8 text (byte {error.start}): pass JSON lines."
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror}; pass JSON lines.") from error
+    if not text.strip():
+        raise DataError(f"{file} is empty: fetch it again.")
+    lines = text.rstrip().split("\n")
+    records: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            cut_off = number == len(lines) and not text.endswith("\n")
+            raise DataError(
+                f"{file}:{number} breaks off: fetch the file again, or delete that line."
+                if cut_off
+                else f"{file}:{number} is not JSON ({error.msg}, column {error.colno}): pass JSON "
+                "lines, one test case each."
+            ) from error
+        if not isinstance(record, dict):
+            raise DataError(f"{file}:{number} is {record!r:.40}: expected a JSON object.")
+        records.append((number, cast(dict[str, Any], record)))
+    return tuple(records)
