@@ -50,7 +50,7 @@ def batches(tokenizer: PreTrainedTokenizerFast) -> embedded_model.Batches:
 def hits(
     length: int, count: int, tokenizer: PreTrainedTokenizerFast, model: torch.nn.Module
 ) -> list[tuple[bool, bool]]:
-    """For each of `count` fresh keys, in both haystacks: is it far, and would greedy decoding say it.
+    """Of `count` fresh keys, in both haystacks: is it far, and would greedy decoding say it?
 
     Far is a key that ends more than 256 tokens, the window, before the answer.
     """
