@@ -17,7 +17,7 @@ __all__ = ["COMMAND", "Serve"]
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Answer OpenAI's API with a model under any method, those included that no engine knows.
+    """Answer OpenAI's API over HTTP, with any method in place.
 
     Needs `pip install 'longctx-toolkit[serve]'`. SIGINT and SIGTERM stop it. For methods that
     change frequencies alone, vLLM serves the saved checkpoint faster.

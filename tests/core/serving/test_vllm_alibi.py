@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 import tomllib
@@ -30,6 +31,7 @@ from longctx.serving.vllm_plugin import ARCHITECTURE
 from ...families import build
 from ...test_matrix import demo_tokenizer
 
+PATIENCE = 1800  # seconds until vLLM is up, on busy cores too
 ROOT = Path(__file__).parents[3]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -82,10 +84,14 @@ def vllm(model: Path, folder: Path, *options: str) -> Generator[str]:
     log = folder / "vllm.log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, env=environment(folder / "path"), stdout=out, stderr=out
+            command,
+            env=environment(folder / "path"),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     try:
-        end = time.monotonic() + 600
+        end = time.monotonic() + PATIENCE
         while True:
             assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < end
@@ -96,8 +102,8 @@ def vllm(model: Path, folder: Path, *options: str) -> Generator[str]:
                 time.sleep(1)
         yield f"http://127.0.0.1:{port}"
     finally:
-        process.terminate()
-        process.wait(60)
+        os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own
+        process.wait()
 
 
 def test_save_names_the_architecture_that_the_plugin_serves(tmp_path: Path) -> None:
