@@ -178,7 +178,8 @@ def main() -> None:
     rope = rope_of(model)
     notes = (
         f"A model of {model.num_parameters() / 1e6:.1f} M parameters, rope_theta {rope.theta:g}, "
-        f"window {rope.length}, {_FACTOR}-fold. {versions}; float32 on a CPU. Largest |Δ log p| of a prompt token against longctx, over "
+        f"window {rope.length}, {_FACTOR}-fold. {versions}; float32 on a CPU. "
+        "Largest |Δ log p| of a prompt token against longctx, over "
         f"prompts of 1 and 2 times the old window and of the window less one; every token, with "
         f"llama.cpp {_POSITIONS} of each prompt (keys and values in f32, no fused attention). "
         "“unextended” is how far the model without the method is. "
