@@ -129,11 +129,9 @@ def lost(found: Mapping[str, Any] | None) -> str:
     return f"{max(between):.1f}" if between else "–"
 
 
-def write(table: list[dict[str, str]], notes: str, model: str) -> None:
+def write(table: list[dict[str, str]], notes: str) -> None:
     """Write the section of RESULTS.md and the table of the documentation."""
-    write_results(
-        f"What engines compute: {model}", "python -m benchmarks.engines WORK [MODEL]", table, notes
-    )
+    write_results("What engines compute", "python -m benchmarks.engines WORK [MODEL]", table, notes)
     head = "| " + " | ".join(table[0]) + " |"
     lines = [
         head,
@@ -177,14 +175,17 @@ def main() -> None:
     if not engines:
         return
     versions = ", ".join(f"{engine} {version_of(engine)}" for engine in engines)
+    rope = rope_of(model)
     notes = (
-        f"{versions}; float32 on a CPU. Largest |Δ log p| of a prompt token against longctx, over "
+        f"A model of {model.num_parameters() / 1e6:.1f} M parameters, rope_theta {rope.theta:g}, "
+        f"window {rope.length}, {_FACTOR}-fold. {versions}; float32 on a CPU. "
+        "Largest |Δ log p| of a prompt token against longctx, over "
         f"prompts of 1 and 2 times the old window and of the window less one; every token, with "
         f"llama.cpp {_POSITIONS} of each prompt (keys and values in f32, no fused attention). "
         "“unextended” is how far the model without the method is. "
         + (f"Left out: {', '.join(absent)}." if absent else "")
     )
-    write(table, notes.strip(), Path(source).name)
+    write(table, notes.strip())
 
 
 if __name__ == "__main__":

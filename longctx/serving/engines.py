@@ -116,7 +116,7 @@ _TABLE: dict[Change, dict[Engine, tuple[Does, str]]] = {
     },
     "proportional": {
         "transformers": ("reads", "reads it"),
-        "vllm": ("unmeasured", "knows rope_type proportional for Gemma-4 alone; not measured"),
+        "vllm": ("reads", "reads it"),
         "sglang": ("refused", "has no rope_type proportional for this model"),
         "llama.cpp": ("needs", "reads it as longctx exports it; its own converter loses it"),
     },
