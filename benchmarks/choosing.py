@@ -35,6 +35,7 @@ def main() -> None:
     assert trained is not None
     fine, _ = usable(model, default_candidates(trained, target), replace=False)
     rows: list[dict[str, object]] = []
+    beyond: list[int] = []
     for seed in SEEDS:
         begin = time.perf_counter()
         choice = choose(

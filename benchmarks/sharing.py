@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import longctx
 from longctx.eval import Passkey, Perplexity
-from longctx.eval.running.verify import generated
 from longctx.prompts.assembly import Prompt
+from longctx.scoring.greedy import greedy
 from longctx.scoring.prefix_sharing import score_prompts
 
 from ._measure import paired_ratio, write_results
@@ -82,7 +82,8 @@ def shared(model: PreTrainedModel, prompts: list[Prompt], *, sharing: bool) -> N
 
 def generation(model: PreTrainedModel, prompts: list[Prompt]) -> None:
     for prompt in prompts:
-        generated(model, prompt)
+        ids = torch.tensor([prompt.input_ids[: prompt.answer_start]])
+        greedy(model, ids, len(prompt.answer_ids))
 
 
 def timed(length: int) -> dict[str, str]:

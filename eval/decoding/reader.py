@@ -65,7 +65,8 @@ def read_decode_benches(folder: Path) -> tuple[DecodeBench, ...]:
         text = read_text(path, "a decode bench")
     except DataError as error:
         raise RunError(f"{error} {_AGAIN}") from error
-    stored = parse(text, Annotated[list[_Bench], Meta(min_length=1)], path, next_step=_AGAIN)
+    kind: Any = Annotated[list[_Bench], Meta(min_length=1)]
+    stored: list[_Bench] = parse(text, kind, path, next_step=_AGAIN)
     names = [bench.model for bench in stored]
     if len(set(names)) < len(names):
         raise RunError(f"{path}: two benches of one model name. {_AGAIN}")
