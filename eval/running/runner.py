@@ -201,15 +201,15 @@ class SweepRunner:
 
     def check(self, job: Job, count: int, *, replace: bool) -> Verification | None:
         """Generate `count` answers of a task that has some too; None for other tasks."""
-        answered = isinstance(job.task, Retrieval | Answering)
-        if not answered or not count or job.variant.reading is not None:
+        task = job.task
+        if not isinstance(task, Retrieval | Answering):
+            return None
+        if not count or job.variant.reading is not None:
             return None
         records = self.collect(job)[0]
         model, tokenizer = self.unit_runner.model, self.unit_runner.tokenizer
         with job.variant.applied(model, replace=replace):
-            return verify(
-                model, tokenizer, job.variant.label, job.task, job.plan.units, records, count
-            )
+            return verify(model, tokenizer, job.variant.label, task, job.plan.units, records, count)
 
     def _adapts(self, job: Job) -> bool:
         return self.adaptive is not None and isinstance(job.task, Retrieval)

@@ -209,9 +209,9 @@ def test_the_summary_weights_by_tokens_and_exponentiates() -> None:
 def test_what_cannot_be_measured_is_refused(texts: tuple[str, ...], tokenizer: Any) -> None:
     with pytest.raises(DataError, match="stride=0: expected a whole number"):
         Perplexity(stride=0)
-    for task in ({"limit": 900}, {"limit": 900, "last": None}, {"limit": 900, "stride": 9}):
+    for last, stride in ((128, None), (None, None), (128, 9)):
         with pytest.raises(DataError, match="limit=900 is for whole documents"):
-            Perplexity(**task)
+            Perplexity(limit=900, last=last, stride=stride)
     whole = Perplexity(last=None, stride=100, limit=900, text=texts)
     with pytest.raises(DataError, match="limit=900 is below the longest length, 1000"):
         whole.plan(tokenizer, (1000,), length_invariant=True)
