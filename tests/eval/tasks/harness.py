@@ -16,7 +16,7 @@ from longctx.eval import Unit
 from longctx.eval.tasks.ruler import Ruler
 from longctx.eval.tasks.shared.answering import Question
 
-LENGTH, COUNT, NEW = 1024, 1, 24
+LENGTH, COUNT, NEW = 3000, 1, 24
 
 
 def documents(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> dict[str, list[Any]]:
@@ -38,7 +38,7 @@ def documents(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> dict[str, list
 
     words = {"type_needle_k": "words", "type_needle_v": "numbers"}
     repeat, needle = prepare.get_haystack("repeat"), prepare.get_haystack("needle")
-    example = vt.sys_vartrack_w_noise_random(tokenizer, 1, 500, incremental=5)[0]
+    example = vt.sys_vartrack_w_noise_random(tokenizer, 1, 1500, incremental=5)[0]
     return {
         "niah_single_1": needles(repeat, "repeat", **words),
         "niah_multikey_2": needles(needle, "needle", **words),
