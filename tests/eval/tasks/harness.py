@@ -54,8 +54,8 @@ def run_harness(model: Any, tokenizer: Any, part: str, docs: list[Any]) -> list[
     """The samples of the harness: context, answer and score of each document."""
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.api.task import ConfigurableTask  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
+    models: Any = importlib.import_module("lm_eval.models.huggingface")
     common: Any = importlib.import_module("lm_eval.tasks.ruler.common_utils")
     task: Any = ConfigurableTask(
         config={
@@ -77,7 +77,8 @@ def run_harness(model: Any, tokenizer: Any, part: str, docs: list[Any]) -> list[
             "num_fewshot": 0,
         }
     )  # fmt: skip
-    wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, max_length=4 * LENGTH, batch_size=1)
+    how = {"max_length": 4 * LENGTH, "batch_size": 1}
+    wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer, **how)
     harness: Any = lm_eval
     found = harness.evaluate(wrapped, {"tasks": {part: task}, "groups": {}}, bootstrap_iters=0)
     return sorted(found["samples"][part], key=lambda sample: sample["doc_id"])

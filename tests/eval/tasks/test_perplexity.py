@@ -106,7 +106,7 @@ def test_a_stride_need_not_divide(texts: tuple[str, ...], model: Any, stride: in
         total, done = 0.0, begin
         while done < begin + 60:
             end = min(done + step, begin + 60)
-            window = ids[end - observation.length : end]
+            window: list[int] = ids[end - observation.length : end]
             total += float(plain_nll(model, window)[done - end :].sum())
             done = end
         assert observation.nll == pytest.approx(total, rel=1e-6)
@@ -147,7 +147,7 @@ def test_prefix_perplexity_is_that_of_yarns_script(texts: tuple[str, ...], model
     for last in (50, None):
         task = Perplexity(last=last, windows=1, bos=True, text=texts)
         for observation in measured(task, model, tokenizer, True):
-            window = [tokenizer.bos_token_id, *documents(texts)[0][: observation.length - 1]]
+            window = [1, *documents(texts)[0][: observation.length - 1]]
             wanted = math.exp(float(plain_nll(model, window).mean()))
             summary = task.summarise([observation])
             assert summary.prefix == pytest.approx(wanted, rel=1e-6)

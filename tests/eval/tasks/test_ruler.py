@@ -140,7 +140,8 @@ def test_scores_are_those_of_a_naive_loop(own_words: None) -> None:
         for (_, one), observed in zip(asked, found.observations, strict=True):
             ids = greedy(model, torch.tensor([one.input_ids]), one.new_tokens)[0].tolist()
             ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]
-            said = tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True)
+            ids = ids[: ends[0]] if ends else ids
+            said = str(tokenizer.decode(ids, skip_special_tokens=True))
             hits = sum(reference.lower() in said.lower() for reference in one.references)
             assert observed.detail["score"] == hits / len(one.references)
             assert said.startswith(observed.detail["said"])
