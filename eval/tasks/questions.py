@@ -250,7 +250,7 @@ def _case(record: dict[str, Any], where: str, metric: Metric, new_tokens: int) -
                 "expected a text that is not empty."
             )
     answers = record.get("answers")
-    several: list[Any] = [answers] if isinstance(answers, str) else cast(list[Any], answers)
+    several: Any = [answers] if isinstance(answers, str) else answers
     if not isinstance(several, list) or not several:
         raise DataError(f"{where} has {answers!r:.40} as 'answers': expected texts, one or more.")
     for answer in several:

@@ -136,7 +136,7 @@ class Ruler(Answering):
     def _question(
         self, tokenizer: PreTrainedTokenizerBase, part: Part, length: int, index: int
     ) -> Question:
-        size, keep, pad = _cut(tokenizer, part, length, index, self.seed, self.chat)
+        size, keep, pad = _cut(tokenizer, part, length, index, self.seed, self.chat, is_installed())
         drawn = _draw(part, length, index, self.seed, size)
         head, tail = around(tokenizer, drawn.prefix, self.chat)
         body = drawn.text(keep, pad) + tail
@@ -188,12 +188,16 @@ def _cut(
     index: int,
     seed: int,
     chat: bool | None,
+    installed: bool,
 ) -> tuple[int, int, str]:
     """The size in which a prompt is drawn, the characters that are kept, and what fills the rest.
+
+    Whether RULER's words are installed decides all of them.
 
     Raises:
         DataError: a length that is too short or too long for the task.
     """
+    del installed  # of the key that results are kept under
     target = length - template(family_of(part)).new_tokens
 
     def drawn_in(size: int) -> tuple[Drawn, Callable[[int, str], int]]:

@@ -9,14 +9,14 @@ from longctx.errors import DataError
 __all__ = ["exact_cut"]
 
 _AROUND = 24  # cuts on either side that are tried where none of the search is exact
-_PADS = tuple("." * count for count in range(1, 9))
+_PADS = tuple(f"{' .' * count}{end}" for count in range(25) for end in ("", ".") if count or end)
 
 
 def exact_cut(count: Callable[[int, str], int], most: int, target: int) -> tuple[int, str] | None:
     """Return the characters to keep, and full stops to put after them; None if too few or many.
 
     The number of tokens grows with the characters, nearly evenly and by one at a time, so that a
-    few counts find the cut. Where a character has several tokens, full stops make up for what is
+    few counts find the cut. Where a character brings several tokens, full stops make up for what is
     left; no count of tokens is taken for granted.
 
     Args:

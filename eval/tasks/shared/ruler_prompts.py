@@ -354,8 +354,10 @@ def _documents(name: Literal["squad", "hotpotqa"], length: int, rng: Random) -> 
     def message(keep: int, pad: str) -> str:
         whole = bisect_right(ends, keep) - 1
         shown = dict(zip(chosen[:whole], texts, strict=False))
-        if whole < len(texts) and (cut := texts[whole][: keep - ends[whole]] + pad):
+        if whole < len(texts) and (cut := texts[whole][: keep - ends[whole]]):
             shown[chosen[whole]] = cut
+        if shown:
+            shown[next(reversed(shown))] += pad
         documents = [shown[one] for one in sorted(shown, key=order.__getitem__)]
         context = "\n\n".join(f"Document {i}:\n{text}" for i, text in enumerate(documents, 1))
         return words.text.format(context=context, query=question)

@@ -143,7 +143,6 @@ def template(family: Family) -> Template:
         ) from error
 
 
-@lru_cache(maxsize=4)
 def _assigned(path: Path, name: str) -> Any:
     """What a Python file assigns to a name, as a literal; the file is not run."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:

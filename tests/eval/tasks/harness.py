@@ -16,7 +16,7 @@ from longctx.eval import Unit
 from longctx.eval.tasks.ruler import Ruler
 from longctx.eval.tasks.shared.answering import Question
 
-LENGTH, COUNT, NEW = 1024, 1, 24
+LENGTH, COUNT, NEW = 3000, 1, 24
 
 
 def documents(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> dict[str, list[Any]]:
@@ -38,7 +38,7 @@ def documents(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> dict[str, list
 
     words = {"type_needle_k": "words", "type_needle_v": "numbers"}
     repeat, needle = prepare.get_haystack("repeat"), prepare.get_haystack("needle")
-    example = vt.sys_vartrack_w_noise_random(tokenizer, 1, 500, incremental=5)[0]
+    example = vt.sys_vartrack_w_noise_random(tokenizer, 1, 1500, incremental=5)[0]
     return {
         "niah_single_1": needles(repeat, "repeat", **words),
         "niah_multikey_2": needles(needle, "needle", **words),
@@ -54,8 +54,8 @@ def run_harness(model: Any, tokenizer: Any, part: str, docs: list[Any]) -> list[
     """The samples of the harness: context, answer and score of each document."""
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.api.task import ConfigurableTask  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
+    models: Any = importlib.import_module("lm_eval.models.huggingface")
     common: Any = importlib.import_module("lm_eval.tasks.ruler.common_utils")
     task: Any = ConfigurableTask(
         config={
@@ -77,7 +77,8 @@ def run_harness(model: Any, tokenizer: Any, part: str, docs: list[Any]) -> list[
             "num_fewshot": 0,
         }
     )  # fmt: skip
-    wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, max_length=4 * LENGTH, batch_size=1)
+    how = {"max_length": 4 * LENGTH, "batch_size": 1}
+    wrapped = models.HFLM(pretrained=model, tokenizer=tokenizer, **how)
     harness: Any = lm_eval
     found = harness.evaluate(wrapped, {"tasks": {part: task}, "groups": {}}, bootstrap_iters=0)
     return sorted(found["samples"][part], key=lambda sample: sample["doc_id"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -108,28 +109,31 @@ def test_the_answer_is_the_number_alone() -> None:
 def test_free_answers_are_those_of_a_naive_loop(file: bool, tmp_path: Path) -> None:
     """LongEval's own: `generate` after each prompt, and the last number of what it says."""
     model, tokenizer = longctx.load("demo")
-    path = tmp_path / "lines.jsonl"
-    plain = Lines(samples=3, free=True, seed=3)
-    asked = plain.cases(tokenizer, plain.part(512, range(3), 512))
-    texts = [str(tokenizer.decode(prompt.input_ids[: prompt.answer_start])) for *_, prompt in asked]
-    names = [re.findall(r"in line (\S+)\?", text)[-1] for text in texts]
-    cases = [
-        {"prompt": text, "random_idx": [name, 0], "expected_number": int(prompt.key)}
-        for text, name, (*_, prompt) in zip(texts, names, asked, strict=True)
-    ]
-    path.write_text("\n".join(map(json.dumps, cases)))
-    task = Lines(samples=3, free=True, seed=3, file=str(path) if file else "")
+    task = Lines(samples=3, free=True, seed=3, chat=False)
     (unit,) = task.plan(tokenizer, (512,), length_invariant=True).units
+    if file:
+        path = tmp_path / "lines.jsonl"
+        with path.open("w") as lines:
+            for _, _, prompt in task.cases(tokenizer, unit):
+                ids = list(prompt.input_ids[: prompt.answer_start])
+                text = str(tokenizer.decode(ids, skip_special_tokens=True))
+                name = re.findall(r"in line (\S+)\?", text)[-1]
+                number = {"random_idx": [name, 0], "expected_number": int(prompt.key)}
+                lines.write(json.dumps({"prompt": text, **number}) + "\n")
+        task = dataclasses.replace(task, file=str(path))
+        (unit,) = task.plan(tokenizer, (600,), length_invariant=True).units
     found = task.measure(model, tokenizer, unit, batch_tokens=999, length_invariant=True)
-    for text, case, one in zip(texts, cases, found.observations, strict=True):
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        said = greedy(model, ids, 100)[0].tolist()
-        ends = [place for place, token in enumerate(said) if token == tokenizer.eos_token_id]
-        said = str(tokenizer.decode(said[: ends[0]] if ends else said, skip_special_tokens=True))
+    cases = task.cases(tokenizer, unit)
+    for (_, _, prompt), one in zip(cases, found.observations, strict=True):
+        ids = torch.tensor([prompt.input_ids[: prompt.answer_start]])
+        tokens = greedy(model, ids, 100)[0].tolist()
+        ends = [place for place, token in enumerate(tokens) if token == tokenizer.eos_token_id]
+        tokens = tokens[: ends[0]] if ends else tokens
+        said = str(tokenizer.decode(tokens, skip_special_tokens=True))
         numbers = re.findall(r"\d+", said)
         assert one.detail["said"] == said
-        assert one.correct == (bool(numbers) and int(numbers[-1]) == case["expected_number"])
-    result = sweep(model, tokenizer, [task], 512, verify=1, progress=False)
+        assert one.correct == (bool(numbers) and int(numbers[-1]) == int(prompt.key))
+    result = sweep(model, tokenizer, [task], 600 if file else 512, verify=1, progress=False)
     assert [(c.checked, c.disagreements) for c in result.verified] == [(1, ())]
 
 

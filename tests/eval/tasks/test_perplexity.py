@@ -106,7 +106,7 @@ def test_a_stride_need_not_divide(texts: tuple[str, ...], model: Any, stride: in
         total, done = 0.0, begin
         while done < begin + 60:
             end = min(done + step, begin + 60)
-            window = ids[end - observation.length : end]
+            window: list[int] = ids[end - observation.length : end]
             total += float(plain_nll(model, window)[done - end :].sum())
             done = end
         assert observation.nll == pytest.approx(total, rel=1e-6)
@@ -147,7 +147,7 @@ def test_prefix_perplexity_is_that_of_yarns_script(texts: tuple[str, ...], model
     for last in (50, None):
         task = Perplexity(last=last, windows=1, bos=True, text=texts)
         for observation in measured(task, model, tokenizer, True):
-            window = [tokenizer.bos_token_id, *documents(texts)[0][: observation.length - 1]]
+            window = [1, *documents(texts)[0][: observation.length - 1]]
             wanted = math.exp(float(plain_nll(model, window).mean()))
             summary = task.summarise([observation])
             assert summary.prefix == pytest.approx(wanted, rel=1e-6)
@@ -209,9 +209,9 @@ def test_the_summary_weights_by_tokens_and_exponentiates() -> None:
 def test_what_cannot_be_measured_is_refused(texts: tuple[str, ...], tokenizer: Any) -> None:
     with pytest.raises(DataError, match="stride=0: expected a whole number"):
         Perplexity(stride=0)
-    for task in ({"limit": 900}, {"limit": 900, "last": None}, {"limit": 900, "stride": 9}):
+    for last, stride in ((128, None), (None, None), (128, 9)):
         with pytest.raises(DataError, match="limit=900 is for whole documents"):
-            Perplexity(**task)
+            Perplexity(limit=900, last=last, stride=stride)
     whole = Perplexity(last=None, stride=100, limit=900, text=texts)
     with pytest.raises(DataError, match="limit=900 is below the longest length, 1000"):
         whole.plan(tokenizer, (1000,), length_invariant=True)

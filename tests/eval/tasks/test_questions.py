@@ -90,7 +90,7 @@ def test_scores_are_those_of_a_naive_loop(path: Path) -> None:
             assert str(said).startswith(observed.detail["said"])
     result = sweep(model, tokenizer, [task], (600, 1200), verify=4, progress=False)
     assert [(c.checked, c.disagreements) for c in result.verified] == [(4, ())]
-    assert result.row("none", "questions", 600).interval.startswith(("t over", "none: all alike"))
+    assert result.row("none", "questions", 1200).n == 1
 
 
 def test_parts_count_alike(tmp_path: Path) -> None:
@@ -169,12 +169,13 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
     file.write_text("\n".join(map(json.dumps, (case(9, task="a"), case(9)))))
     with pytest.raises(DataError, match="some lines have a 'task' and others none"):
         numbers(Questions(file=str(file)), (600,))
-    for fields, said in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"samples": 0}, "samples=0"),
         ({"new_tokens": 0}, "new_tokens=0"),
         ({"metric": "bleu"}, "'bleu' is not a metric"),
         ({"longer": "cut"}, "longer='cut'"),
         ({"template": "{context}"}, r"expected \{question\} in it once"),
-    ):
+    ]
+    for fields, said in refused:
         with pytest.raises(DataError, match=said):
             Questions(**fields)

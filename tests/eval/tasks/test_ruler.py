@@ -6,6 +6,7 @@ import importlib.util
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,11 @@ from longctx.errors import DataError
 from longctx.eval import Observation, Unit, sweep
 from longctx.eval.reporting.files import write_sweep
 from longctx.eval.reporting.tables import print_sweep
-from longctx.eval.tasks import ruler
 from longctx.eval.tasks.ruler import Ruler
 from longctx.eval.tasks.shared import ruler_source
 from longctx.eval.tasks.shared.answering import Question
 from longctx.eval.tasks.shared.exact_cut import exact_cut
-from longctx.eval.tasks.shared.ruler_prompts import PARTS, Part
+from longctx.eval.tasks.shared.ruler_prompts import PARTS, Part, family_of
 from longctx.scoring.greedy import greedy
 
 from ..conftest import byte_model, byte_tokenizer
@@ -33,10 +33,13 @@ needs_ruler = pytest.mark.skipif(not SHIPPED, reason="RULER's words are not inst
 
 
 @pytest.fixture
-def own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_words(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where nothing of RULER is installed."""
     monkeypatch.setattr(ruler_source, "_folder", lambda package: None)
-    for cached in (ruler_source.essays, ruler_source.wordlist, ruler._cut):
+    for cached in (ruler_source.essays, ruler_source.wordlist):
+        cached.cache_clear()
+    yield
+    for cached in (ruler_source.essays, ruler_source.wordlist):
         cached.cache_clear()
 
 
@@ -103,7 +106,7 @@ def test_documents_hold_the_answer(part: Part) -> None:
 def test_the_words_are_rulers() -> None:
     """Each prompt is RULER's template around what is drawn."""
     for part in ("niah_multivalue", "vt", "cwe", "fwe", "qa_1"):
-        words = ruler_source.template(ruler.family_of(part))
+        words = ruler_source.template(family_of(part))
         found, text = question(part, 30_000)
         pieces = re.split(r"\{\w+\}", words.text)
         assert all(piece in text for piece in pieces if len(piece) > 20)
@@ -137,7 +140,8 @@ def test_scores_are_those_of_a_naive_loop(own_words: None) -> None:
         for (_, one), observed in zip(asked, found.observations, strict=True):
             ids = greedy(model, torch.tensor([one.input_ids]), one.new_tokens)[0].tolist()
             ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]
-            said = tokenizer.decode(ids[: ends[0]] if ends else ids, skip_special_tokens=True)
+            ids = ids[: ends[0]] if ends else ids
+            said = str(tokenizer.decode(ids, skip_special_tokens=True))
             hits = sum(reference.lower() in said.lower() for reference in one.references)
             assert observed.detail["score"] == hits / len(one.references)
             assert said.startswith(observed.detail["said"])
@@ -223,7 +227,6 @@ def test_another_release_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.parent.mkdir(parents=True)
     for text in ("TASKS = {", "TASKS = {'niah': {}}", "x = 1", "TASKS = [open('a')]"):
         path.write_text(text)
-        ruler_source._assigned.cache_clear()
         with pytest.raises(DataError, match="does not say what RULER's niah asks"):
             ruler_source.template("niah")
 
