@@ -160,7 +160,7 @@ class Perplexity:
             if self._whole:
                 tokens = self._read(documents[name])
                 for length in lengths:
-                    count = len(list(self._windows(len(tokens), length - len(bos))))
+                    count = len(list(self._windows(len(tokens), length, bos)))
                     units.append(Unit((length,), length * count, spec))
             elif self.stride is not None:
                 assert self.last is not None
@@ -249,7 +249,7 @@ class Perplexity:
         """Each window scores what the one before it did not reach; nothing predicts token 0."""
         (length,) = unit.lengths
         name = unit.spec["document"]
-        places = list(self._windows(len(ids), length - len(bos)))
+        places = list(self._windows(len(ids), length, bos))
         windows = [(*bos, *ids[first:last]) for first, last, _ in places]
         new = [count for *_, count in places]
         new[0] -= not bos
@@ -267,12 +267,18 @@ class Perplexity:
         table = _per_token(name, length, index, context, scores)
         return Measured((found,), sum(map(len, windows)), "sliding windows", table)
 
-    def _windows(self, tokens: int, length: int) -> Iterator[tuple[int, int, int]]:
-        """First token, token after the last, and tokens that no window before it holds."""
+    def _windows(
+        self, tokens: int, length: int, bos: tuple[int, ...]
+    ) -> Iterator[tuple[int, int, int]]:
+        """First token, token after the last, and tokens that no window before it holds.
+
+        Before the first of these stands a BOS or a token that the window before it holds: where
+        the stride is no shorter than a window, windows slide by less.
+        """
         assert self.stride is not None
         done = 0
-        for first in range(0, tokens, min(self.stride, length)):
-            last = min(first + length, tokens)
+        for first in range(0, tokens, min(self.stride, length - 1)):
+            last = min(first + length - len(bos), tokens)
             yield first, last, last - done
             done = last
             if last == tokens:

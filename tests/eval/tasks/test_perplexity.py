@@ -128,7 +128,7 @@ def test_sliding_over_whole_documents(
         ids = ids[:limit]
         total, targets, done = 0.0, 0, 0
         size = observation.length - len(before)
-        for first in range(0, len(ids), min(256, size)):
+        for first in range(0, len(ids), min(256, observation.length - 1)):
             last = min(first + size, len(ids))
             nll = plain_nll(model, [*before, *ids[first:last]])
             total += float(nll[-(last - done) :].sum())
