@@ -214,14 +214,14 @@ def linear(source: str, runs: Path) -> None:
             cache = f"{report.cache[1]:,} a token + {report.bounded[1]:,}"
             cache = cache.removeprefix("0 a token + ")
             add(name, start, "", 0, cache)
-        if name == "the same, 2 layers kept":
-            bare = copy.deepcopy(start)
-            for module in bare.modules():
-                if isinstance(module, HedgehogAttention):
-                    module.of_query = _nothing  # pyright: ignore[reportAttributeAccessIssue]
-            kept = report.cache[1]
-            left = f"{kept:,} a token + {WINDOW * (token - kept):,}"
-            add("2 layers kept, window without features", bare, "", 0, left)
+            if name == "the same, 2 layers kept":
+                bare = copy.deepcopy(start)
+                for module in bare.modules():
+                    if isinstance(module, HedgehogAttention):
+                        module.of_query = _nothing  # pyright: ignore[reportAttributeAccessIssue]
+                kept = report.cache[1]
+                left = f"{kept:,} a token + {WINDOW * (token - kept):,}"
+                add("2 layers kept, window without features", bare, "", 0, left)
         key = f"{Path(source).name}-{name}".replace(", ", "-").replace(" ", "-")
         model, seconds = trained(key, start, recipe, original, tokenizer, runs)
         steps, batch = recipe.training.max_steps or 0, recipe.training.batch_size
