@@ -27,6 +27,7 @@ from tyro.conf import Positional
 import longctx
 from longctx.eval import Passkey, Perplexity, sweep
 from longctx.model import evaluating, window
+from longctx.patches._hedgehog import HedgehogAttention
 from longctx.patches.moe import Moe
 from longctx.patches.multi_query import MultiQuery
 from longctx.prompts.haystacks import encode, held_out
@@ -213,6 +214,14 @@ def linear(source: str, runs: Path) -> None:
             cache = f"{report.cache[1]:,} a token + {report.bounded[1]:,}"
             cache = cache.removeprefix("0 a token + ")
             add(name, start, "", 0, cache)
+            if name == "the same, 2 layers kept":
+                bare = copy.deepcopy(start)
+                for module in bare.modules():
+                    if isinstance(module, HedgehogAttention):
+                        module.of_query = _nothing  # pyright: ignore[reportAttributeAccessIssue]
+                kept = report.cache[1]
+                left = f"{kept:,} a token + {WINDOW * (token - kept):,}"
+                add("2 layers kept, window without features", bare, "", 0, left)
         key = f"{Path(source).name}-{name}".replace(", ", "-").replace(" ", "-")
         model, seconds = trained(key, start, recipe, original, tokenizer, runs)
         steps, batch = recipe.training.max_steps or 0, recipe.training.batch_size
@@ -223,10 +232,15 @@ def linear(source: str, runs: Path) -> None:
         rows,
         "NLL in nats per token of the held-out documents of Python's manual, passkeys in filler "
         "sentences and in that text. Features are fitted layer by layer on 4,096 tokens of the "
-        "manual's other documents (attention transfer), which `untrained` rows have too; training "
+        "manual's other documents (attention transfer), also where nothing is trained; training "
         "is `--recipe uptrain` on rows of 256 tokens. Kept layers are those whose replacement "
         "costs keys most. Cache bytes of a row: for each token, and whatever the length. One seed.",
     )
+
+
+def _nothing(q: torch.Tensor) -> torch.Tensor:
+    """Features, twice the channels, of a query that sees no past."""
+    return q.new_zeros(*q.shape[:-1], 2 * q.shape[-1])
 
 
 def mixture(source: str, runs: Path) -> None:

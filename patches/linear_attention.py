@@ -18,7 +18,8 @@ time, asks for keys hidden in text, and keeps that which is missed most.
 Three forms agree: quadratic (`longctx.attention.reference`), recurrent (decoding) and chunked
 (prompts and training).
 
-When to use it: as an experiment. Without kept layers it finds no keys beyond its window.
+When to use it: as an experiment. Without kept layers it finds next to no keys, and in our table a
+window without features did better than one with them (docs/conversions.md).
 
 Sources: Zhang et al. 2024, Hedgehog (arXiv:2402.04347), section 4, the features; Zhang et al. 2024,
 LoLCATs (arXiv:2410.10254), section 3, window and transfer; Chen et al. 2026, HALO
