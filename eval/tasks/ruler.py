@@ -47,16 +47,16 @@ class Ruler(Answering):
     questions about documents, whether any of them does.
     """
 
-    only: tuple[str, ...] = ()
-    """Some of niah_single_1, niah_single_2, niah_single_3, niah_multikey_1, niah_multikey_2,
-    niah_multikey_3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1 (SQuAD) and qa_2
-    (HotpotQA); none means all that are installed."""
     samples: int = 20
     """Prompts per task, method and length; RULER has 500."""
     seed: int = 0
     """Chooses what is asked for and what it is hidden in."""
     chat: bool | None = None
     """Put the prompt into the tokenizer's chat template; None: if it has one."""
+    only: tuple[str, ...] = ()
+    """Some of niah_single_1, niah_single_2, niah_single_3, niah_multikey_1, niah_multikey_2,
+    niah_multikey_3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1 (SQuAD) and qa_2
+    (HotpotQA); none means all that are installed."""
 
     name: ClassVar[str] = "ruler"
 

@@ -21,7 +21,7 @@ _BATCH = 65_536  # tokens of an update in the command for training
 
 @dataclass(frozen=True, slots=True)
 class Auto:
-    """Choose a method for one model and one length by measuring candidates on it.
+    """Choose a method for a model and a length by measuring candidates.
 
     Every candidate is given a few prompts, those that are left some more, and the last few are
     compared with the model as it came on prompts that the screening did not see. Ends with one
