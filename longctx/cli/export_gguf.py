@@ -15,7 +15,7 @@ __all__ = ["COMMAND", "ExportGguf"]
 
 @dataclass(frozen=True, slots=True)
 class ExportGguf:
-    """Write a checkpoint as GGUF, its frequencies included, for llama.cpp.
+    """Write a checkpoint as GGUF for llama.cpp, frequencies included.
 
     The file is read back and compared. What llama.cpp cannot compute is refused. The weights are
     held in float32 meanwhile: 4 bytes of memory for each parameter.

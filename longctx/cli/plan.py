@@ -12,7 +12,7 @@ __all__ = ["COMMAND", "Plan"]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    r"""Predict the memory of fine-tuning, and find what makes it fit; or the cost to serve.
+    r"""Predict the memory of fine-tuning, or the cost to serve.
 
     Exit code 1 if nothing does. Reads the model's config only: no weights, no code. Prints what
     each moment of an update holds on each GPU and, where that is too much, what helps with least

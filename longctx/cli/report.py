@@ -12,7 +12,7 @@ __all__ = ["COMMAND", "Report"]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Write what sweeps and decode benches found as one HTML file that needs no network.
+    """Write what sweeps and decode benches found as one HTML file.
 
     Each RUN is the --out folder of a `longctx sweep` or `longctx decode-bench`. Heatmaps by length
     and depth, values with their intervals, loss by position, effective lengths, failed answers,

@@ -63,7 +63,9 @@ def _refuse(*_: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1.0, 3.0])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (8, 8), (32, 8)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(9, 3), (8, 8), pytest.param(32, 8, marks=pytest.mark.slow)]
+)
 def test_8k_tokens_in_float32(heads: int, kv_heads: int, size: float) -> None:
     q, k, v = qkv(heads, kv_heads, 8192, dim=16, size=size * 2**0.5)
     rows = torch.cat([torch.arange(0, 8192, 197), torch.tensor([1023, 1024, 1217, 1218, 8191])])

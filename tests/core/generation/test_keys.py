@@ -57,9 +57,9 @@ def theirs(demo: tuple[Any, Any], asked: Sequence[Prompt], **settings: Any) -> i
 
 
 def test_keys_survive_what_claims_it(demo: tuple[Any, Any]) -> None:
-    asked = prompts(demo[1], 6)
+    asked = prompts(demo[1], 4)
     greedy = ours(demo, asked, "greedy")
-    assert greedy >= 5
+    assert greedy >= 3
     for decoding in KEEPING:
         for guard in (None, "ban") if parse_decoding(decoding).beams else (None, "ban", "mend"):
             assert ours(demo, asked, decoding, guard) >= greedy - 1, (decoding, guard)

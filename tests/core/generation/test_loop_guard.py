@@ -89,9 +89,19 @@ def shown_by(demo: tuple[Any, Any], **settings: Any) -> Generated:
     return said
 
 
-@pytest.mark.parametrize("strategy", ["resample", "split", "marker"])
 @pytest.mark.parametrize(
-    "decoding", ["greedy", "contrastive:k=3,alpha=0.1", "sample:temperature=0.3"]
+    ("decoding", "strategy"),
+    [
+        ("greedy", "resample"),
+        ("greedy", "split"),
+        ("greedy", "marker"),
+        ("contrastive:k=3,alpha=0.1", "resample"),
+        ("sample:temperature=0.3", "split"),
+        pytest.param("contrastive:k=3,alpha=0.1", "split", marks=pytest.mark.slow),
+        pytest.param("contrastive:k=3,alpha=0.1", "marker", marks=pytest.mark.slow),
+        pytest.param("sample:temperature=0.3", "resample", marks=pytest.mark.slow),
+        pytest.param("sample:temperature=0.3", "marker", marks=pytest.mark.slow),
+    ],
 )
 def test_mended_rows_hold_no_loop(demo: tuple[Any, Any], decoding: str, strategy: Any) -> None:
     guard = LoopGuard(strategy=strategy)
