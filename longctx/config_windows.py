@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 __all__ = [
+    "CONVERSION",
     "TEXT_PARTS",
     "WINDOW_KEYS",
     "Doubt",
@@ -22,6 +23,8 @@ __all__ = [
     "window_of",
 ]
 
+CONVERSION = "longctx_conversion"
+"""The entry of a config that says which conversion `load` has to restore."""
 Doubt = tuple[str, str, str]
 """The key, what is wrong with it, and what to write instead."""
 WINDOW_KEYS = (

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .config_windows import CONVERSION
 from .errors import MethodError
 from .patch import Check
 from .prompts.assembly import Prompt
 
 __all__ = [
-    "RECORD",
     "Calibration",
     "Conversion",
     "ConversionReport",
@@ -27,9 +27,6 @@ __all__ = [
     "put_record",
     "recorded",
 ]
-
-RECORD = "longctx_conversion"
-"""The entry of a config that says which conversion `load` has to restore."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +175,10 @@ class Converted:
 def put_record(model: PreTrainedModel, method: Conversion) -> None:
     """Let the config say which conversion the model is of, as `load` restores it."""
     fields = dataclasses.asdict(method)  # pyright: ignore[reportArgumentType]
-    setattr(model.config, RECORD, {"version": 1, "name": method.name, **fields})
+    setattr(model.config, CONVERSION, {"version": 1, "name": method.name, **fields})
 
 
 def recorded(model: PreTrainedModel) -> str | None:
     """The name of the conversion that the model is of and its class does not say, else None."""
-    record: Any = getattr(model.config, RECORD, None)
+    record: Any = getattr(model.config, CONVERSION, None)
     return None if record is None else str(record.get("name")) if isinstance(record, dict) else "?"  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]

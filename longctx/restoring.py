@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from transformers import PreTrainedModel
 
 from .attention.hook import ATTRIBUTE
-from .conversion import RECORD
+from .config_windows import CONVERSION
 from .errors import LongctxError, ModelError
 from .registry import make_conversion
 from .schema import conform
@@ -48,10 +48,10 @@ def restore_conversion(
     Raises:
         LongctxError: a record or tensors that do not fit the model.
     """
-    record: Any = getattr(model.config, RECORD, None)
+    record: Any = getattr(model.config, CONVERSION, None)
     if record is None:
         return set()
-    where = f"{source}/config.json, entry {RECORD}"
+    where = f"{source}/config.json, entry {CONVERSION}"
     checked = conform(record, _Version, where, next_step=_ANEW, error=ModelError)
     if checked.version != 1:
         raise ModelError(f"{where}: version: expected 1, got {checked.version}. Upgrade longctx.")
@@ -71,7 +71,7 @@ def without_report(config: object) -> Generator[None]:
 
     Those that nothing restores are refused by name later (`weights.refuse_incomplete`).
     """
-    if getattr(config, RECORD, None) is None:
+    if getattr(config, CONVERSION, None) is None:
         yield
         return
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from ..config_windows import is_number, rope_entries, text_part, window_of
+from ..config_windows import CONVERSION, is_number, rope_entries, text_part, window_of
 
 __all__ = [
     "ENGINES",
@@ -67,6 +67,8 @@ class Checkpoint:
     """The RoPE settings of its full-attention layers."""
     methods: tuple[str, ...] = ()
     """Names from its record; empty where longctx did not extend it."""
+    by_code: bool = False
+    """Whether a module beside it (`save(…, remote_code=True)`) puts the methods in place."""
 
 
 _PLUGIN = "reads it by longctx's plugin for LLaMA-like models"
@@ -151,8 +153,18 @@ _TABLE: dict[Change, dict[Engine, tuple[Does, str]]] = {
 }
 
 
+_WITH_CODE: dict[Engine, tuple[Does, str]] = {
+    "transformers": ("needs", "reads it with trust_remote_code where longctx is installed"),
+    "vllm": ("refused", "does not know its model type: save it without remote_code"),
+    "sglang": ("refused", "does not know its model type: save it without remote_code"),
+}
+"""What changes where a module beside a checkpoint puts its methods in place."""
+
+
 def reading(checkpoint: Checkpoint, engine: Engine) -> Reading:
     """What one engine does with a checkpoint."""
+    if checkpoint.by_code and engine in _WITH_CODE:
+        return Reading(engine, *_WITH_CODE[engine])
     return Reading(engine, *_TABLE[checkpoint.change][engine])
 
 
@@ -178,12 +190,15 @@ def checkpoint_of(config: Mapping[str, Any]) -> Checkpoint:
     beyond = _beyond(methods)
     if beyond:
         change = beyond
+    if CONVERSION in config:  # weights of a class that no engine has
+        change = "beyond"
     window = _promised(config, held, original)
     if change == "dynamic" and is_number(rope.get("factor")):
         window = max(window, round(original * float(rope["factor"])))
     return Checkpoint(
         str(text.get("model_type") or config.get("model_type")), change, window, original, rope,
         tuple(str(method.get("name")) for method in methods),
+        by_code=bool(methods) and config.get("model_type") == "longctx",
     )  # fmt: skip
 
 

@@ -23,9 +23,9 @@ __all__ = ["Flags", "flags_of"]
 _ALIBI_PLUGIN = "longctx.serving.vllm_alibi"
 _INSTEAD = {
     "dynamic": "Extend the original by ntk for the length that you serve",
-    "biases": "Load it with longctx.load, or export it for llama.cpp (longctx export-gguf)",
+    "biases": "Serve it with longctx serve, or export it for llama.cpp (longctx export-gguf)",
     "proportional": "Serve it by transformers, or export it for llama.cpp (longctx export-gguf)",
-    "beyond": "Load it with longctx.load, or extend the original by a method that changes "
+    "beyond": "Serve it with longctx serve, or extend the original by a method that changes "
     "frequencies (yarn, linear, ntk, …)",
 }
 _KV_CACHE = {
@@ -143,6 +143,6 @@ def _transformers(folder: str, checkpoint: Checkpoint, notes: list[str]) -> Flag
         f"no window is enforced: requests beyond {checkpoint.window} tokens are answered too, by "
         "what the model was not made for"
     )
-    return Flags(
-        "transformers", checkpoint.window, (("transformers", "serve", folder),), tuple(notes)
-    )
+    trust = ("--trust-remote-code",) if checkpoint.by_code else ()
+    command = ("transformers", "serve", folder, *trust)
+    return Flags("transformers", checkpoint.window, (command,), tuple(notes))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..conversion import recorded
 from ..errors import ModelError, RunError
 from ..files import write_whole
 from ..model import text_config, unwrapped
@@ -99,6 +100,11 @@ def export_gguf(
             "writing GGUF needs the gguf package: pip install 'longctx-toolkit[gguf]'"
         ) from error
     causal, path = unwrapped(model), Path(out)
+    made_by = recorded(causal)
+    if made_by is not None:
+        raise ModelError(
+            f"llama.cpp computes no model made by {made_by}: serve it with `longctx serve`."
+        )
     layout = layout_of(causal)
     embeddings: Any = causal.get_input_embeddings()
     vocabulary = vocabulary_of(tokenizer, int(embeddings.weight.shape[0]))

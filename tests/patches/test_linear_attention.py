@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import longctx
 from longctx.attention.hook import ATTRIBUTE
 from longctx.attention.state_cache import StateLayer
-from longctx.conversion import RECORD
+from longctx.config_windows import CONVERSION
 from longctx.errors import MethodError, ModelError, RunError
 from longctx.fingerprint import model_digest
 from longctx.patches._hedgehog import HedgehogAttention
@@ -135,10 +135,10 @@ def test_a_damaged_record_is_refused_by_name(tmp_path: Path) -> None:
         ({"window": 10**6}, "window=1000000 and the model's 64"),
         ({"keep": "auto:1"}, "keep='auto:1'"),
     ):
-        path.write_text(json.dumps({**config, RECORD: {**config[RECORD], **change}}))
+        path.write_text(json.dumps({**config, CONVERSION: {**config[CONVERSION], **change}}))
         with pytest.raises((ModelError, MethodError), match=said):
             longctx.load(tmp_path / "out")
-    del config[RECORD]
+    del config[CONVERSION]
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match="unknown to the model"):
         longctx.load(tmp_path / "out")

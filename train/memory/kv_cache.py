@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from longctx.conversion import RECORD
+from longctx.config_windows import CONVERSION
 from longctx.errors import ModelError
 
 __all__ = ["CachedLayer", "KvCache"]
@@ -62,9 +62,9 @@ class KvCache:
                 cannot be built without weights.
         """
         model_type = config.model_type
-        if getattr(config, RECORD, None) is not None:
+        if getattr(config, CONVERSION, None) is not None:
             raise ModelError(
-                f"this model was made by {getattr(config, RECORD).get('name')}, whose cache is "
+                f"this model was made by {getattr(config, CONVERSION).get('name')}, whose cache is "
                 "another than its config says: longctx.convert reports it."
             )
         try:

@@ -12,6 +12,7 @@ import pytest
 
 import longctx
 from longctx.cli.main import main
+from longctx.config_windows import CONVERSION
 from longctx.serving.engines import (
     ENGINES,
     Change,
@@ -109,7 +110,7 @@ def test_dynamic_needs_an_override_under_vllm() -> None:
         ("yarn", "llama.cpp", 0, "-ctk f32"),
         ("dynamic", "llama.cpp", 1, "ntk for the length"),
         ("dynamic", "transformers", 1, "a base that grows"),
-        ("rerope", "vllm", 1, "longctx.load"),
+        ("rerope", "vllm", 1, "longctx serve"),
         ("rerope", "llama.cpp", 1, "has no way to compute it"),
         ("alibi", "transformers", 1, "no way to compute it from a config"),
         ("alibi", "llama.cpp", 0, "reads it as longctx exports it"),
@@ -159,3 +160,21 @@ def test_a_checkpoint_without_a_window_or_with_an_impossible_one(
 def test_whatever_a_config_holds_is_read(config: dict[str, Any]) -> None:
     found = checkpoint_of({"model_type": "llama", "max_position_embeddings": 64, **config})
     assert len(readings(found)) == len(ENGINES)
+
+
+def test_a_module_beside_a_checkpoint_serves_transformers_alone(tmp_path: Path) -> None:
+    model, tokenizer = longctx.load("demo")
+    with longctx.extend(model, "dual_chunk", factor=2):
+        longctx.save(model, tokenizer, tmp_path / "coded", remote_code=True)
+    config = json.loads((tmp_path / "coded" / "config.json").read_text())
+    assert flags_of("coded", config, "transformers").command.endswith("--trust-remote-code")
+    assert not flags_of("coded", config, "vllm").commands
+    assert "remote_code" in flags_of("coded", config, "vllm").notes[0]
+
+
+def test_a_conversion_that_no_class_says_is_served_by_longctx_alone() -> None:
+    config = {"model_type": "llama", "max_position_embeddings": 256, CONVERSION: {"version": 1}}
+    for engine in ENGINES:
+        found = flags_of("linear", config, engine)
+        assert not found.commands
+        assert "longctx serve" in found.notes[0]
