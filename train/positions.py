@@ -64,8 +64,8 @@ class LengthSchedule:
     With several chunks, shorter documents stand on positions of the whole length as under `PoSE`:
     every distance is learnt from the first step on, and by the end on text that is as long.
 
-    Source: ours. On the embedded model (linear ×8, 64 → 2,048 tokens) retrieval was learnt this
-    way, and not at a fixed 2,048 in the same time.
+    Source: ours. On an earlier embedded model (rope_theta 100, linear ×8, 64 → 2,048 tokens)
+    retrieval was learnt this way, and not at a fixed 2,048 in the same time.
     """
 
     start: int
