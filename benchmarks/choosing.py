@@ -13,7 +13,7 @@ from pathlib import Path
 import longctx
 from longctx.eval import ChoiceSettings, Passkey, choose, parse_lengths, sweep
 from longctx.eval.choice.candidates import default_candidates, usable
-from longctx.eval.comparison.differences import pair, pooled_answers
+from longctx.eval.comparison.differences import Difference, pair, pooled_answers
 from longctx.eval.results.sweep_result import SweepResult
 from longctx.eval.results.variants import original_window
 from longctx.eval.tasks.shared.protocol import Observation
@@ -68,8 +68,7 @@ def main() -> None:
                 "its keys": f"{shares[chosen]:.0%}",
                 "best of all": f"`{best}`",
                 "best's keys": f"{shares[best]:.0%}",
-                "behind, points [95%]": f"{100 * behind.value:.0f} "
-                f"[{100 * behind.low:.0f}, {100 * behind.high:.0f}]",
+                "behind, points [95%]": _behind(behind) if chosen != best else "the best",
                 "minutes": f"{minutes:.1f}",
             }
         )
@@ -83,6 +82,10 @@ def main() -> None:
         "prefers what plain transformers loads among those that it cannot tell apart. Minutes by "
         "the clock on a busy machine.",
     )
+
+
+def _behind(one: Difference) -> str:
+    return f"{100 * one.value:.0f} [{100 * one.low:.0f}, {100 * one.high:.0f}]"
 
 
 def _observed(result: SweepResult, label: str) -> dict[str, Observation]:
