@@ -216,7 +216,7 @@ def _screened(result: SweepResult, dropped: dict[str, str], most: int) -> list[s
     """The methods that may still be the best, at most so many; the others go to `dropped`.
 
     A method is ruled out where its interval ends before that of the best begins. Of those that
-    plain transformers loads, one stays if any is left.
+    plain transformers loads, one stays if any is left and there is room beside the best.
     """
     counted = {v.label: _counted(result, v.label, result.lengths) for v in result.variants}
     order = sorted(counted, key=lambda label: counted[label].share, reverse=True)
@@ -240,7 +240,7 @@ def _screened(result: SweepResult, dropped: dict[str, str], most: int) -> list[s
             left.append(label)
     plain = {variant.label for variant in result.variants if _plain(variant)}
     kept = left[:most]
-    if not plain.intersection(kept):  # the choice prefers one
+    if most > 1 and not plain.intersection(kept):  # the choice prefers one
         kept[most - 1 :] = [label for label in left if label in plain][:1] or kept[most - 1 :]
     dropped |= {label: said(label) for label in left if label not in kept}
     return kept
@@ -331,7 +331,7 @@ def recommend(finalists: Sequence[Finalist]) -> tuple[str, str]:
     taken = min(contenders, key=lambda one: (not one.plain, one.in_pieces, one.costs, -one.found))
     said = f"it finds {taken.found} of {taken.asked} keys beyond the old window"
     if taken is best:
-        said += ", more than any other"
+        said += ", and no other finds more"
         told = [one.label for one in contenders if one is not best]
         if told:
             said += f" (not told apart from it: {', '.join(told)})"

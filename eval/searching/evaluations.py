@@ -35,8 +35,6 @@ class Evaluations:
     def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
         self._path = path
         self._losses: dict[str, float] = {}
-        self.known = 0
-        """Losses that an earlier search left."""
         if path is None:
             return
         refuse_other_than_folder(path.parent)
@@ -129,7 +127,7 @@ class Evaluations:
             )
         if len(whole) < len(data):
             os.truncate(path, len(whole))
-        self._losses, self.known = losses, len(losses)
+        self._losses = losses
 
 
 def _loss(value: Any) -> float:

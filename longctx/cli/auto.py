@@ -107,14 +107,15 @@ class Auto:
 
     def _training(self, target: int, factor: float, tokens: int) -> str:
         """What to train with so many tokens."""
-        steps = max(1, tokens // _BATCH)
+        batch = max(1, _BATCH // target)
+        steps = max(1, tokens // (batch * target))
         replace = " --replace" if self.replace else ""
         return (
             f"With {tokens:,} tokens of training (docs/finetuning.md tells what training added to "
             "the embedded model):\n"
             f"longctx train {shlex.quote(self.model)} --method linear:{factor:g}{replace} --data "
             f"CONVERSATIONS --max-length {target} --max-steps {steps} --batch-size "
-            f"{max(1, _BATCH // target)} --output-dir OUT"
+            f"{batch} --output-dir OUT"
         )
 
 

@@ -87,9 +87,9 @@ class Search:
         write_found(found, path, overwrite=self.overwrite)
         known = ", ".join(f"{name} {loss:.3f}" for name, loss in found.known_losses.items())
         print(
-            f"{found.evaluations} divisors tried in {found.seconds / 60:.1f} minutes. Loss on "
-            f"prompts that none was chosen by: {found.loss:.3f} ({known}), in nats per token of "
-            f"the key.\n--method longrope:@{path}"
+            f"{found.evaluations} divisors tried; this run took {found.seconds / 60:.1f} minutes. "
+            f"Loss on the finalists' prompts: {found.loss:.3f} ({known}), in nats per token of the "
+            f"key.\n--method longrope:@{path}"
         )
         return code
 

@@ -1,7 +1,7 @@
 """vLLM serves a saved ALiBi checkpoint by longctx's plugin, to our log-probabilities.
 
 $LONGCTX_VLLM names the Python of an environment with vLLM in it, which is only read; longctx is
-put on its path for the server alone: `LONGCTX_VLLM=/tmp/vllmenv/bin/python pytest -m engines`.
+put on its path for the server alone: `LONGCTX_VLLM=vllm/bin/python pytest -m engines`.
 """
 
 from __future__ import annotations

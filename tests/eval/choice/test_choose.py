@@ -131,3 +131,10 @@ def test_a_command_line_that_cannot_be(
 ) -> None:
     assert main(["auto", "demo", "--out", str(tmp_path / "auto"), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_training_is_of_as_many_tokens_as_were_asked_for() -> None:
+    from longctx.cli.auto import Auto
+
+    said = Auto("demo", "256k", tokens="20M")._training(262_144, 4.0, 20_000_000)  # pyright: ignore[reportPrivateUsage]
+    assert "--max-steps 76 --batch-size 1 " in said
