@@ -39,7 +39,7 @@ from longctx.train.run import Run
 from ._measure import write_results
 
 COMMAND = "python -m benchmarks.conversions RUNS --smollm2 SMOLLM2"
-MANY, FEW = 100, 10
+MANY, FEW = 100, 40
 Part = Literal["heads", "linear", "mixture"]
 
 DEMO = replace(
@@ -53,7 +53,7 @@ SHORT = replace(DEMO, training=replace(DEMO.training, max_steps=60))
 SMOLLM2 = replace(
     UPTRAIN,
     max_length=256,
-    training=replace(UPTRAIN.training, max_steps=8, batch_size=4, learning_rate=5e-4, warmup=2),
+    training=replace(UPTRAIN.training, max_steps=60, batch_size=4, learning_rate=5e-4, warmup=6),
 )
 MIXED = Recipe(
     method="none",
@@ -80,6 +80,7 @@ SMALL: list[tuple[str, bool | None, Recipe | None]] = [
 ]
 LARGE: list[tuple[str, bool | None, Recipe | None]] = [
     ("original", None, None),
+    ("original, trained without a teacher", None, replace(SMOLLM2, losses=Losses())),
     ("averaged", False, None),
     ("aligned", True, None),
     ("aligned, trained", True, SMOLLM2),
@@ -108,7 +109,7 @@ def trained(
 def figures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: list[int], prompts: int
 ) -> dict[str, str]:
-    tasks = [Passkey(samples=prompts), Perplexity(windows=20 if prompts > FEW else 4)]
+    tasks = [Passkey(samples=prompts), Perplexity(windows=20)]
     result = sweep(model, tokenizer, tasks, lengths)
     rows: dict[Any, float] = {(row.task, row.length): row.value for row in result.rows}
     found: dict[str, str] = {}
