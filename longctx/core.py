@@ -64,13 +64,13 @@ def extend(
         ModelError: a model type that the method cannot reach or serve.
     """
     model = unwrapped(model)
-    resolved = _resolve(method, fields)
-    if len(resolved) > 1:
-        patches = extend_all(model, resolved, replace=replace, prove_effect=prove_effect)
+    *lower, method = _resolve(method, fields)
+    if lower:
+        methods = (*lower, method)
+        patches = extend_all(model, methods, replace=replace, prove_effect=prove_effect)
         for patch in patches[1:]:
             patch.joined = True
         return patches[-1]
-    (method,) = resolved
     decoder_of(model)  # refuses what cannot be reached, before anything else is asked
     below = patch_of(model)
     _refuse_taken_slots(method, model)
