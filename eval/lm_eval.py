@@ -38,6 +38,7 @@ from longctx.prompts.rendering import templates
 from longctx.schema import conform, parse
 from longctx.weights import refuse_small_vocabulary
 
+from .harness_lengths import refuse_endless
 from .results.records import Record
 from .results.schemas import StoredScores
 from .results.store import Store
@@ -121,7 +122,10 @@ def run_lm_eval(
     if chat and not tokenizer.chat_template:
         raise RunError("chat=True, but the tokenizer has no chat template: pass chat=False.")
     refuse_small_vocabulary(model, tokenizer)
+    refuse_endless(names, sizes, tokenizer)
     variants = variants_of(model, methods, replace=replace)
+    if pieces := [variant.label for variant in variants if variant.reading is not None]:
+        raise RunError(f"lm-eval reads its prompts as a whole: {pieces[0]} is for longctx sweep.")
     identity = identity_of(model, tokenizer)
     folder = None if out is None else Path(out)
     if folder is not None:

@@ -28,7 +28,7 @@ from .errors import ModelError, RunError
 from .folders import left_over, new_folder
 from .gguf import convert_gguf
 from .model import text_config, unwrapped
-from .patch import patch_of
+from .patch import methods_of
 from .record import restore
 from .remote_code import load_config, remote_twin, write_remote_code
 from .restoring import restore_conversion, without_report
@@ -305,13 +305,9 @@ def save(
         )
     if not isinstance(out, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise RunError(f"out={out!r}: expected the path of a folder.")
-    patch = patch_of(model)
     made_by = recorded(model)
-    beyond = [] if made_by is None else [made_by]
-    while patch is not None:
-        if not patch.method.plain_loadable:
-            beyond.append(patch.method.name)
-        patch = patch.below
+    beyond = [method.name for method in methods_of(model) if not method.plain_loadable]
+    beyond += [] if made_by is None else [made_by]
     if remote_code and made_by is not None:
         raise ModelError(
             f"remote_code restores methods that extend puts on, and this model was made by "
@@ -323,7 +319,7 @@ def save(
         if remote_code:
             write_remote_code(folder, model)
         elif beyond:
-            _name_architecture(folder / "config.json", beyond[::-1])
+            _name_architecture(folder / "config.json", beyond)
         otherwise = [] if beyond and not remote_code else _differences(model, folder, remote_code)
     read = readings(checkpoint_of(read_config(Path(out))))
     if otherwise:
@@ -381,8 +377,7 @@ def _differences(model: PreTrainedModel, folder: Path, remote_code: bool) -> lis
         found = differences(model, twin)
     except (ModelError, OSError, ValueError) as error:
         return [f"nothing could be compared ({error})"]
-    patch = patch_of(model)
-    if patch is None or patch.method.length_invariant:
+    if all(method.length_invariant for method in methods_of(model)):
         return found
     return [words for words in found if "inv_freq" not in words]  # those of the last request
 

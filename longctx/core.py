@@ -24,7 +24,7 @@ from .model import (
 )
 from .patch import HANDLE, Check, Method, Patch, patch_of, roll_back, slot_holder
 from .proof import can_run, prove, run_passes
-from .registry import make_method, method_class, parse_method
+from .registry import make_method, method_class, parse_methods
 from .rope import frequencies_of
 from .twin import follow_config
 
@@ -45,7 +45,8 @@ def extend(
         model: a transformers decoder, also inside PEFT, `torch.compile` or data-parallel
             wrappers; its weights are not touched.
         method: an instance (`Yarn(factor=4)`), a name with its fields as keywords
-            (`"yarn", factor=4`) or as the command line writes it (`"yarn:4"`).
+            (`"yarn", factor=4`) or as the command line writes it: `"yarn:4"`, or several on top of
+            each other, `"yarn:2+log_n"`.
         replace: allow replacing the RoPE scaling that a checkpoint ships with (llama3, yarn, …);
             its `rope_theta` and original window are kept.
         prove_effect: run the model on 32 tokens before and after, with and without a cache, and
@@ -54,7 +55,8 @@ def extend(
         **fields: the method's own fields, with a name only.
 
     Returns:
-        The patch: `report()` proves the effect, `remove()` undoes it, `with` borrows it.
+        The patch: `report()` proves the effect, `remove()` undoes it, `with` borrows it. Of several
+        methods the topmost, which reports and removes those below it too.
 
     Raises:
         MethodError: unknown method or field, an impossible setting, a slot already taken, or
@@ -62,7 +64,13 @@ def extend(
         ModelError: a model type that the method cannot reach or serve.
     """
     model = unwrapped(model)
-    method = _resolve(method, fields)
+    *lower, method = _resolve(method, fields)
+    if lower:
+        methods = (*lower, method)
+        patches = extend_all(model, methods, replace=replace, prove_effect=prove_effect)
+        for patch in patches[1:]:
+            patch.joined = True
+        return patches[-1]
     decoder_of(model)  # refuses what cannot be reached, before anything else is asked
     below = patch_of(model)
     _refuse_taken_slots(method, model)
@@ -96,28 +104,37 @@ def extend(
 
 
 def extend_all(
-    model: nn.Module, methods: Sequence[Method], *, replace: bool = False
+    model: nn.Module,
+    methods: Sequence[Method],
+    *,
+    replace: bool = False,
+    prove_effect: bool = True,
 ) -> tuple[Patch, ...]:
     """Put methods on top of each other, the lowest first; all of them, or none.
 
     Args:
         model: as in `extend`.
-        methods: instances, as `parse_methods("yarn:2+log_n")` gives them.
+        methods: instances, as `parse_methods("yarn:2+log_n")` gives them; none change nothing.
         replace: as in `extend`.
+        prove_effect: as in `extend`.
 
     Returns:
         A patch for each. Remove them in the opposite order.
 
     Raises:
-        MethodError, ModelError: as `extend`; those below are off again.
+        MethodError, ModelError: as `extend`, naming the method; those below are off again.
     """
     patches: list[Patch] = []
     try:
         for method in methods:
-            patches += [extend(model, method, replace=replace)]
-    except BaseException:
+            patches += [extend(model, method, replace=replace, prove_effect=prove_effect)]
+    except BaseException as error:
         for patch in reversed(patches):
             patch.remove()
+        if isinstance(error, LongctxError) and len(methods) > 1:
+            names = "+".join(method.name for method in methods)
+            said = f"{methods[len(patches)].name} in {names}: {error}"
+            raise type(error)(said) from error
         raise
     return tuple(patches)
 
@@ -168,16 +185,17 @@ def _refuse_failed(patch: Patch, checks: tuple[Check, ...]) -> None:
         )
 
 
-def _resolve(method: Method | str, fields: dict[str, Any]) -> Method:
+def _resolve(method: Method | str, fields: dict[str, Any]) -> tuple[Method, ...]:
+    """One method, or several that a word names."""
     if isinstance(method, str):
-        if ":" in method or method == "none":
-            if fields:
-                raise MethodError(f"pass fields inside {method!r} or as keywords, not both.")
-            parsed = parse_method(method)
-            if parsed is None:
-                raise MethodError("'none' is the unpatched model: there is nothing to extend.")
-            return parsed
-        return make_method(method, fields)
+        if method != "none" and not {":", "+"} & {*method}:
+            return (make_method(method, fields),)
+        if fields:
+            raise MethodError(f"pass fields inside {method!r} or as keywords, not both.")
+        parsed = parse_methods(method)
+        if not parsed:
+            raise MethodError("'none' is the unpatched model: there is nothing to extend.")
+        return parsed
     if fields:
         raise MethodError(f"{method!r} is complete: set {', '.join(fields)} on it instead.")
     if getattr(method, "slots", ()) == ("weights",):
@@ -186,7 +204,7 @@ def _resolve(method: Method | str, fields: dict[str, Any]) -> Method:
         raise MethodError(
             f"expected a method instance such as Yarn(factor=4) or a name, got {method!r}."
         )
-    return method
+    return (method,)
 
 
 def _refuse_taken_slots(method: Method, model: PreTrainedModel) -> None:

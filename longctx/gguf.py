@@ -15,9 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .errors import ModelError, RunError
 from .folders import new_folder
+from .serving.gguf_pretokenizers import cut_as_named
 from .weights import refuse_incomplete
 
 __all__ = ["convert_gguf"]
+
+_FORM = 2
+"""Of what is made of a file: raised where that changes, so that no earlier conversion is found."""
 
 
 def convert_gguf(path: Path) -> Path:
@@ -39,7 +43,7 @@ def convert_gguf(path: Path) -> Path:
     if start != b"GGUF":
         raise ModelError(f"{path} does not begin with 'GGUF': it is corrupt or something else.")
     root = Path(os.environ.get("LONGCTX_CACHE", Path.home() / ".cache" / "longctx")) / "gguf"
-    out = root / digest[:32]
+    out = root / f"{digest[:32]}-{_FORM}"
     if out.exists():
         return out
     try:
@@ -81,6 +85,7 @@ def _convert(path: Path, out: Path) -> None:
             f"cannot read {path}: {type(error).__name__}: {error}. The file is cut off, corrupt, "
             "or of an architecture that transformers does not dequantise."
         ) from error
+    cut_as_named(tokenizer, path)
     # A model read from GGUF refuses casts and saving; a plain one takes its weights over.
     config = type(quantised.config).from_dict(quantised.config.to_dict())
     for key in ("quantization_config", "_pre_quantization_dtype"):

@@ -22,6 +22,7 @@ __all__ = [
     "decoder_of",
     "evaluating",
     "learned_positions",
+    "original_length",
     "put_rope_parameters",
     "put_rotary",
     "refusal",
@@ -240,17 +241,12 @@ def rope_of(model: PreTrainedModel) -> Rope:
             f"{type(rotary).__name__} of model type {config.model_type!r} keeps no `inv_freq`: "
             "longctx cannot extend it."
         ) from error
-    length = int(config.max_position_embeddings)
-    if "original_max_position_embeddings" in entry:
-        length = int(entry["original_max_position_embeddings"])
-    elif entry.get("rope_type") == "linear":
-        length = int(length / entry["factor"])
     # To `proportional` it is the share of planes that turn, and the whole head is rotated.
     proportional = entry.get("rope_type") == "proportional"
     rope = Rope(
         dim=2 * inv_freq.numel(),
         theta=float(entry["rope_theta"]),
-        length=length,
+        length=original_length(config, entry),
         partial_rotary_factor=None if proportional else entry.get("partial_rotary_factor"),
         layer_type=layer_type,
         carried=carried_entries(entry),
@@ -266,6 +262,14 @@ def rope_of(model: PreTrainedModel) -> Rope:
                 "frequencies are another design, which longctx does not extend."
             )
     return rope
+
+
+def original_length(config: PreTrainedConfig, entry: dict[str, Any]) -> int:
+    """Tokens that were trained, before the scaling that a config's RoPE entry says."""
+    if "original_max_position_embeddings" in entry:
+        return int(entry["original_max_position_embeddings"])
+    scaled = entry["factor"] if entry.get("rope_type") == "linear" else 1
+    return int(config.max_position_embeddings / scaled)
 
 
 def build_rotary(model: PreTrainedModel, layer_type: str | None) -> nn.Module:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -16,7 +16,18 @@ from .errors import MethodError
 from .model import text_config, unwrapped
 from .rope import Rope
 
-__all__ = ["HANDLE", "Check", "Method", "Patch", "Report", "patch_of", "roll_back", "slot_holder"]
+__all__ = [
+    "HANDLE",
+    "Check",
+    "Method",
+    "Patch",
+    "Report",
+    "methods_of",
+    "patch_of",
+    "reserved",
+    "roll_back",
+    "slot_holder",
+]
 
 HANDLE = "_longctx_patch"
 """Attribute of a model that holds its topmost patch."""
@@ -113,15 +124,18 @@ class Report:
     window: int
     plain_loadable: bool
     checks: tuple[Check, ...]
+    below: Report | None = None
+    """Of the patch below, where the same `extend` put it on."""
 
     @property
     def ok(self) -> bool:
         """Whether every check holds."""
-        return all(check.ok for check in self.checks)
+        return all(check.ok for check in self.checks) and (self.below is None or self.below.ok)
 
     def __str__(self) -> str:
         where = "plain transformers" if self.plain_loadable else "longctx.load only"
         lines = [
+            *([] if self.below is None else [f"{self.below}"]),
             f"{self.method}",
             f"  window {self.original_window} → {self.window} tokens; saved checkpoint: {where}",
             *(f"  {'ok  ' if c.ok else 'FAIL'} {c.name}: {c.detail}" for c in self.checks),
@@ -146,6 +160,8 @@ class Patch:
     """(object, attribute, what was there) in the order of the changes."""
     proven: tuple[Check, ...] = ()
     """What the model's logits showed when it was put on; empty where that was not asked for."""
+    joined: bool = False
+    """Whether one `extend` put it on together with the patch below, which goes with it."""
     window_below: int = field(init=False)
     """Tokens that the model promises without this patch: on top of a frequency method that
     method's window, so that extensions multiply."""
@@ -207,10 +223,13 @@ class Patch:
             window=self.window,
             plain_loadable=self.method.plain_loadable,
             checks=(*self.method.verify(self.model, self), *self.proven),
+            below=self.below.report() if self.joined and self.below else None,
         )
 
     def remove(self) -> None:
         """Put back, in reverse, everything that was changed: bit for bit the model of before.
+
+        Of methods that one `extend` put on ("yarn:2+log_n") all are taken off.
 
         Raises:
             MethodError: already removed, or another patch lies on top of it.
@@ -224,6 +243,8 @@ class Patch:
                 "(`longctx.patch_of(model).remove()`)."
             )
         roll_back(self)
+        if self.joined and self.below is not None:
+            self.below.remove()
 
     def __enter__(self) -> Patch:
         return self
@@ -261,12 +282,7 @@ def _own(obj: Any, name: str) -> Any:
 
 def slot_holder(model: PreTrainedModel, slot: str) -> Method | None:
     """The method on `model` that holds a slot, None if no one does."""
-    patch = patch_of(model)
-    while patch is not None:
-        if slot in patch.method.slots:
-            return patch.method
-        patch = patch.below
-    return None
+    return next((method for method in methods_of(model) if slot in method.slots), None)
 
 
 def patch_of(model: nn.Module) -> Patch | None:
@@ -275,3 +291,21 @@ def patch_of(model: nn.Module) -> Patch | None:
     Wrappers (PEFT, `torch.compile`, DistributedDataParallel) are looked through.
     """
     return unwrapped(model).__dict__.get(HANDLE)
+
+
+def methods_of(model: nn.Module) -> tuple[Method, ...]:
+    """The methods in place on `model`, the lowest first."""
+    patch, found = patch_of(model), list[Method]()
+    while patch is not None:
+        found.insert(0, patch.method)
+        patch = patch.below
+    return tuple(found)
+
+
+@contextmanager
+def reserved(model: PreTrainedModel, tokens: int) -> Generator[None]:
+    """Begin requests inside the block for `tokens` tokens, whatever methods are in place."""
+    with ExitStack() as begun:
+        for method in methods_of(model):
+            begun.enter_context(method.reserve(model, tokens))
+        yield

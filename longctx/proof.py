@@ -8,8 +8,6 @@ more in two pieces with a cache.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ from .attention.turning import Rotation
 from .before_transformers_5_24 import cache_argument
 from .errors import LongctxError, ModelError
 from .model import evaluating, text_config
-from .patch import Check, Patch
+from .patch import Check, Patch, reserved
 
 __all__ = ["Passes", "apart", "can_run", "prove", "run_passes"]
 
@@ -212,7 +210,7 @@ def _continued(model: PreTrainedModel, patch: Patch) -> Tensor | None:
     if argument is None:
         return None
     ids = _ids(model)
-    with _reserved(model, patch, ids.shape[1]):
+    with reserved(model, ids.shape[1]):
         first: Any = model(input_ids=ids[:, :_CACHED], use_cache=True)
         last: Any = model(
             input_ids=ids[:, _CACHED:],
@@ -221,13 +219,3 @@ def _continued(model: PreTrainedModel, patch: Patch) -> Tensor | None:
             **{argument: first[argument]},
         )
     return last.logits.float().cpu()
-
-
-@contextmanager
-def _reserved(model: PreTrainedModel, patch: Patch, tokens: int) -> Generator[None]:
-    with ExitStack() as begun:
-        below = patch if patch.active else patch.below
-        while below is not None:
-            begun.enter_context(below.method.reserve(model, tokens))
-            below = below.below
-        yield

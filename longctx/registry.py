@@ -145,7 +145,9 @@ def parse_method(text: str) -> Method | None:
     """
     methods = parse_methods(text)
     if len(methods) > 1:
-        raise MethodError(f"{text!r} names {len(methods)} methods: one is expected here.")
+        raise MethodError(
+            f"{text!r} names {len(methods)} methods: one is expected here; parse_methods reads all."
+        )
     return methods[0] if methods else None
 
 
@@ -158,10 +160,44 @@ def parse_methods(text: str) -> tuple[Method, ...]:
     ()
 
     Raises:
-        MethodError: as `parse_method`, and "none" among others.
+        MethodError: as `parse_method`, and "none" among others; of several it names the wrong one.
     """
-    parts = re.split(r"\s*\+\s*(?=[a-z])", text.strip())  # that of "1e+6" stays
-    return () if parts == ["none"] else tuple(_parse_one(part) for part in parts)
+    parts = split_methods(text)
+    if len(parts) == 1:
+        return () if parts == ["none"] else (_parse_one(parts[0]),)
+    found: list[Method] = []
+    for part in parts:
+        try:
+            if part in ("", "none"):
+                raise MethodError("expected a method, which 'none' is not.")
+            found.append(_parse_one(part))
+            _refuse_on_top(found)
+        except MethodError as error:
+            raise MethodError(f"{part!r} in {text!r}: {error}") from error
+    return tuple(found)
+
+
+def _refuse_on_top(methods: list[Method]) -> None:
+    """Refuse the last one on top of the others where no model could be under them."""
+    *below, top = methods
+    for method in below:
+        shared = [slot for slot in top.slots if slot in method.slots]
+        if shared:
+            raise MethodError(
+                f"{method.name} holds the {shared[0]} slot already: leave one of them out."
+            )
+        if "rotary" in top.slots and "positions" in method.slots:
+            raise MethodError(
+                f"{method.name} counts on the window below it: write {top.name} before it."
+            )
+
+
+def split_methods(text: str) -> list[str]:
+    """The parts of a word for several methods.
+
+    A "+" stands before a method's name or at an end: those of "1e+6" and "@runs/a+b.json" stay.
+    """
+    return re.split(r"\s*\+\s*(?=[A-Za-z]\w*\s*(?:[:+]|$)|\+|$)", text.strip())
 
 
 def _parse_one(text: str) -> Method:
@@ -200,8 +236,13 @@ def parse_conversion(text: str) -> Conversion:
     A first value without a name is for the conversion's first field.
 
     Raises:
-        MethodError: unknown conversion or field, or an item that is not `field=value`.
+        MethodError: unknown conversion or field, an item that is not `field=value`, or several.
     """
+    if len(parts := split_methods(text)) > 1:
+        raise MethodError(
+            f"{text!r} names {len(parts)}: a conversion makes a new model, so convert by one, then "
+            "convert or extend what comes of it."
+        )
     cls = conversion_class(text.strip().partition(":")[0])
     first = dataclasses.fields(cls)[0].name
     name, fields = parse_fields(

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from .errors import ModelError
-from .patch import Method, patch_of
+from .patch import methods_of, patch_of
 from .proof import apart, can_run
 from .record import restore
 from .twin import build_with_weights
@@ -128,20 +128,11 @@ def remote_twin(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
     twin = build_with_weights(type(model), config, model.state_dict(), dict(model.named_buffers()))
     restore(twin)
     patch = patch_of(model)
-    if (its := _methods(twin)) != (own := _methods(model)) or patch is None:
-        raise ModelError(f"the model has {own}, as saved {its}")
+    if (its := methods_of(twin)) != (own := methods_of(model)) or patch is None:
+        raise ModelError(f"the model has {[*own]}, as saved {[*its]}")
     if can_run(model) and (wrong := apart(model, twin, patch)):
         raise ModelError(wrong)
     return twin
-
-
-def _methods(model: PreTrainedModel) -> list[Method]:
-    """The methods on a model, the topmost first."""
-    patch, found = patch_of(model), list[Method]()
-    while patch is not None:
-        found.append(patch.method)
-        patch = patch.below
-    return found
 
 
 def _module(folder: Path) -> Any:

@@ -36,6 +36,15 @@ def test_extended_saved_and_reloaded_by_plain_transformers(tmp_path: Path) -> No
     assert torch.equal(model(ids).logits, before)
 
 
+def test_digits_are_tokens_of_their_own_as_in_the_original() -> None:
+    """SmolLM2's tokenizer.json cuts text by Digits(individual_digits=True), then as GPT-2 does."""
+    tokenizer: Any = longctx.load(GGUF, device="cpu")[1]
+    for text in ("2024", "In 2024, 65,536 tokens.", "x86_64 and 0x10000"):
+        pieces = [tokenizer.decode([i]) for i in tokenizer(text)["input_ids"]]
+        assert "".join(pieces) == text
+        assert all(len(piece) == 1 for piece in pieces if any(c.isdigit() for c in piece)), pieces
+
+
 def test_it_still_speaks() -> None:
     loaded: Any = load(GGUF, device="cpu")
     model, tokenizer = loaded

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from longctx.errors import RunError
-from longctx.registry import parse_method
+from longctx.registry import parse_methods
 
 from .config import Training
 from .data.tokenize import Overflow
@@ -42,7 +42,7 @@ class Recipe:
     """What is done to a model, apart from the data and where it goes."""
 
     method: str = "linear:8"
-    """As the command line writes it; "none" trains the model as it came."""
+    """As the command line writes it, several with a "+"; "none" trains the model as it came."""
     max_length: int = 16_384
     """The length that is learnt, and the tokens of a row (`row_tokens`)."""
     overflow: Overflow = "continue"
@@ -68,7 +68,7 @@ class Recipe:
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
-        parse_method(self.method)
+        parse_methods(self.method)
         if self.positions not in get_args(Policy):
             raise RunError(f"positions={self.positions!r}: expected {', '.join(get_args(Policy))}.")
         if self.trained_weights not in get_args(TrainedWeights):

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.attention.remapped import needs_consecutive_positions
-from longctx.core import extend
+from longctx.core import extend, extend_all
 from longctx.errors import RunError
+from longctx.patch import methods_of, patch_of
 from longctx.prompts.haystacks import bos_of, held_in
-from longctx.registry import parse_method
+from longctx.registry import parse_methods
 from longctx.weights import refuse_small_vocabulary
 
 from .config import Gate
@@ -96,23 +97,22 @@ class Run:
         ]
 
     def extend(self, model: PreTrainedModel, *, replace: bool = False) -> None:
-        """Put the method on, unless the model brings a patch and the recipe says none.
+        """Put the methods on, unless the model brings a patch and the recipe says none.
 
         Raises:
-            MethodError: it cannot be put on.
+            MethodError: one cannot be put on.
             RunError: rows longer than the extended window.
         """
-        method = parse_method(self.recipe.method)
-        if method is not None:
-            extend(model, method, replace=replace)
-        known = trainable_window(model)
+        extend_all(model, parse_methods(self.recipe.method), replace=replace)
+        patch, known = patch_of(model), trainable_window(model)
+        varying = [method.name for method in methods_of(model) if not method.length_invariant]
+        if patch and varying and self.recipe.max_length > patch.rope.length:
+            raise RunError(
+                f"{varying[0]} changes nothing within the {patch.rope.length:,} tokens of the old "
+                "window and depends on the whole input beyond it: it is not trained. Take ntk "
+                "or yarn."
+            )
         if known is not None and self.recipe.max_length > known:
-            if method is not None and not method.length_invariant:
-                raise RunError(
-                    f"{self.recipe.method} changes nothing within the {known:,} tokens of the old "
-                    "window and depends on the whole input beyond it: it is not trained. Take ntk "
-                    "or yarn."
-                )
             raise RunError(
                 f"max_length={self.recipe.max_length:,} is beyond the {known:,} tokens of the "
                 f"patched window ({self.recipe.method}): pass a larger factor, a target, or a "

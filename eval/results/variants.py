@@ -14,7 +14,7 @@ from longctx.core import extend_all
 from longctx.errors import LongctxError, ModelError, RunError
 from longctx.fingerprint import effect_digest, json_digest
 from longctx.model import rope_of, scaled_rope, text_config, window
-from longctx.patch import Method, patch_of
+from longctx.patch import Method, methods_of, patch_of
 from longctx.reading.read import Reading, parse_reading
 from longctx.registry import parse_methods
 
@@ -166,28 +166,14 @@ def _as_it_came(model: PreTrainedModel) -> Variant:
     factor, claimed = (patch.factor, patch.window) if patch else (None, window(model))
     if patch and patch.below and patch.window:  # whose own factor counts on the window below
         factor = patch.window / patch.rope.length
-    return Variant(_labels_of(model), (), factor, claimed, _invariant(model))
-
-
-def _labels_of(model: PreTrainedModel) -> str:
-    """The methods on a model, the lowest first; "none" where there are none."""
-    names: list[str] = []
-    patch = patch_of(model)
-    while patch is not None:
-        names.insert(0, label(patch.method))
-        patch = patch.below
-    return " + ".join(names) or "none"
+    labels = " + ".join(map(label, methods_of(model))) or "none"
+    return Variant(labels, (), factor, claimed, _invariant(model))
 
 
 def _invariant(model: PreTrainedModel) -> bool:
-    patch = patch_of(model)
-    if patch is None:
-        try:
-            return scaled_rope(text_config(model)) not in ("dynamic", "longrope")
-        except LongctxError:  # no RoPE at all
-            return True
-    while patch is not None:
-        if not patch.method.length_invariant:
-            return False
-        patch = patch.below
-    return True
+    if methods := methods_of(model):
+        return all(method.length_invariant for method in methods)
+    try:
+        return scaled_rope(text_config(model)) not in ("dynamic", "longrope")
+    except LongctxError:  # no RoPE at all
+        return True

@@ -145,11 +145,11 @@ def search(
 def write_found(found: FoundDivisors, path: Path, *, overwrite: bool = False) -> Path:
     """Write what `longrope:@PATH` reads, with where it comes from beside it.
 
+    A file with these very divisors stays as it is.
+
     Raises:
-        RunError: the file is there, without `overwrite`; or the disk refuses.
+        RunError: the file is there with something else, without `overwrite`; or the disk refuses.
     """
-    if path.exists() and not overwrite:
-        raise RunError(f"{path} is there: name another, or pass overwrite to replace it.")
     content: Any = {
         "method": found.method.name,
         "fields": dict(found.fields),
@@ -161,6 +161,10 @@ def write_found(found: FoundDivisors, path: Path, *, overwrite: bool = False) ->
             "settings": dataclasses.asdict(found.settings),
         },
     }
+    if path.exists() and not overwrite:
+        if _fields_of(path) == json.loads(json.dumps(content["fields"])):
+            return path
+        raise RunError(f"{path} is there: name another, or pass overwrite to replace it.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return write_whole(
@@ -168,6 +172,15 @@ def write_found(found: FoundDivisors, path: Path, *, overwrite: bool = False) ->
         )
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}. Name another.") from error
+
+
+def _fields_of(path: Path) -> Any:
+    """The fields that a file of a search holds, None for any other file."""
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found.get("fields") if isinstance(found, dict) else None
 
 
 def _key_loss(

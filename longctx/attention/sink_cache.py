@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
 from ..errors import ModelError
+from .bounded_layer import BoundedLayer
 from .cache_hook import CacheHook, forward_arguments
 
 __all__ = ["SinkCaching", "SinkLayer"]
 
 
-class SinkLayer(DynamicLayer):
+class SinkLayer(BoundedLayer):
     """Keys and values of one layer: the sinks and the last tokens of each row.
 
     Before each `update` it must be told of the padding, by `begin`: only a model under the rule
@@ -41,17 +41,14 @@ class SinkLayer(DynamicLayer):
         window: last tokens W that a query sees, its own among them.
     """
 
-    is_croppable = False
-
     def __init__(self, sinks: int, window: int) -> None:
-        super().__init__()
+        super().__init__(
+            f"{sinks} sinks and the last {window} tokens", "extend with evict=False for those"
+        )
         self.sinks = sinks
         self.window = window
-        self.seen = 0
-        """Tokens so far, padding and what was dropped included."""
         self.starts: tuple[int, ...] = ()
         """Of each row, the tokens of padding before its first real one."""
-        self._begun = False
 
     def begin(self, starts: Sequence[int]) -> None:
         """Announce the next tokens.
@@ -75,11 +72,6 @@ class SinkLayer(DynamicLayer):
         self.starts = tuple(starts)
         self._begun = True
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Begin with no keys of this shape and dtype."""
-        super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-
     def update(
         self,
         key_states: Tensor,
@@ -96,18 +88,9 @@ class SinkLayer(DynamicLayer):
         Raises:
             ModelError: the model is not, or no longer, under the rule.
         """
-        if not self._begun:
-            raise ModelError(
-                f"this cache keeps {self.sinks} sinks and the last {self.window} tokens, and the "
-                "model that it was given to sees all tokens: start with a new cache."
-            )
-        self._begun = False
-        if self.keys is None or self.values is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        keys = torch.cat([*self._needed(self.keys), key_states], dim=2)
-        values = torch.cat([*self._needed(self.values), value_states], dim=2)
+        kept, kept_values = self._take_turn(key_states, value_states)
+        keys = torch.cat([*self._needed(kept), key_states], dim=2)
+        values = torch.cat([*self._needed(kept_values), value_states], dim=2)
         self.seen += key_states.shape[2]
         self.keys, self.values = keys, values
         if keys.shape[2] > self.sinks + self.window:  # let a prompt's memory go at once
@@ -132,49 +115,16 @@ class SinkLayer(DynamicLayer):
             sinks = kept.transpose(1, 2)[rows, places].transpose(1, 2)
         return [sinks, kept[:, :, count - recent :]]
 
-    def get_seq_length(self) -> int:
-        """Tokens seen, kept or not."""
-        return self.seen
-
     def reset(self) -> None:
         """Forget all tokens."""
-        self.keys = self.values = None
-        self.is_initialized = self._begun = False
-        self.seen, self.starts = 0, ()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take nothing back: tokens that left the window for the last ones are gone.
-
-        Args:
-            tokens_to_remove: minus their number; in older versions of transformers also how many
-                tokens to keep.
-
-        Raises:
-            ModelError: anything is to be removed.
-        """
-        kept = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
-        if kept < self.seen:
-            raise ModelError(
-                f"a cache that keeps {self.sinks} sinks and the last {self.window} tokens cannot "
-                f"take {self.seen - kept} back, as assisted decoding and prompt lookup ask: "
-                "extend with evict=False for those."
-            )
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows `beam_idx`, int [B]."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Take each row so many times."""
-        self.batch_select_indices(torch.arange(len(self.starts)).repeat_interleave(repeats))
+        super().reset()
+        self.starts = ()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Take the rows `indices`, int [rows] or bool [B]."""
-        if self.keys is None or self.values is None:
-            return
-        indices = indices.to(self.keys.device)
-        self.keys, self.values = self.keys[indices], self.values[indices]
-        self.starts = tuple(torch.tensor(self.starts)[indices.cpu()].tolist())
+        super().batch_select_indices(indices)
+        if self.keys is not None:
+            self.starts = tuple(torch.tensor(self.starts)[indices.cpu()].tolist())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
 
 from ..errors import ModelError
+from .bounded_layer import BoundedLayer
 from .cache_hook import CacheHook, forward_arguments
 from .linear import PastSums
 
@@ -31,31 +31,21 @@ _LAYER = "longctx_layer"
 """Attribute of the keys that `StateLayer.update` returns."""
 
 
-class StateLayer(DynamicLayer):
+class StateLayer(BoundedLayer):
     """Last keys and values of one layer, and the sums of the others.
 
     Args:
         window: last tokens W that a query sees by softmax, its own among them.
     """
 
-    is_croppable = False
-
     def __init__(self, window: int) -> None:
-        super().__init__()
+        super().__init__(f"the last {window} tokens and sums of all others", "decode without those")
         self.window = window
-        self.seen = 0
-        """Tokens so far, padding included."""
         self.past: PastSums | None = None
-        self._begun = False
 
     def begin(self) -> None:
         """Announce the next tokens: the model that reads them is under the rule."""
         self._begun = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Begin with no keys of this shape and dtype."""
-        super().lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
 
     def update(
         self,
@@ -72,18 +62,9 @@ class StateLayer(DynamicLayer):
         Raises:
             ModelError: the model is not, or no longer, under the rule.
         """
-        if not self._begun:
-            raise ModelError(
-                f"this cache keeps the last {self.window} tokens and sums of all others, and the "
-                "model that it was given to needs their keys: start with a new cache."
-            )
-        self._begun = False
-        if self.keys is None or self.values is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys = torch.cat([self.keys, key_states], dim=2)
-        self.values = torch.cat([self.values, value_states], dim=2)
+        keys, values = self._take_turn(key_states, value_states)
+        self.keys = torch.cat([keys, key_states], dim=2)
+        self.values = torch.cat([values, value_states], dim=2)
         self.seen += key_states.shape[2]
         handed = self.keys.view_as(self.keys)
         setattr(handed, _LAYER, self)
@@ -110,50 +91,17 @@ class StateLayer(DynamicLayer):
             token = 2 * batch * heads * dim * self.keys.element_size()
         return max(0, self.window - 1) * token + sums.numel() * sums.element_size()
 
-    def get_seq_length(self) -> int:
-        """Tokens seen."""
-        return self.seen
-
     def reset(self) -> None:
         """Forget all tokens."""
-        self.keys = self.values = self.past = None
-        self.is_initialized = self._begun = False
-        self.seen = 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take nothing back: a token cannot be taken out of a sum.
-
-        Args:
-            tokens_to_remove: minus their number; in older versions of transformers also how many
-                tokens to keep.
-
-        Raises:
-            ModelError: anything is to be removed.
-        """
-        kept = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
-        if kept < self.seen:
-            raise ModelError(
-                f"the cache of linear attention holds sums of its tokens and cannot take "
-                f"{self.seen - kept} back, as assisted decoding and prompt lookup ask: decode "
-                "without those."
-            )
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows `beam_idx`, int [B]."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Take each row so many times."""
-        if self.keys is not None:
-            self.batch_select_indices(torch.arange(len(self.keys)).repeat_interleave(repeats))
+        super().reset()
+        self.past = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Take the rows `indices`, int [rows] or bool [B]."""
-        if self.keys is None or self.values is None or self.past is None:
-            return
-        indices = indices.to(self.keys.device)
-        self.keys, self.values = self.keys[indices], self.values[indices]
-        self.past = PastSums(self.past.sums[indices], self.past.number[indices])
+        super().batch_select_indices(indices)
+        if self.past is not None:
+            rows = indices.to(self.past.sums.device)
+            self.past = PastSums(self.past.sums[rows], self.past.number[rows])
 
     def offload(self) -> None:
         """Move it to the CPU's memory."""

@@ -59,7 +59,8 @@ class Generate:
     """Tokens to write after each prompt, at most (default: 256, or what the window leaves beside
     the longest prompt)."""
     method: str = "none"
-    """Extend the model first: NAME:FACTOR or NAME:field=value,…: see `longctx methods`."""
+    """Extend the model first: NAME:FACTOR or NAME:field=value,…, with a "+" between several that go
+    on top of each other. See `longctx methods`."""
     replace: bool = False
     """Let the method replace the RoPE scaling that the checkpoint ships with."""
     batch_size: int = 8
@@ -76,16 +77,16 @@ class Generate:
 
     def run(self) -> int:
         """Load, generate, print or write."""
-        from ..core import extend
+        from ..core import extend_all
         from ..folders import refuse_inputs, refuse_inside, refuse_other_than_file
         from ..generation.loop_guard import parse_guard
         from ..generation.registry import parse_decoding
         from ..generation.requests import new_tokens_of, prompt_ids, refuse_beyond_window
-        from ..registry import parse_method
+        from ..registry import parse_methods
 
         parse_decoding(self.decoding)
         parse_guard(self.guard)
-        method = parse_method(self.method)
+        methods = parse_methods(self.method)
         for option in ("max_new_tokens", "batch_size"):
             value = getattr(self, option)
             if value is not None and value < 1:
@@ -100,8 +101,7 @@ class Generate:
             refuse_inputs(self.out, [] if self.file is None else [self.file])
             refuse_inside(self.out, locate(self.model))
         model, tokenizer = self.device_options.load(self.model)
-        if method is not None:
-            extend(model, method, replace=self.replace)
+        extend_all(model, methods, replace=self.replace)
         # All prompts are known to fit before any is gone on from, and no row depends on its batch.
         table: Any = model.get_input_embeddings()
         ids = prompt_ids(tokenizer, prompts, int(table.weight.shape[0]))

@@ -34,7 +34,8 @@ class LmEval:
     lengths: tuple[str, ...]
     """Tokens: 4096, 4k, or FROM:TO, which doubles."""
     methods: tuple[str, ...] = ("none",)
-    """NAME:FACTOR or NAME:field=value,…, and "none" for the model as it comes."""
+    """NAME:FACTOR or NAME:field=value,…, with a "+" between several that go on top of each other,
+    and "none" for the model as it comes."""
     limit: int | None = None
     """Documents per task and length; default: all."""
     batch_size: int = 1
@@ -60,12 +61,12 @@ class LmEval:
 
         from ..checkpoint import locate
         from ..folders import refuse_inside, refuse_other_than_folder
-        from ..registry import parse_method
+        from ..registry import parse_methods
 
         if self.out is not None:
             refuse_other_than_folder(self.out)
         for method in self.methods:
-            parse_method(method)
+            parse_methods(method)
         lengths = parse_lengths(",".join(self.lengths))
         if self.out is not None:
             refuse_inside(self.out, locate(self.model))

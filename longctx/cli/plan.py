@@ -76,7 +76,8 @@ class Plan:
     serve: bool = False
     """Plan for serving the model instead."""
     method: str | None = None
-    """With --serve: NAME:field=value,…, since some methods bound the cache."""
+    """With --serve: NAME:field=value,…, with a "+" between several that go on top of each other:
+    some extend the window, some bound the cache."""
     cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "float8"] = "auto"
     """With --serve: what keys and values are held in; auto is as the weights."""
     bandwidth: float | None = None

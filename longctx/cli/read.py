@@ -54,7 +54,8 @@ class Read:
     answer_prefix: str | None = None
     """Begins the answer (default: "Answer:" for a model without a chat template)."""
     method: str = "none"
-    """Extend the model first: NAME:FACTOR or NAME:field=value,…: see `longctx methods`."""
+    """Extend the model first: NAME:FACTOR or NAME:field=value,…, with a "+" between several that go
+    on top of each other. See `longctx methods`."""
     replace: bool = False
     """Let the method replace the RoPE scaling that the checkpoint ships with."""
     json: bool = False
@@ -65,11 +66,11 @@ class Read:
         """Load, read, print."""
         from longctx.eval.running.progress import Progress
 
-        from ..core import extend
+        from ..core import extend_all
         from ..files import finite, read_text
         from ..reading.read import Reading, read
         from ..reading.summarise import summarise
-        from ..registry import parse_method
+        from ..registry import parse_methods
 
         if self.summarise == (self.question is not None):
             raise RunError('pass --question "…" or --summarise, and not both.')
@@ -81,11 +82,10 @@ class Read:
                 "them out."
             )
         Reading(self.combine, self.chunk, self.overlap, self.batch_size)
-        method = parse_method(self.method)
+        methods = parse_methods(self.method)
         document = read_text(self.document, "a document")
         model, tokenizer = self.device_options.load(self.model)
-        if method is not None:
-            extend(model, method, replace=self.replace)
+        extend_all(model, methods, replace=self.replace)
         with Progress(1.0, shown=True) as bar:
             share = 0.0
             bar.at("cutting the document into pieces")

@@ -56,7 +56,7 @@ class Search:
     device_options: Annotated[DeviceOptions, arg(name="")] = field(default_factory=DeviceOptions)
 
     def run(self) -> int:
-        """Load, search, write, measure on other prompts."""
+        """Load, search, write what was found, measure on other prompts."""
         from longctx.eval import parse_lengths
         from longctx.eval.searching.search import search, write_found
 
@@ -70,7 +70,12 @@ class Search:
         if self.report_samples < 0:
             raise RunError(f"--report-samples {self.report_samples}: expected 0 or more.")
         path = self.out / "longrope.json"
-        if path.exists() and not self.overwrite:
+        interrupted = (  # the divisors are written before the report, of which this is the last
+            self.report_samples > 0
+            and (self.out / "evaluations.jsonl").exists()
+            and not (self.out / "sweep.svg").exists()
+        )
+        if path.exists() and not interrupted and not self.overwrite:
             raise RunError(f"{path} is there: name another --out, or pass --overwrite.")
         refuse_inside(self.out, locate(self.model))
         model, tokenizer = self.device_options.load(self.model)
@@ -83,7 +88,6 @@ class Search:
             batch_tokens=self.batch_tokens,
             replace=self.replace,
         )
-        code = self._report(model, tokenizer, found, lengths[0]) if self.report_samples else 0
         write_found(found, path, overwrite=self.overwrite)
         known = ", ".join(f"{name} {loss:.3f}" for name, loss in found.known_losses.items())
         print(
@@ -91,7 +95,7 @@ class Search:
             f"Loss on the finalists' prompts: {found.loss:.3f} ({known}), in nats per token of the "
             f"key.\n--method longrope:@{path}"
         )
-        return code
+        return self._report(model, tokenizer, found, lengths[0]) if self.report_samples else 0
 
     def _report(
         self,

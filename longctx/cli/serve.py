@@ -31,7 +31,8 @@ class Serve:
     model: Positional[str]
     """Checkpoint folder (its saved patch in place), hub id, GGUF file, or "demo"."""
     method: str = "none"
-    """Extend the model first: NAME:FACTOR or NAME:field=value,…: see `longctx methods`."""
+    """Extend the model first: NAME:FACTOR or NAME:field=value,…, with a "+" between several that go
+    on top of each other. See `longctx methods`."""
     replace: bool = False
     """Let the method replace the RoPE scaling that the checkpoint ships with."""
     host: str = "127.0.0.1"
@@ -47,8 +48,8 @@ class Serve:
 
     def run(self) -> int:
         """Bind, load, extend, answer."""
-        from ..core import extend
-        from ..registry import parse_method
+        from ..core import extend_all
+        from ..registry import parse_methods
 
         try:
             from ..serving.server import bound_socket, serve
@@ -60,12 +61,12 @@ class Serve:
             ) from error
         if self.parallel < 1:
             raise RunError(f"--parallel {self.parallel}: expected 1 or more.")
-        method = parse_method(self.method)
+        methods = parse_methods(self.method)
         with bound_socket(self.host, self.port) as place:  # before the model takes its time to load
             print(f"longctx serve: loading {self.model}", file=sys.stderr, flush=True)
             model, tokenizer = self.device_options.load(self.model)
-            if method is not None:
-                print(extend(model, method, replace=self.replace).report(), file=sys.stderr)
+            for patch in extend_all(model, methods, replace=self.replace):
+                print(patch.report(), file=sys.stderr)
             name = self.name or self.model
             ended = serve(model, tokenizer, name, place, parallel=self.parallel)
         if not ended:

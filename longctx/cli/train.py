@@ -66,6 +66,8 @@ class Train:
             --salvage --lora-r 16 --norms --max-steps 20 --output-dir runs/pose
         longctx train demo --recipe embedded --data manual sample --template vicuna \
             --output-dir runs/demo
+        longctx train demo --method yarn:2+log_n --data manual --template vicuna \
+            --max-length 512 --max-steps 20 --output-dir runs/stacked
         torchrun --standalone --nproc-per-node 8 --no-python longctx train MODEL --dp-shard 8 \
             --evaluate --data chats.json --output-dir runs/y
     """
@@ -86,7 +88,8 @@ class Train:
     """Prepare the data, say what would be done, refuse what would be refused, and stop."""
 
     method: str | None = None
-    """NAME:FACTOR or NAME:field=value,…; "none" keeps the window."""
+    """NAME:FACTOR or NAME:field=value,…, with a "+" between several that go on top of each other;
+    "none" keeps the window."""
     max_length: int | None = None
     """Tokens of a row, and the length that is learnt."""
     overflow: Literal["continue", "drop", "cut"] | None = None

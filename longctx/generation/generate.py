@@ -25,7 +25,7 @@ from transformers import (
 
 from ..errors import ModelError, RunError
 from ..model import evaluating, learned_positions, unwrapped
-from ..patch import patch_of
+from ..patch import methods_of
 from ..scoring.batching import is_out_of_memory
 from ..scoring.greedy import neutral
 from .checks import check_flag, check_whole
@@ -211,9 +211,7 @@ def _groups(model: PreTrainedModel, rows: Sequence[Row]) -> list[list[Row]]:
     All rows of a call go on until the last of them ends, so none may leave the model's window by
     then. Where logits depend on how long a request may become, as many tokens are to come in each.
     """
-    alike, patch = True, patch_of(model)
-    while patch is not None:
-        alike, patch = alike and patch.method.length_invariant, patch.below
+    alike = all(method.length_invariant for method in methods_of(model))
     most, _ = reach(model)
     if most is not None and any(len(row.prompt) + row.limit > most for row in rows):
         most = None  # as was asked for

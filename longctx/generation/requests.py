@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..model import learned_positions, window
-from ..patch import Patch, patch_of
+from ..patch import methods_of, patch_of
 from ..prompts.haystacks import encode
 from ..prompts.rendering import render_chat
 from .checks import check_text
@@ -161,13 +161,7 @@ def reach(model: PreTrainedModel) -> tuple[int | None, str]:
     table = learned_positions(model)
     if table is not None:
         return table, "the model's table of positions"
-    patch: Patch | None = patch_of(model)
-    most = window(model)
-    if patch is not None:
-        most = patch.window
-        below = patch
-        while below is not None:
-            if below.method.unbounded:
-                return None, ""
-            below = below.below
-    return most, "the model's window"
+    if any(method.unbounded for method in methods_of(model)):
+        return None, ""
+    patch = patch_of(model)
+    return window(model) if patch is None else patch.window, "the model's window"

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from ..before_transformers_5_24 import cache_argument
 from ..errors import ModelError
 from ..model import evaluating
-from ..patch import patch_of
+from ..patch import methods_of
 from .pieces import Piece
 from .question import Question
 
@@ -33,15 +33,13 @@ def refuse_windows(model: PreTrainedModel) -> None:
     Raises:
         ModelError: one that changes distances, or whose frequencies depend on the length.
     """
-    patch = patch_of(model)
-    while patch is not None:
-        if set(patch.method.slots) != {"rotary"} or not patch.method.length_invariant:
+    for method in methods_of(model):
+        if set(method.slots) != {"rotary"} or not method.length_invariant:
             raise ModelError(
                 f"combine='windows' puts pieces side by side at the same positions, which "
-                f"{patch.method.name} does not allow: it changes more than fixed frequencies. Use "
+                f"{method.name} does not allow: it changes more than fixed frequencies. Use "
                 "combine='map', or remove the method."
             )
-        patch = patch.below
 
 
 def read_side_by_side(

@@ -13,7 +13,7 @@ one, other temperatures, the same in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from ..model import (
     text_config,
     with_rope_entry,
 )
-from ..patch import patch_of
+from ..patch import patch_of, reserved
 from ..prompts.haystacks import Texts, bos_of, encode, held_out
 from ..rope import ScaledRotary, frequencies_of
 from ..scoring.token_scores import score
@@ -257,9 +257,7 @@ def _prompts(
 
 def _ours(model: PreTrainedModel, ids: list[int], places: list[int], window: int) -> Tensor:
     """Our log-probabilities at those places, float64 [N]."""
-    patch = patch_of(model)
-    begun = nullcontext() if patch is None else patch.method.reserve(model, window)
-    with begun:
+    with reserved(model, window):
         nll = score(model, torch.tensor([ids])).nll[0]
     return -nll[torch.tensor(places) - 1].double()
 

@@ -28,7 +28,7 @@ from ..generation.detokenize import TextStream
 from ..generation.draws import seed_of
 from ..generation.generate import ends_of, write_rows
 from ..generation.rows import Row
-from ..patch import patch_of
+from ..patch import methods_of
 from ..scoring.batching import is_out_of_memory
 from ..scoring.token_scores import score
 from .stops import Stops
@@ -280,12 +280,7 @@ class Engine:
 
 def _alike(model: PreTrainedModel) -> bool:
     """Whether a token's logits are the same however long the request becomes."""
-    patch = patch_of(model)
-    while patch is not None:
-        if not patch.method.length_invariant:
-            return False
-        patch = patch.below
-    return True
+    return all(method.length_invariant for method in methods_of(model))
 
 
 class _Tapped(Decoding):

@@ -32,7 +32,7 @@ from ..attention.hook import ATTRIBUTE, SCALE, IdentityRotary
 from ..attention.layers import attention_layers
 from ..errors import ModelError
 from ..model import rope_entry, rope_of, rotary_of, text_config
-from ..patch import patch_of
+from ..patch import methods_of
 from ..rope import STANDSTILL, Frequencies, Rope, frequencies_of
 
 __all__ = ["Layout", "layout_of", "tensors_of"]
@@ -122,20 +122,20 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 def _refuse_beyond(model: PreTrainedModel) -> None:
     """Refuse what is done to attention, and frequencies that depend on the length."""
-    patch, bias = patch_of(model), isinstance(rotary_of(model), IdentityRotary)
-    while patch is not None:
-        if not patch.method.length_invariant:
+    methods, bias = methods_of(model), isinstance(rotary_of(model), IdentityRotary)
+    for method in methods:
+        if not method.length_invariant:
             raise ModelError(
-                f"{patch.method.name} turns the same token otherwise in a longer input, and a GGUF "
+                f"{method.name} turns the same token otherwise in a longer input, and a GGUF "
                 "file has one frequency for each plane: extend the original by ntk for the length "
                 "that you serve, or serve it by transformers (longctx.load)."
             )
-        patch = patch.below
     for layer in attention_layers(model):
         rule: Any = getattr(layer.module, ATTRIBUTE, None)
-        acts = rule is not None and not _trains_only(model)
+        acts = rule is not None and not all(method.trains_only for method in methods)
         if getattr(layer.module, SCALE, None) is not None or (acts and not _is_bias(rule, bias)):
-            names = " and ".join(_beyond(model)) or "a rule of attention"
+            beyond = [method.name for method in methods if not method.plain_loadable]
+            names = " and ".join(beyond) or "a rule of attention"
             raise ModelError(
                 f"{names}: llama.cpp has no way to compute it, and the file would hold the model "
                 "without it. Serve it by transformers (longctx.load), or extend the original by a "
@@ -169,21 +169,6 @@ def _refact_slopes(heads: int) -> list[float]:
     power = 1 << (heads.bit_length() - 1)
     one, other = 2.0 ** (-8 / power), 2.0 ** (-4 / power)
     return [one ** (h + 1) if h < power else other ** (2 * (h - power) + 1) for h in range(heads)]
-
-
-def _trains_only(model: PreTrainedModel) -> bool:
-    return all(method.trains_only for method in _methods(model))
-
-
-def _beyond(model: PreTrainedModel) -> list[str]:
-    return [method.name for method in _methods(model) if not method.plain_loadable]
-
-
-def _methods(model: PreTrainedModel) -> Iterator[Any]:
-    patch = patch_of(model)
-    while patch is not None:
-        yield patch.method
-        patch = patch.below
 
 
 def _refuse_changing(entry: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ name (`tokenizer.ggml.pre`) says by which regular expression text is cut before.
 pair whose token has the best score, as SentencePiece does. A tokenizer is matched by its own
 settings (tokenizer.json), never by its name; one that matches neither is refused.
 
-Source: llama.cpp's src/llama-vocab.cpp; the expressions are those of the published tokenizers.
+Source: llama.cpp's src/llama-vocab.cpp.
 """
 
 from __future__ import annotations
@@ -18,16 +18,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ModelError
+from .gguf_pretokenizers import pretokenizer_of
 
 __all__ = ["Vocabulary", "vocabulary_of"]
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of tokens, as GGUF numbers them."""
-_QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _SPACE = "▁"
 _INSTEAD = (
     "Export it with llama.cpp's own converter, which knows more tokenizers, and hold its server "
@@ -157,34 +153,12 @@ def _pre(settings: dict[str, Any]) -> str:
     normalizer = settings.get("normalizer") or {}
     if normalizer and normalizer.get("type") != "NFC":
         raise _unmatched(f"its normalizer is {_short(normalizer)}")
-    first: dict[str, Any] = settings.get("pre_tokenizer") or {}
-    steps: list[dict[str, Any]] = first.get("pretokenizers") or [first]
-    *before, last = steps
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        raise _unmatched(f"its pre-tokenizer is {_short(first)}")
-    ignores = bool(settings["model"].get("ignore_merges"))
-    if not before and last.get("use_regex", True):
-        name = "gpt-2"
-    elif before == [{"type": "Digits", "individual_digits": True}] and last.get("use_regex", True):
-        name = "smollm"
-    elif _split_by(before) == _QWEN and not last.get("use_regex", True):
-        name = "qwen2"
-    elif _split_by(before) == _LLAMA3 and not last.get("use_regex", True):
-        name = "llama-bpe"
-    else:
-        raise _unmatched(f"its pre-tokenizer is {_short(first)}")
-    if ignores != (name == "llama-bpe"):
-        raise _unmatched(f"it cuts text as {name!r}, with ignore_merges {ignores}")
-    return name
-
-
-def _split_by(steps: Sequence[dict[str, Any]]) -> str | None:
-    """The expression where a single step isolates what it matches."""
-    if len(steps) != 1 or steps[0].get("type") != "Split" or steps[0].get("invert"):
-        return None
-    pattern: Any = steps[0].get("pattern")
-    isolated = steps[0].get("behavior") == "Isolated"
-    return pattern.get("Regex") if isolated and isinstance(pattern, dict) else None
+    found = pretokenizer_of(settings)
+    if found is None:
+        ignores = bool(settings["model"].get("ignore_merges"))
+        cut = _short(settings.get("pre_tokenizer"))
+        raise _unmatched(f"its pre-tokenizer is {cut}, with ignore_merges {ignores}")
+    return found.names[0]
 
 
 def _short(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 import longctx
 from longctx.errors import MethodError, ModelError
 from longctx.model import learned_positions, text_config
-from longctx.patch import Patch
+from longctx.patch import Patch, methods_of
 from longctx.patches.linear import Linear
 from longctx.patches.yarn import Yarn
-from longctx.registry import parse_method
+from longctx.registry import parse_method, parse_methods
 
 from ..families import WINDOW, build, tokens
+from ..test_matrix import demo_tokenizer
 
 
 def test_the_public_names_are_the_declared_ones() -> None:
@@ -47,6 +49,8 @@ def test_a_name_an_instance_and_a_command_line_word_are_the_same() -> None:
         ("yarn:2", {"factor": 2}, "not both"),
         ("none", {}, "nothing to extend"),
         ("yarn:2,3", {}, "expected field=value"),
+        ("log_n+sink_window", {"sinks": 2}, "not both"),
+        ("yarn:2+sink_window:window=999", {}, "sink_window in yarn\\+sink_window: .* ≤ 128"),
         ("yarn:factor=2,factor=8", {}, "'factor' stands twice"),
         ("yarn:1e18", {}, "factor=1e\\+18 is beyond reason"),
         ("yarn:target=10000000000000", {}, "is beyond reason; expected ≤"),
@@ -68,6 +72,30 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(
     assert torch.equal(model(ids).logits, before)
     assert model.config.to_dict() == config
     assert longctx.patch_of(model) is None
+
+
+def test_several_methods_are_one_patch(tmp_path: Path) -> None:
+    model, ids = build("llama"), tokens(150)
+    before, config = model(ids).logits, model.config.to_dict()
+    with longctx.extend(model, "yarn:2+log_n") as patch:
+        assert [method.name for method in methods_of(model)] == ["yarn", "log_n"]
+        assert patch.report().ok
+        assert str(patch.report()).startswith("Yarn(factor=2")
+        assert "LogN(kind='log_n'" in str(patch.report())
+        wanted = model(ids).logits
+        with pytest.warns(UserWarning, match="log_n cannot be said"):
+            longctx.save(model, demo_tokenizer(), tmp_path / "saved")
+    assert longctx.patch_of(model) is None
+    written = ("architectures", "dtype")  # by saving
+    assert {k: v for k, v in model.config.to_dict().items() if config[k] != v}.keys() <= {*written}
+    assert torch.equal(model(ids).logits, before)
+    loaded: Any = longctx.load(tmp_path / "saved", device="cpu")[0]
+    assert methods_of(loaded) == parse_methods("yarn:2+log_n")
+    assert torch.equal(loaded(ids).logits, wanted)
+    one, other = longctx.extend_all(model, parse_methods("yarn:2+log_n"))
+    assert torch.equal(model(ids).logits, wanted)
+    other.remove()
+    assert longctx.patch_of(model) is one
 
 
 def test_extending_twice_is_refused_with_the_way_out() -> None:

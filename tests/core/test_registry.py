@@ -8,7 +8,14 @@ import pytest
 
 import longctx
 from longctx.errors import MethodError
-from longctx.registry import make_method, method_class, parse_method, parse_methods
+from longctx.registry import (
+    make_method,
+    method_class,
+    parse_conversion,
+    parse_method,
+    parse_methods,
+    split_methods,
+)
 
 from ..families import build
 from ..shipping import shipped
@@ -70,5 +77,33 @@ def test_methods_on_top_of_each_other_are_one_word() -> None:
     assert parse_methods("none") == ()
     with pytest.raises(MethodError, match="names 2 methods"):
         parse_method("yarn:2+log_n")
-    with pytest.raises(MethodError, match="unknown method 'none'"):
-        parse_methods("yarn:2+none")
+    assert split_methods("longrope:@a+b/c+d.json+log_n") == ["longrope:@a+b/c+d.json", "log_n"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("yarn:2+none", r"'none' in 'yarn:2\+none': expected a method"),
+        ("yarn:2+", r"'' in 'yarn:2\+': expected a method"),
+        ("+log_n", r"'' in '\+log_n': expected a method"),
+        (
+            "yarn:2+Log_N",
+            r"'Log_N' in 'yarn:2\+Log_N': unknown method 'Log_N'; did you mean 'log_n'",
+        ),
+        ("yarn:half+log_n", r"'yarn:half' in 'yarn:half\+log_n': yarn: factor='half'"),
+        ("yarn:2+moe", r"'moe' in 'yarn:2\+moe': moe makes a new model"),
+        ("yarn:2+log_n+ntk:2", r"'ntk:2' in .*: yarn holds the rotary slot already"),
+        (
+            "rerope+yarn:2",
+            r"'yarn:2' in .*: rerope counts on .*: write yarn before it",
+        ),
+    ],
+)
+def test_the_wrong_one_of_several_methods_is_named(text: str, message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        parse_methods(text)
+
+
+def test_conversions_are_made_one_after_the_other() -> None:
+    with pytest.raises(MethodError, match="convert by one, then convert or extend"):
+        parse_conversion("multi_query:1+yarn:2")

@@ -193,6 +193,7 @@ def _write_gguf(path: Path) -> None:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(vocabulary)
     writer.add_token_merges([" ".join(pair) for pair in rules["model"]["merges"]])
     writer.add_bos_token_id(1)

@@ -196,6 +196,8 @@ def test_bad_input_is_named(folder: Path) -> None:
         run_lm_eval(model, tokenizer, ["words"], [600], limit=0)
     with pytest.raises(RunError, match="has no chat template: pass chat=False"):
         run_lm_eval(model, tokenizer, ["words"], [600], chat=True, **ask)
+    with pytest.raises(RunError, match="prompts as a whole: read:map is for longctx sweep"):
+        run_lm_eval(model, tokenizer, ["words"], [600], methods=["read:map"], **ask)
     with pytest.raises(RunError, match="is not a folder"):
         run_lm_eval(model, tokenizer, ["words"], [600], include_path=folder / "words.yaml")
 

@@ -15,7 +15,7 @@ from longctx.attention.remapped import needs_consecutive_positions
 from longctx.checkpoint import Saved, load, save
 from longctx.errors import RunError
 from longctx.model import text_config, window
-from longctx.patch import patch_of
+from longctx.patch import methods_of
 
 from .run_folder import RunFolder
 
@@ -110,15 +110,15 @@ def model_card(
     model: PreTrainedModel, saved: Saved, record: Mapping[str, Any], done: Mapping[str, Any]
 ) -> str:
     """The README of a checkpoint: what it was made from, and how it measured."""
-    patch = patch_of(model)
-    method = f"`{patch.method}`" if patch else "no change of positions"
+    methods = " + ".join(f"`{method}`" for method in methods_of(model))
     source = str(record["model"])
     source = Path(source).name if Path(source).is_dir() else source
     lines = [
         f"# {source}, read further",
         "",
-        f"Made by longctx from `{source}`: {method}, a window of {window(model):,} "
-        f"tokens, fine-tuned for {done['updates']:,} updates on {done['tokens']:,} tokens.",
+        f"Made by longctx from `{source}`: {methods or 'no change of positions'}, a window of "
+        f"{window(model):,} tokens, fine-tuned for {done['updates']:,} updates on "
+        f"{done['tokens']:,} tokens.",
         "",
         _loading(saved),
         "",

@@ -34,7 +34,7 @@ from longctx.core import extend
 from longctx.errors import RunError
 from longctx.fingerprint import model_digest
 from longctx.model import unwrapped
-from longctx.patch import patch_of
+from longctx.patch import methods_of
 
 from ..config import Gate, Training
 from ..data.collate import Collator
@@ -151,7 +151,7 @@ def finetune(
                 {
                     "model": model.name_or_path,
                     "weights": model_digest(model),
-                    "method": str(getattr(patch_of(model), "method", None)),
+                    "method": " + ".join(map(str, methods_of(model))) or "None",
                     **training.record(),
                     "gate": str(gate),
                     "evaluated": evaluated,

@@ -22,7 +22,9 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from longctx.errors import ModelError, RunError
-from longctx.registry import parse_method
+from longctx.model import original_length, rope_entry
+from longctx.patch import Method
+from longctx.registry import parse_methods
 
 from .kv_cache import KvCache
 from .model_spec import on_meta, read_config
@@ -44,7 +46,8 @@ class ServingSettings:
     batch_size: int = 1
     """Rows at once."""
     method: str = "none"
-    """As the command line writes it: some bound what caches keep."""
+    """As the command line writes it, several with a "+": some extend the window, some bound what
+    caches keep."""
     memory: float = 80.0
     """GiB of the device."""
     reserve: float = 1.5
@@ -87,7 +90,7 @@ class ServingPlan:
     length: int
     """Tokens of a row that are planned for."""
     window: int | None
-    """Tokens that the config promises."""
+    """Tokens that the model promises, by its config and the methods; None for any number."""
     cache: KvCache
     parameters: int
     """All of them."""
@@ -246,18 +249,21 @@ def plan_serving(
     Raises:
         ModelError: a model whose cache is not known.
         RunError: settings that do not go together.
-        MethodError: no such method.
+        MethodError: no such method, or one that such a window does not allow.
     """
     config = source if isinstance(source, PreTrainedConfig) else read_config(source)
     text: Any = config.get_text_config(decoder=True)
+    cache = KvCache.of(config)
     window: int | None = getattr(text, "max_position_embeddings", None)
+    methods = parse_methods(settings.method)
+    for method in methods:
+        if (below := window or settings.max_length) is not None:
+            most = method.cache_tokens(below)
+            cache = cache if most is None else cache.bounded(most)
+            window = window and _extended(text, window, method)
     length = settings.max_length or window
     if length is None:
         raise RunError(f"model type {text.model_type!r} names no window: pass --max-length.")
-    cache = KvCache.of(config)
-    method = parse_method(settings.method)
-    if method is not None:
-        cache = cache.bounded(method.cache_tokens(window or length))
     model: Any = on_meta(config)
     sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
     own = {id(p): p.numel() for p in model.parameters()}
@@ -283,7 +289,7 @@ def plan_serving(
         settings,
         name=str(source) if not isinstance(source, PreTrainedConfig) else text.model_type,
         length=length,
-        window=window,
+        window=None if any(method.unbounded for method in methods) else window,
         cache=cache,
         parameters=total,
         embedding=0 if tied else embedding.numel(),
@@ -293,6 +299,16 @@ def plan_serving(
         attention=tuple((width, layer.most or layer.window) for layer in cache.layers),
         kv_heads=None if latent else int(getattr(text, "num_key_value_heads", None) or heads),
     )
+
+
+def _extended(text: PreTrainedConfig, window: int, method: Method) -> int:
+    """Tokens that a model of this window promises under a method on top of what is there."""
+    factor, target = (getattr(method, name, None) for name in ("factor", "target"))
+    if target is not None or factor is None:
+        return target or window
+    if "rotary" in method.slots:  # a factor of frequencies takes the place of the config's own
+        window = original_length(text, rope_entry(text)[0])
+    return int(window * factor + 1e-9)
 
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from longctx.errors import RunError
 from longctx.model import text_config, window
-from longctx.patch import Method, patch_of
+from longctx.patch import Method, methods_of
 
 __all__ = ["FLASH", "Setup", "check_compatibility", "has_sliding_layers", "trainable_window"]
 
@@ -34,7 +34,7 @@ class Setup:
     sliding: bool = False
     """Whether layers see a stretch of the sequence alone (sliding windows, chunks)."""
     attention_method: str | None = None
-    """Name of the method that holds the attention slot (alibi, …), if any."""
+    """Name of a method that acts in attention (alibi, log_n, …), if any."""
     length_variant_method: str | None = None
     """Name of a method whose frequencies depend on the length of the input (dynamic, …), if any."""
     context_parallel: int = 1
@@ -62,9 +62,10 @@ class Setup:
     ) -> Setup:
         """Take heads, attention and methods from a model, and one that only training puts on it."""
         config: Any = text_config(model)
-        methods = [*([] if put_on_later is None else [put_on_later]), *_methods(model)]
+        methods = [*([] if put_on_later is None else [put_on_later]), *methods_of(model)]
         heads = int(config.num_attention_heads)
-        attending = (m.name for m in methods if "attention" in m.slots)
+        # What stands beside the rotary (a factor on queries) acts in attention too.
+        attending = (m.name for m in methods if "attention" in m.slots or "rotary" not in m.slots)
         return cls(
             heads=heads,
             kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
@@ -88,18 +89,9 @@ def has_sliding_layers(config: Any) -> bool:
     return bool(getattr(config, "sliding_window", None))
 
 
-def _methods(model: PreTrainedModel) -> list[Method]:
-    methods: list[Method] = []
-    patch = patch_of(model)
-    while patch is not None:
-        methods.append(patch.method)
-        patch = patch.below
-    return methods
-
-
 def trainable_window(model: PreTrainedModel) -> int | None:
     """Tokens that may be trained on: the window; None where a method reads any length."""
-    return None if any(method.unbounded for method in _methods(model)) else window(model)
+    return None if any(method.unbounded for method in methods_of(model)) else window(model)
 
 
 def check_compatibility(setup: Setup) -> None:

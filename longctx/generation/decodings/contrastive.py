@@ -32,7 +32,7 @@ from ...attention.packed import grouped_queries
 from ...before_transformers_5_24 import cache_argument
 from ...errors import ModelError, RunError
 from ...model import decoder_of
-from ...patch import patch_of
+from ...patch import methods_of
 from ..checks import check_number, check_whole
 from ..decoding import Call, Decoding
 
@@ -91,11 +91,9 @@ class Contrastive(Decoding):
 
 def packs(model: PreTrainedModel) -> bool:
     """Whether candidates may stand side by side in one pass: attention goes by positions alone."""
-    patch = patch_of(model)
-    while patch is not None:
-        if not set(patch.method.slots) <= _BY_POSITION and not patch.method.trains_only:
+    for method in methods_of(model):
+        if not set(method.slots) <= _BY_POSITION and not method.trains_only:
             return False
-        patch = patch.below
     config: Any = model.config.get_text_config(decoder=True)
     if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
         return False

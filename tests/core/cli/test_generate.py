@@ -235,4 +235,4 @@ def test_a_method_is_put_on_first(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "demo", "--prompt", prompt, *SHORT]
     assert main(command) == 2
     assert "the model's window is 256" in capsys.readouterr().err
-    assert main([*command, "--method", "yarn:4"]) == 0
+    assert main([*command, "--method", "yarn:4+log_n"]) == 0

@@ -17,6 +17,7 @@ from longctx.model import rope_of, rotary_of
 from longctx.rope import frequencies_of
 from longctx.serving.gguf_export import export_gguf
 from longctx.serving.gguf_layout import layout_of
+from longctx.serving.gguf_pretokenizers import cut_as_named
 from longctx.serving.gguf_tokenizer import vocabulary_of
 
 from ...families import VOCABULARY, build, tokens
@@ -256,6 +257,75 @@ def test_tokenizers_are_matched_by_their_settings(kind: str) -> None:
     assert found.kinds[-1] == 5
     assert found.kinds[found.special["bos"]] == 3
     assert bool(found.notes) == (kind == "metaspace")
+
+
+TEXT = "In 2024, 65,536 tokens (0x10000) cost 1234567 €; it's ½ of 131072.\n\n\t٣٤ x86_64"
+
+
+def named(path: Path, **keys: str | bool) -> Path:
+    """A file that holds nothing but keys of a tokenizer."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_tokenizer_model("gpt2")
+    for key, value in keys.items():
+        getattr(writer, f"add_{key}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("gpt-2", "gpt-2"),
+        ("smollm", "smollm"),
+        ("smollm", "command-r"),
+        ("qwen2", "qwen2"),
+        ("llama-bpe", "llama-bpe"),
+        ("llama-bpe", "llama-v3"),
+    ],
+)
+def test_text_is_cut_as_the_file_names_it(kind: str, name: str, tmp_path: Path) -> None:
+    wanted, read = small_tokenizer("gpt-2"), small_tokenizer("gpt-2")  # which learnt long numbers
+    backend: Any = wanted.backend_tokenizer
+    backend.pre_tokenizer = small_tokenizer(kind).backend_tokenizer.pre_tokenizer
+    backend.model.ignore_merges = kind == "llama-bpe"
+    ids = wanted(TEXT)["input_ids"]
+    assert (read(TEXT)["input_ids"] == ids) == (kind == "gpt-2")
+    cut_as_named(read, named(tmp_path / "x.gguf", tokenizer_pre=name, add_bos_token=True))
+    assert read(TEXT)["input_ids"] == ids
+    assert vocabulary_of(read, len(read)).pre == kind
+    settings, written = (json.loads(t.backend_tokenizer.to_str()) for t in (read, wanted))
+    assert settings["model"] == written["model"]
+
+
+def test_a_text_begins_with_bos_where_llama_cpp_adds_one_unasked(tmp_path: Path) -> None:
+    for kind, begins in (("llama-bpe", True), ("smollm", False)):
+        read = small_tokenizer(kind)
+        read.add_bos_token = False
+        assert read("a b")["input_ids"][0] != read.bos_token_id
+        cut_as_named(read, named(tmp_path / f"{kind}.gguf", tokenizer_pre=kind))
+        assert (read("a b")["input_ids"][0] == read.bos_token_id) == begins
+
+
+@pytest.mark.parametrize("keys", [{}, {"tokenizer_pre": "deepseek-llm"}])
+def test_an_unknown_way_to_cut_text_is_told(keys: dict[str, Any], tmp_path: Path) -> None:
+    read = small_tokenizer("gpt-2")
+    with pytest.warns(UserWarning, match=r"tokenizer\.ggml\.pre.*cut as GPT-2"):
+        cut_as_named(read, named(tmp_path / "x.gguf", **keys))
+    chosen = small_tokenizer("other expression")  # as transformers does for some names
+    cut_as_named(chosen, named(tmp_path / "y.gguf", tokenizer_pre="tekken"))
+    assert chosen(TEXT)["input_ids"] == small_tokenizer("other expression")(TEXT)["input_ids"]
+
+
+def test_a_checkpoint_has_the_same_ids_after_a_file(
+    tmp_path: Path, monkeypatch: Any, tokenizer: Any
+) -> None:
+    monkeypatch.setenv("LONGCTX_CACHE", str(tmp_path / "cache"))
+    export_gguf(family("llama"), tokenizer, tmp_path / "x.gguf")
+    assert stored(tmp_path / "x.gguf")[0]["tokenizer.ggml.pre"] == "smollm"
+    again = longctx.load(tmp_path / "x.gguf", device="cpu")[1]
+    assert again(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
 
 
 @pytest.mark.parametrize(

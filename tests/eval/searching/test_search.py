@@ -14,6 +14,7 @@ import torch
 
 import longctx
 from longctx.cli.main import main
+from longctx.cli.search import Search
 from longctx.errors import MethodError, RunError
 from longctx.eval import SearchSettings, search, write_found
 from longctx.eval.searching.evolution import Divisors, Evolution, known_divisors
@@ -105,8 +106,11 @@ def test_a_search_leaves_no_trace_and_its_method_is_read_from_the_file(
     assert found.loss <= min(found.known_losses.values())
     path = write_found(found, tmp_path / "longrope.json")
     assert longctx.parse_method(f"longrope:@{path}") == found.method
-    with pytest.raises(RunError, match="is there"):
-        write_found(found, path)
+    assert write_found(dataclasses.replace(found, seconds=9.0), path) == path
+    assert json.loads(path.read_text())["search"]["seconds"] != 9.0
+    for fields in ({**found.fields, "factor": 3.0}, {}):
+        with pytest.raises(RunError, match="is there"):
+            write_found(dataclasses.replace(found, fields=fields), path)
     with longctx.extend(model, f"longrope:@{path}") as patch:
         assert patch.report().window == 1024
 
@@ -162,6 +166,35 @@ def test_a_file_of_fields_that_cannot_be_used(
         path.write_text(content)
     with pytest.raises(MethodError, match=message):
         longctx.parse_method(f"longrope:@{path}")
+
+
+def test_what_was_found_is_there_before_the_report(
+    model: Any,
+    tokenizer: Any,
+    quick: SearchSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = search(model, tokenizer, 1024, settings=quick, folder=tmp_path, progress=False)
+    monkeypatch.setattr("longctx.eval.searching.search.search", lambda *_, **__: found)
+    command = ["search", "demo", "--target", "1k", "--out", str(tmp_path)]
+    for written in (False, True):  # a kill during the report, and another one when it goes on
+        assert (tmp_path / "longrope.json").exists() == written
+        with monkeypatch.context() as changed:
+            changed.setattr(Search, "_report", _interrupt)
+            assert main(command) == 130
+    monkeypatch.setattr(Search, "_report", lambda *_: 0)
+    (tmp_path / "sweep.svg").touch()
+    assert main(command) == 2
+    assert "longrope.json is there" in capsys.readouterr().err
+    (tmp_path / "evaluations.jsonl").unlink()
+    (tmp_path / "sweep.svg").unlink()
+    assert main(command) == 2  # of another search: refused before anything is done
+
+
+def _interrupt(*_: object) -> int:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow

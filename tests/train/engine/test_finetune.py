@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import longctx
 from longctx.errors import RunError
+from longctx.patch import methods_of
 from longctx.train.config import Gate, Training
 from longctx.train.data.collate import Collator
 from longctx.train.data.sampling import TrainDataset
@@ -57,9 +58,9 @@ class Noise(TrainDataset):
         return {"input_ids": ids, "labels": [IGNORED, *ids[1:]], "seq_lengths": list(self.lengths)}
 
 
-def loaded() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def loaded(method: str = "linear:8") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model, tokenizer = longctx.load("demo", device="cpu")
-    longctx.extend(model, "linear", factor=8)
+    longctx.extend(model, method)
     return model, tokenizer
 
 
@@ -67,9 +68,11 @@ def train(
     output_dir: Path,
     training: Training = STEPS,
     train_dataset: TrainDataset | None = None,
+    *,
+    method: str = "linear:8",
     **rest: Any,
 ) -> Finetuned:
-    model, tokenizer = loaded()
+    model, tokenizer = loaded(method)
     return finetune(
         model,
         tokenizer,
@@ -183,6 +186,28 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one_bit_for_bit(
     lines = (path / "log.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if '"loss"' in line]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_methods_on_top_of_each_other_are_trained_resumed_and_saved(tmp_path: Path) -> None:
+    method = "yarn:2+log_n:kind=ssmax"  # log_n changes nothing within the window that is trained
+    steps = Training(max_steps=3, warmup=1, save_every=1)
+    rows: dict[str, Any] = {"rows": 3, "lengths": (300, 60)}
+    whole = train(tmp_path / "whole", steps, Noise(**rows), method=method)
+    path = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(path, steps, Noise(**rows, last=1), method=method)
+    with pytest.raises(RunError, match="method"):
+        train(path, steps, Noise(**rows), method="yarn:4+log_n", resume=True)
+    done = train(path, steps, Noise(**rows), method=method, resume=True)
+    assert done.losses == whole.losses
+    alone = train(tmp_path / "yarn", steps, Noise(**rows), method="yarn:2")
+    assert done.losses[0] != alone.losses[0]
+    assert "`Yarn(factor=2" in (card := (path / "model" / "README.md").read_text())
+    assert " + `LogN(" in card
+    served: Any = longctx.load(path / "model", device="cpu")[0]
+    assert methods_of(served) == longctx.parse_methods(method)
+    ids = torch.arange(400)[None] % 1000
+    assert torch.equal(served(input_ids=ids).logits, whole.model(input_ids=ids).logits)
 
 
 @pytest.mark.slow

@@ -112,6 +112,11 @@ def test_a_method_may_bound_the_cache() -> None:
             assert found.cache_bytes(sum(pieces)) == held(model, *pieces)
     assert found.longest(4) == math.inf
     assert found.cache.growth == 0
+    stacked = planned(model, method="yarn:2+sink_window:sinks=2")
+    with longctx.extend(model, "yarn:2+sink_window:sinks=2"):
+        for pieces in ((100,), (127, 1, 1), (140, 1)):
+            assert stacked.cache_bytes(sum(pieces)) == held(model, *pieces)
+    assert planned(model, method="yarn:2+dual_chunk:factor=4").length == 8 * WINDOW
     every = planned(model, method=f"{method},evict=False")
     assert every.cache_bytes(50) == planned(model, method="yarn:2").cache_bytes(50)
     with pytest.raises(MethodError, match="unknown method"):

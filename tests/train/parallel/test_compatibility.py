@@ -121,6 +121,10 @@ def test_a_model_says_what_is_on_it() -> None:
     assert Setup.of(model, put_on_later=make_method("shifted", {})).attention_method == "shifted"
     with longctx.extend(model, "alibi"):
         assert Setup.of(model).attention_method == "alibi"
+    with longctx.extend(model, "yarn:4+log_n"):
+        assert Setup.of(model).attention_method == "log_n"
+        with pytest.raises(RunError, match=r"log_n.*FSDP alone"):
+            check_compatibility(Setup.of(model, context_parallel=2))
     with longctx.extend(model, "dynamic", factor=4):
         setup = Setup.of(model, context_parallel=2)
         assert setup.length_variant_method == "dynamic"
