@@ -243,6 +243,9 @@ def test_fields_that_ask_for_nothing_are_taken(running: Running) -> None:
     for header in ("text/plain", ""):  # which a web page may send to any address unasked
         status, _ = running.post("/v1/completions", {"prompt": "a"}, **{"Content-Type": header})
         assert status == 415
+    for header in ("application/json ; charset=utf-8", "Application/JSON"):
+        body = {"prompt": "a", "max_tokens": 1}
+        assert running.post("/v1/completions", body, **{"Content-Type": header})[0] == 200
 
 
 def test_models_and_health_are_told(running: Running) -> None:
@@ -256,6 +259,10 @@ def test_models_and_health_are_told(running: Running) -> None:
         connection.request("GET", "/health")
         with connection.getresponse() as answer:
             assert answer.status == 200
+            answer.read()
+        connection.request("GET", "/v1/completions")
+        with connection.getresponse() as answer:
+            assert (answer.status, answer.getheader("Allow")) == (405, "POST")
 
 
 @pytest.mark.parametrize("stream", [False, True])
