@@ -155,9 +155,9 @@ class Reader:
         return self._chat(request) if chat else self._completion(request)
 
     def _completion(self, request: _Completion) -> Asked:
-        found = prompt_ids(self._tokenizer, _well_formed(request.prompt), self._vocabulary)
-        if any(isinstance(part, Mapping) for part in _flat(request.prompt)):
+        if any(_holds_messages(part) for part in _flat(request.prompt)):
             raise DataError("prompt: expected text or token ids; /v1/chat/completions takes chats.")
+        found = prompt_ids(self._tokenizer, _well_formed(request.prompt), self._vocabulary)
         scored = request.echo or request.prompt_logprobs is not None
         if request.stream and scored:
             raise RunError("stream with echo or prompt_logprobs: leave one of them out.")
@@ -198,7 +198,7 @@ class Reader:
         text = render_chat(
             self._tokenizer, messages, generation=True, variables=request.chat_template_kwargs
         )
-        ids: Any = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: Any = self._tokenizer(_well_formed(text), add_special_tokens=False)["input_ids"]
         prompt = prompt_ids(self._tokenizer, [ids], self._vocabulary)
         most = request.max_completion_tokens
         most = request.max_tokens if most is None else most
@@ -297,6 +297,11 @@ def _flat(prompt: Any) -> list[Any]:
     return prompt if isinstance(prompt, list) else [prompt]
 
 
+def _holds_messages(part: Any) -> bool:
+    """Whether this is a message of a chat, or a list with one."""
+    return any(isinstance(each, Mapping) for each in _flat(part))
+
+
 def _well_formed(value: Any) -> Any:
     """The same, once all text in it is known to be text that can be encoded.
 
@@ -320,7 +325,10 @@ def _message(message: dict[str, Any], index: int) -> dict[str, Any]:
         kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
         if any(kind != "text" for kind in kinds):
             raise DataError(f"messages[{index}]: content of type {kinds!r:.60}: expected text.")
-        content = "".join(str(part.get("text", "")) for part in parts)
+        texts = [part.get("text") for part in parts]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"messages[{index}]: a part without a text as 'text'.")
+        content = "".join(texts)
     if not isinstance(content, str) or not isinstance(message.get("role"), str):
         raise DataError(f"messages[{index}]: expected a text as 'role' and as 'content'.")
     return {**message, "content": _well_formed(content)}

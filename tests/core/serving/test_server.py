@@ -193,6 +193,7 @@ def test_log_probabilities_are_the_models(running: Running) -> None:
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+PART = {"type": "text", "text": None}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,10 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
         ("completions", {"prompt": []}, 400, "no prompts"),
         ("completions", {"prompt": [5, 10**6]}, 400, "not in the model's vocabulary"),
         ("completions", {"prompt": MESSAGES}, 400, "chat/completions takes chats"),
+        ("completions", {"prompt": [MESSAGES]}, 400, "chat/completions takes chats"),
         ("completions", {"prompt": "\ud800"}, 400, "not Unicode"),
+        ("chat/completions", {"messages": [{"role": "\ud800", "content": "a"}]}, 400, "not Unic"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [PART]}]}, 400, "a part wi"),
         ("completions", {}, 400, "prompt"),
         ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: expected"),
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature=-1"),
