@@ -42,6 +42,8 @@ _IDLE: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
 }
 """Fields that are not obeyed, and what they may say because it changes nothing."""
+_WIDEST = 64
+"""Characters that a token may stand for at least: a vocabulary with shorter ones may join some."""
 _Count = Annotated[int, Meta(ge=0, le=20)]
 
 
@@ -125,6 +127,7 @@ class Reader:
         self._most, self._what = reach(model)
         table: Any = model.get_input_embeddings()
         self._vocabulary = int(table.weight.shape[0])
+        self._widest = max(_WIDEST, *map(len, tokenizer.get_vocab()))
 
     @property
     def window(self) -> int | None:
@@ -157,6 +160,8 @@ class Reader:
     def _completion(self, request: _Completion) -> Asked:
         if any(_holds_messages(part) for part in _flat(request.prompt)):
             raise DataError("prompt: expected text or token ids; /v1/chat/completions takes chats.")
+        for part in _flat(request.prompt):
+            self._refuse_huge(part)
         found = prompt_ids(self._tokenizer, _well_formed(request.prompt), self._vocabulary)
         scored = request.echo or request.prompt_logprobs is not None
         if request.stream and scored:
@@ -198,6 +203,7 @@ class Reader:
         text = render_chat(
             self._tokenizer, messages, generation=True, variables=request.chat_template_kwargs
         )
+        self._refuse_huge(text)
         ids: Any = self._tokenizer(_well_formed(text), add_special_tokens=False)["input_ids"]
         prompt = prompt_ids(self._tokenizer, [ids], self._vocabulary)
         most = request.max_completion_tokens
@@ -255,6 +261,20 @@ class Reader:
             for index, (prompt, most) in enumerate(zip(prompts, new, strict=True))
             for copy_of in range(request.n)
         )
+
+    def _refuse_huge(self, text: Any) -> None:
+        """Refuse a text that no splitting fits into the window, before it is split.
+
+        That takes seconds a megabyte, in which no other request is read.
+        """
+        if self._most is None or not isinstance(text, str):
+            return
+        if len(text) > self._most * self._widest:
+            raise DataError(
+                f"the prompt has {len(text):,} characters, which no tokens of at most "
+                f"{self._widest} characters fit into: {self._what} is {self._most:,}. Send a "
+                "shorter one. Nothing is cut off."
+            )
 
     def _refuse_long(self, prompt: tuple[int, ...], new: int) -> None:
         if self._most is not None and len(prompt) + new > self._most:

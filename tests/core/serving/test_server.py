@@ -193,6 +193,7 @@ def test_log_probabilities_are_the_models(running: Running) -> None:
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+HUGE = "ab " * 10**6
 PART = {"type": "text", "text": None}
 
 
@@ -202,6 +203,8 @@ PART = {"type": "text", "text": None}
         ("completions", {"prompt": LONG * 4, "max_tokens": 1}, 400, "1,200 tokens and 1 are to"),
         ("completions", {"prompt": "a", "max_tokens": 1024}, 400, "window is 1,024"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a " * 4000}]}, 400, "wind"),
+        ("completions", {"prompt": HUGE}, 400, "3,000,000 characters"),
+        ("chat/completions", {"messages": [{"role": "user", "content": HUGE}]}, 400, "charact"),
         ("completions", {"prompt": ""}, 400, "empty"),
         ("completions", {"prompt": []}, 400, "no prompts"),
         ("completions", {"prompt": [5, 10**6]}, 400, "not in the model's vocabulary"),
