@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -112,6 +113,7 @@ class Failure:
     message: str
 
 
+_CLOSED = Failure(503, "the server is shutting down.")
 Event: TypeAlias = Piece | Said | Failure
 
 
@@ -155,7 +157,7 @@ class Engine:
         self.ends = ends_of(model, tokenizer)
         self._turns = _Turns()
         self._jobs: queue.Queue[Job | None] = queue.Queue(waiting)
-        self._running: list[Job] = []
+        self._full = Failure(503, f"{waiting} requests are waiting: try again later.")
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"longctx-{index}", daemon=True)
@@ -166,31 +168,38 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Queue a job; a full queue or a closed engine is told as a Failure."""
-        if self._closed.is_set():
-            job.emit(Failure(503, "the server is shutting down."))
+        if (failure := self.unavailable()) is not None:
+            job.emit(failure)
             return
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
-            job.emit(Failure(503, f"{self._jobs.maxsize} requests are waiting: try again later."))
+            job.emit(self._full)
+
+    def unavailable(self) -> Failure | None:
+        """Why no job is taken now; None where one is."""
+        if self._closed.is_set():
+            return _CLOSED
+        return self._full if self._jobs.full() else None
 
     def close(self) -> None:
         """End what runs at its next token, and refuse what waits."""
         self._closed.set()
 
     def join(self, seconds: float) -> bool:
-        """Wait for the threads to end after `close`; whether they have."""
+        """Wait so many seconds for the threads to end after `close`; whether they have."""
+        end = time.monotonic() + seconds
         for _ in self._threads:
-            with suppress(queue.Full):
-                self._jobs.put_nowait(None)
+            with suppress(queue.Full):  # jobs that wait are refused meanwhile, which makes room
+                self._jobs.put(None, timeout=max(0.0, end - time.monotonic()))
         for thread in self._threads:
-            thread.join(seconds)
+            thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             if self._closed.is_set():
-                job.emit(Failure(503, "the server is shutting down."))
+                job.emit(_CLOSED)
             elif not job.cancelled.is_set():
                 self._answer(job)
 
@@ -203,7 +212,7 @@ class Engine:
                         job.emit(said)
         except _CancelledError:
             if not job.cancelled.is_set():
-                job.emit(Failure(503, "the server is shutting down."))
+                job.emit(_CLOSED)
         except (DataError, RunError) as error:
             job.emit(Failure(400, str(error)))
         except LongctxError as error:

@@ -195,6 +195,8 @@ def application(engine: Engine, reader: Reader, name: str) -> Starlette:
             return _refusal(400, str(error))
         except ClientDisconnect:
             return Response(status_code=_GONE)
+        if (failure := engine.unavailable()) is not None:  # before a stream sends status 200
+            return _refusal(failure.status, failure.message)
         writer = Writer(asked, engine.tokenizer, name)
         work = _Work(engine, asked, begin)
         if asked.stream:

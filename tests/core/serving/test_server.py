@@ -23,7 +23,7 @@ import uvicorn
 import longctx
 from longctx.cli.main import main
 from longctx.errors import RunError
-from longctx.serving.engine import Engine
+from longctx.serving.engine import Ask, Drawn, Engine, Event, Failure, Job
 from longctx.serving.requests import Reader
 from longctx.serving.server import application, bound_socket, serve
 from longctx.serving.stops import Stops
@@ -315,6 +315,29 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
             with pytest.raises(openai.APIError):
                 list(stream)
     assert running.complete("a", max_tokens=1).choices[0].finish_reason == "length"
+
+
+def test_a_full_queue_is_told_at_once_and_closes_in_time(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(running.model, running.tokenizer, parallel=1, waiting=1)
+    told: list[Event] = []
+    jobs = [Job([Ask((5,), 1, Drawn(), 0)], told.append) for _ in range(3)]
+    with engine._turns.turn():  # pyright: ignore[reportPrivateUsage]
+        engine.submit(jobs[0])
+        while engine.unavailable() is not None:  # until the thread has taken it
+            time.sleep(0.01)
+        engine.submit(jobs[1])
+        full = engine.unavailable()
+        assert full is not None
+        engine.submit(jobs[2])
+        assert told == [full]
+        monkeypatch.setattr(running.engine, "unavailable", lambda: full)
+        found, answer = running.post("/v1/completions", {"prompt": "a", "stream": True})
+        assert (found, answer["error"]["message"]) == (503, full.message)
+        engine.close()
+    assert engine.join(10)
+    assert [event.status for event in told if isinstance(event, Failure)] == [503] * 3
 
 
 def test_methods_that_go_by_the_length_take_turns() -> None:
