@@ -19,6 +19,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from tokenizers import decoders
 
 import longctx
 from longctx.cli.main import main
@@ -27,6 +28,9 @@ from longctx.serving.engine import Ask, Drawn, Engine, Event, Failure, Job
 from longctx.serving.requests import Reader
 from longctx.serving.server import application, bound_socket, serve
 from longctx.serving.stops import Stops
+from longctx.serving.token_texts import TokenTexts
+
+from .small_tokenizers import small_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 METHOD = "dual_chunk:factor=4,log_n=True"
@@ -178,7 +182,7 @@ def test_log_probabilities_are_the_models(running: Running) -> None:
     assert found.token_logprobs[-1] == pytest.approx(log_p[-1].max().item(), abs=1e-4)
     assert len(found.tokens) == len(found.top_logprobs) == len(LONG) + 1
     best = [max(top, key=top.get) for top in found.top_logprobs[1:]]
-    assert best == [running.tokenizer.decode([i]) for i in log_p.argmax(-1).tolist()]
+    assert best == [TokenTexts(running.tokenizer).name(i) for i in log_p.argmax(-1).tolist()]
     listed = choice.model_extra["prompt_logprobs"]
     assert listed[0] is None
     for at, token in enumerate(LONG[1:]):
@@ -190,6 +194,47 @@ def test_log_probabilities_are_the_models(running: Running) -> None:
     assert scored.usage.completion_tokens == 0
     offsets = scored.choices[0].logprobs.text_offset
     assert [("The parser")[at:] for at in offsets][:2] == ["The parser"] * 2  # <s> takes no room
+
+
+def test_tokens_that_are_parts_of_characters_are_told_by_their_bytes(running: Running) -> None:
+    text = "日本 😀x"
+    found = running.complete(text, max_tokens=0, echo=True, logprobs=2).choices[0].logprobs
+    assert len(set(found.tokens)) > 6
+    assert all(name.startswith("bytes:\\x") for name in found.tokens[1:7])
+    assert found.text_offset[1:8] == [0, 1, 1, 1, 2, 2, 2]
+    assert all(len(top) >= 2 for top in found.top_logprobs[1:])
+    texts = TokenTexts(running.tokenizer)
+    ids = running.tokenizer(text)["input_ids"][1:]
+    assert b"".join(map(texts.bytes_of, ids)) == text.encode()
+    assert sum(map(texts.size, ids)) == len(text)
+
+
+def test_tokens_of_sentencepiece_keep_their_spaces() -> None:
+    tokenizer = small_tokenizer("llama")
+    tokenizer._tokenizer.decoder = decoders.Sequence(  # as Llama-2 and Mistral have it
+        [*map(_decoder, ("Replace", "ByteFallback", "Fuse", "Strip"))]
+    )
+    texts = TokenTexts(tokenizer)
+    ids: Any = tokenizer("in the ☃")["input_ids"]
+    assert b"".join(map(texts.bytes_of, ids[1:])) == " in the ☃".encode()
+    assert texts.name(ids[-1]) == "bytes:\\x83"
+    assert texts.size(ids[0]) == 0
+
+
+def _decoder(kind: str) -> Any:
+    settings: dict[str, Any] = {
+        "Replace": {"pattern": "▁", "content": " "},
+        "Strip": {"content": " ", "left": 1},
+    }
+    return getattr(decoders, kind)(**settings.get(kind, {}))
+
+
+def test_offsets_of_a_stream_are_those_of_the_whole(running: Running) -> None:
+    asked: Any = {"max_tokens": 16, "seed": 5, "logprobs": 1, "stop": ["\n\n\n", "zq z"]}
+    whole = running.complete("The", **asked).choices[0].logprobs
+    pieces = [each.choices[0].logprobs for each in running.complete("The", **asked, stream=True)]
+    assert [at for each in pieces if each for at in each.text_offset] == whole.text_offset
+    assert [token for each in pieces if each for token in each.tokens] == whole.tokens
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
