@@ -61,6 +61,9 @@ class Ask:
     stop: tuple[str, ...] = ()
     """Texts that end it, and are not part of it."""
     ignore_eos: bool = False
+    continues: bool = False
+    """Whether its text goes on in the prompt's, with a space in front where one belongs; a chat's
+    answer begins anew."""
     likeliest: int | None = None
     """Give log-probabilities of the new tokens, and of so many likeliest ones; None for neither."""
     prompt_likeliest: int | None = None
@@ -250,7 +253,8 @@ class Engine:
             if piece and not job.cancelled.is_set():
                 job.emit(Piece(index, piece, tap.new()))
 
-        row.stream = TextStream(self.tokenizer, show)
+        behind = ask.prompt if ask.continues else ()
+        row.stream = TextStream(self.tokenizer, show, behind=behind)
         write_rows(self.model, self.tokenizer, [row], _Tapped(ask.drawn, tap))
         if rest := stops.rest():
             job.emit(Piece(index, rest, tap.new()))

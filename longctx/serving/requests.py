@@ -255,6 +255,7 @@ class Reader:
                 choice=index * request.n + copy_of,
                 stop=tuple(stop),
                 ignore_eos=request.ignore_eos,
+                continues=isinstance(request, _Completion),
                 likeliest=likeliest,
                 prompt_likeliest=prompt_likeliest,
             )

@@ -24,6 +24,7 @@ from tokenizers import decoders
 import longctx
 from longctx.cli.main import main
 from longctx.errors import RunError
+from longctx.generation.detokenize import TextStream
 from longctx.serving.engine import Ask, Drawn, Engine, Event, Failure, Job
 from longctx.serving.requests import Reader
 from longctx.serving.server import application, bound_socket, serve
@@ -99,6 +100,9 @@ def test_completions_say_what_generate_says(running: Running) -> None:
     assert said.model == "demo"
     by_ids = running.complete(ids, max_tokens=8, temperature=0)
     assert [choice.text for choice in by_ids.choices] == [*wanted.texts]
+    reader = Reader(running.model, running.tokenizer, "demo")
+    assert reader.read({"prompt": "a"}, chat=False).asks[0].continues
+    assert not reader.read({"messages": MESSAGES}, chat=True).asks[0].continues
 
 
 def test_a_stream_joins_up_to_the_whole(running: Running) -> None:
@@ -210,10 +214,7 @@ def test_tokens_that_are_parts_of_characters_are_told_by_their_bytes(running: Ru
 
 
 def test_tokens_of_sentencepiece_keep_their_spaces() -> None:
-    tokenizer = small_tokenizer("llama")
-    tokenizer._tokenizer.decoder = decoders.Sequence(  # as Llama-2 and Mistral have it
-        [*map(_decoder, ("Replace", "ByteFallback", "Fuse", "Strip"))]
-    )
+    tokenizer = _llama_2()
     texts = TokenTexts(tokenizer)
     ids: Any = tokenizer("in the ☃")["input_ids"]
     assert b"".join(map(texts.bytes_of, ids[1:])) == " in the ☃".encode()
@@ -221,12 +222,24 @@ def test_tokens_of_sentencepiece_keep_their_spaces() -> None:
     assert texts.size(ids[0]) == 0
 
 
-def _decoder(kind: str) -> Any:
-    settings: dict[str, Any] = {
-        "Replace": {"pattern": "▁", "content": " "},
-        "Strip": {"content": " ", "left": 1},
-    }
-    return getattr(decoders, kind)(**settings.get(kind, {}))
+def _llama_2() -> Any:
+    """SentencePiece whose decoder strips the first space, as Llama-2's and Mistral's do."""
+    tokenizer: Any = small_tokenizer("llama")
+    replace, strip = decoders.Replace("▁", " "), decoders.Strip(content=" ", left=1)
+    steps = [replace, decoders.ByteFallback(), decoders.Fuse(), strip]
+    tokenizer._tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def test_a_continuation_goes_on_with_the_space_that_belongs_there() -> None:
+    tokenizer = _llama_2()
+    ids: Any = tokenizer("in the ☃")["input_ids"]
+    for cut, wanted in ((2, " the ☃"), (len(ids) - 1, "\ufffd")):  # the second inside a character
+        pieces: list[str] = []
+        stream = TextStream(tokenizer, pieces.append, behind=ids[:cut])
+        for count in range(1, len(ids) - cut + 1):
+            stream.show(ids[cut : cut + count], last=cut + count == len(ids))
+        assert "".join(pieces) == wanted
 
 
 def test_offsets_of_a_stream_are_those_of_the_whole(running: Running) -> None:
