@@ -209,8 +209,11 @@ class Engine:
     def _answer(self, job: Job) -> None:
         try:
             with self._turns.turn():
+                scored: tuple[Scored, ...] = ()
                 for index, ask in enumerate(job.asks):
-                    said = self._say(job, index, ask)
+                    if not index or ask.prompt != job.asks[index - 1].prompt:
+                        scored = self._scored(ask)  # once for all continuations of a prompt
+                    said = self._say(job, index, ask, scored)
                     if not job.cancelled.is_set():
                         job.emit(said)
         except _CancelledError:
@@ -228,10 +231,7 @@ class Engine:
                 _log.exception("a request failed")
                 job.emit(Failure(500, f"{type(error).__name__}: {error}"))
 
-    def _say(self, job: Job, index: int, ask: Ask) -> Said:
-        scored: tuple[Scored, ...] = ()
-        if ask.prompt_likeliest is not None and len(ask.prompt) > 1:
-            scored = self._read(ask.prompt, ask.prompt_likeliest)
+    def _say(self, job: Job, index: int, ask: Ask, scored: tuple[Scored, ...]) -> Said:
         self._pause(job)
         if not ask.max_tokens:
             return Said(index, "", 0, "length", prompt_scores=scored)
@@ -267,8 +267,11 @@ class Engine:
             raise _CancelledError
         self._turns.give_way()
 
-    def _read(self, prompt: Sequence[int], likeliest: int) -> tuple[Scored, ...]:
-        """The scores of a prompt's tokens from the second on, read in one pass."""
+    def _scored(self, ask: Ask) -> tuple[Scored, ...]:
+        """The scores of a prompt's tokens from the second on, read in one pass, if asked for."""
+        prompt, likeliest = ask.prompt, ask.prompt_likeliest
+        if likeliest is None or len(prompt) < 2:
+            return ()
         found = score(self.model, torch.tensor([prompt]), likeliest=max(1, likeliest))
         top = found.likeliest
         assert top is not None

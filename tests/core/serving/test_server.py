@@ -25,6 +25,7 @@ import longctx
 from longctx.cli.main import main
 from longctx.errors import RunError
 from longctx.generation.detokenize import TextStream
+from longctx.scoring.token_scores import score
 from longctx.serving.engine import Ask, Drawn, Engine, Event, Failure, Job
 from longctx.serving.requests import Reader
 from longctx.serving.server import application, bound_socket, serve
@@ -198,6 +199,23 @@ def test_log_probabilities_are_the_models(running: Running) -> None:
     assert scored.usage.completion_tokens == 0
     offsets = scored.choices[0].logprobs.text_offset
     assert [("The parser")[at:] for at in offsets][:2] == ["The parser"] * 2  # <s> takes no room
+
+
+def test_a_prompt_is_scored_once_for_all_its_continuations(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(*given: Any, **settings: Any) -> Any:
+        read.append(given[1].shape[1])
+        return score(*given, **settings)
+
+    monkeypatch.setattr("longctx.serving.engine.score", counted)
+    said = running.complete([LONG[:9], LONG[:5]], max_tokens=1, echo=True, logprobs=1, n=3)
+    assert read == [9, 5]
+    found = [choice.logprobs.token_logprobs for choice in said.choices]
+    assert found[0][:9] == found[2][:9]
+    assert [len(each) for each in found] == [10] * 3 + [6] * 3
 
 
 def test_tokens_that_are_parts_of_characters_are_told_by_their_bytes(running: Running) -> None:
