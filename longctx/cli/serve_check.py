@@ -66,7 +66,7 @@ class ServeCheck:
         from ..folders import refuse_taken_file
         from ..serving.check import CheckSettings, check_server
         from ..serving.check_text import check_text
-        from ..serving.clients import Transformers, client_of
+        from ..serving.clients import Transformers, check_url, client_of
 
         if self.positions is not None and self.positions < 1:
             raise RunError(f"--positions {self.positions}: expected 1 or more.")
@@ -74,6 +74,7 @@ class ServeCheck:
             refuse_taken_file(self.out, self.overwrite)
         if not self.timeout > 0:
             raise RunError(f"--timeout {self.timeout}: expected seconds above 0.")
+        check_url(self.url)  # before the model takes its time to load
         options = DeviceOptions(device=self.device, dtype="float32")
         model, tokenizer = options.load(self.model)
         embeddings: Any = model.get_input_embeddings()
