@@ -39,10 +39,12 @@ def limits_of(ours: list[Tensor], rounded: list[Tensor]) -> list[Limit]:
 
 
 def largest(difference: Tensor) -> float:
+    """The largest absolute value."""
     return float(difference.abs().max())
 
 
 def same(answers: list[Tensor], other: list[Tensor], limits: list[Limit]) -> bool:
+    """Whether two computations of all prompts, [N] each, count as one."""
     return all(
         largest(a - b) <= limit.largest and float((a - b).abs().median()) <= limit.median
         for a, b, limit in zip(answers, other, limits, strict=True)
