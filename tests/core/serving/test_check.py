@@ -228,6 +228,13 @@ def test_an_address_without_a_server_is_bad_usage(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seconds", ["0", "nan", "1e30"])
+def test_a_wait_that_cannot_be_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["serve-check", "demo", "--engine", "vllm", "--url", "http://127.0.0.1:9"]
+    assert main([*words, "--timeout", seconds]) == 2
+    assert "expected seconds above 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("sent", "said"),
     [
