@@ -112,9 +112,9 @@ def choose(
 
     One is recommended only where the best finds more keys than the model as it came, at a level of
     5% divided by the candidates compared (Bonferroni), since the best is picked by the same
-    prompts. Most keys count first. Of the candidates that cannot be told from the best, one that plain
-    transformers loads is preferred to one that `longctx.load` restores, and this to reading in
-    pieces; then one without a shown cost inside the old window; then the one with most keys.
+    prompts. Most keys count first. Of the candidates that cannot be told from the best, one that
+    plain transformers loads is preferred to one that `longctx.load` restores, and this to reading
+    in pieces; then one without a shown cost inside the old window; then the one with most keys.
 
     Args:
         model: from `longctx.load` or transformers, without a method on it.
