@@ -28,6 +28,7 @@ from longctx.fingerprint import identity_of, json_digest
 from longctx.model import rope_of
 from longctx.patch import Method, patch_of
 from longctx.prompts.haystacks import held_in
+from longctx.quiet import without_messages
 
 from ..running.progress import Progress
 from ..tasks.shared.texts import texts_of
@@ -108,7 +109,11 @@ def search(
     path = None if folder is None else Path(folder) / "evaluations.jsonl"
     begin = time.perf_counter()
     steps = settings.evaluations + settings.finalists
-    with Evaluations(path, header) as evaluations, Progress(steps, shown=progress) as bar:
+    with (
+        Evaluations(path, header) as evaluations,
+        Progress(steps, shown=progress) as bar,
+        without_messages("transformers.modeling_rope_utils", "long_mscale"),  # of each candidate
+    ):
 
         def judge(candidate: Divisors, seed: int) -> float:
             name = "first" if seed == settings.seed else "fresh"

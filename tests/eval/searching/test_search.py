@@ -96,10 +96,15 @@ def test_prompts_are_of_the_training_split(tokenizer: Any) -> None:
 
 
 def test_a_search_leaves_no_trace_and_its_method_is_read_from_the_file(
-    model: Any, tokenizer: Any, quick: SearchSettings, tmp_path: Path
+    model: Any,
+    tokenizer: Any,
+    quick: SearchSettings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = model_digest(model)
     found = search(model, tokenizer, 1024, settings=quick, folder=tmp_path, progress=False)
+    assert "Unrecognized keys" not in caplog.text  # else a line for each candidate
     assert model_digest(model) == before
     assert found.evaluations == 7
     assert found.loss <= min(found.known_losses.values())
