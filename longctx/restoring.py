@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 from .attention.hook import ATTRIBUTE
 from .config_windows import CONVERSION
 from .errors import LongctxError, ModelError
+from .quiet import without_messages
 from .registry import make_conversion
 from .schema import conform
 from .weights import read_tensors
@@ -75,12 +75,5 @@ def without_report(config: object) -> Generator[None]:
         yield
         return
 
-    def unreported(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    logger = logging.getLogger(_REPORTER)
-    logger.addFilter(unreported)
-    try:
+    with without_messages(_REPORTER, "LOAD REPORT"):
         yield
-    finally:
-        logger.removeFilter(unreported)

@@ -110,9 +110,11 @@ def choose(
 ) -> Choice:
     """Choose a method for `model` at `target` tokens.
 
-    Most keys count first. Of the candidates that cannot be told from the best, one that plain
-    transformers loads is preferred to one that `longctx.load` restores, and this to reading in
-    pieces; then one without a shown cost inside the old window; then the one with most keys.
+    One is recommended only where the best finds more keys than the model as it came, at a level of
+    5% divided by the candidates compared (Bonferroni), since the best is picked by the same
+    prompts. Most keys count first. Of the candidates that cannot be told from the best, one that
+    plain transformers loads is preferred to one that `longctx.load` restores, and this to reading
+    in pieces; then one without a shown cost inside the old window; then the one with most keys.
 
     Args:
         model: from `longctx.load` or transformers, without a method on it.
@@ -186,7 +188,7 @@ def choose(
         overwrite=True,
         progress=progress,
     )
-    finalists = _finalists(keys, inside, beyond)
+    finalists = _finalists(keys, inside, beyond, dropped)
     taken, reason = recommend(finalists)
     return Choice(
         model=keys.model,
@@ -215,11 +217,20 @@ def _task(settings: ChoiceSettings, samples: int, turn: int) -> Retrieval:
 def _screened(result: SweepResult, dropped: dict[str, str], most: int) -> list[str]:
     """The methods that may still be the best, at most so many; the others go to `dropped`.
 
-    A method is ruled out where its interval ends before that of the best begins. Of those that
+    A method is ruled out where its interval ends before that of the best begins, and where it
+    could not be asked what the others were (memory, NaN). Of those that
     plain transformers loads, one stays if any is left and there is room beside the best.
+
+    Raises:
+        RunError: none of them could be measured.
     """
     counted = {v.label: _counted(result, v.label, result.lengths) for v in result.variants}
-    order = sorted(counted, key=lambda label: counted[label].share, reverse=True)
+    asked = max(1, *(own.asked for own in counted.values()))
+    order = sorted(  # one that failed at a length has answered the easier prompts alone
+        counted,
+        key=lambda label: (counted[label].asked == asked, counted[label].share),
+        reverse=True,
+    )
     best = counted[order[0]]
 
     def said(label: str) -> str:
@@ -232,12 +243,15 @@ def _screened(result: SweepResult, dropped: dict[str, str], most: int) -> list[s
     left: list[str] = []
     for label in order:
         own = counted[label]
-        if not own.asked:
-            dropped[label] = f"not measured: {_failure(result, label)}"
+        if own.asked < asked:
+            dropped[label] = _unmeasured(result, label, own.asked, asked)
         elif own.interval[1] < best.interval[0]:
             dropped[label] = said(label)
         else:
             left.append(label)
+    if not left:
+        why = "; ".join(f"{label}: {dropped[label]}" for label in order)
+        raise RunError(f"no candidate could be measured ({why}).")
     plain = {variant.label for variant in result.variants if _plain(variant)}
     kept = left[:most]
     if most > 1 and not plain.intersection(kept):  # the choice prefers one
@@ -246,8 +260,10 @@ def _screened(result: SweepResult, dropped: dict[str, str], most: int) -> list[s
     return kept
 
 
-def _failure(result: SweepResult, label: str) -> str:
-    return next((row.failed for row in result.rows if row.method == label and row.failed), "")
+def _unmeasured(result: SweepResult, label: str, done: int, asked: int) -> str:
+    """Why a method cannot be held against those that answered all prompts."""
+    failures = (row.failed for row in result.rows if row.method == label and row.failed)
+    return f"measured at {done} of {asked} prompts only: {next(failures, 'NaN in the logits')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,10 +300,34 @@ def _observed(result: SweepResult, label: str, lengths: Sequence[int]) -> dict[s
     }
 
 
-def _finalists(keys: SweepResult, inside: SweepResult, beyond: Sequence[int]) -> list[Finalist]:
-    """All methods of the comparison, most keys first."""
+def _finalists(
+    keys: SweepResult, inside: SweepResult, beyond: Sequence[int], dropped: dict[str, str]
+) -> list[Finalist]:
+    """The methods of the comparison, most keys first; those without all figures go to `dropped`.
+
+    Raises:
+        RunError: the model as it came has not all of them.
+    """
     counted = {v.label: _counted(keys, v.label, beyond) for v in keys.variants}
-    order = sorted(keys.variants, key=lambda v: counted[v.label].share, reverse=True)
+    read = {v.label: _read(inside, v.label) for v in keys.variants}
+    asked = max(1, *(own.asked for own in counted.values()))
+    windows = max(1, *read.values())
+    whole: list[Variant] = []
+    for variant in keys.variants:
+        label, why = variant.label, ""
+        if counted[label].asked < asked:
+            why = _unmeasured(keys, label, counted[label].asked, asked)
+        elif variant.reading is None and read[label] < windows:
+            why = "perplexity inside the old window: " + _unmeasured(
+                inside, label, read[label], windows
+            )
+        if why and label == "none":
+            raise RunError(f"the model as it came cannot be compared with: {why}.")
+        if why:
+            dropped[label] = why
+        else:
+            whole.append(variant)
+    order = sorted(whole, key=lambda v: counted[v.label].share, reverse=True)
     best = _observed(keys, order[0].label, beyond)
     came = _observed(inside, "none", inside.lengths)
     found: list[Finalist] = []
@@ -313,6 +353,12 @@ def _finalists(keys: SweepResult, inside: SweepResult, beyond: Sequence[int]) ->
     return found
 
 
+def _read(inside: SweepResult, label: str) -> int:
+    """Windows of text whose perplexity is a number."""
+    found = _observed(inside, label, inside.lengths).values()
+    return sum(math.isfinite(o.nll) for o in found)
+
+
 def _plain(variant: Variant) -> bool:
     """Whether a checkpoint says all of it in its config."""
     return variant.reading is None and all(method.plain_loadable for method in variant.methods)
@@ -322,8 +368,10 @@ def recommend(finalists: Sequence[Finalist]) -> tuple[str, str]:
     """The method to take, and why."""
     best = finalists[0]
     contenders = [one for one in finalists if one.contends]
-    none = next((one for one in contenders if one.label == "none"), None)
-    if none is not None:
+    none = next(one for one in finalists if one.label == "none")
+    # The best of several is picked by the same prompts: each of them has had its chance.
+    level = _LEVEL / max(1, len(finalists) - 1)
+    if none.behind is None or not none.behind.p_value < level:
         return "none", (
             f"no candidate was shown to find more keys than the model as it came ({none.found} of "
             f"{none.asked}; the best, {best.label}, {best.found}): train it, or ask more prompts."

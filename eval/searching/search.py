@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longctx.core import extend
 from longctx.errors import MethodError, RunError
 from longctx.files import finite, write_whole
-from longctx.fingerprint import identity_of
+from longctx.fingerprint import identity_of, json_digest
 from longctx.model import rope_of
 from longctx.patch import Method, patch_of
 from longctx.prompts.haystacks import held_in
+from longctx.quiet import without_messages
 
 from ..running.progress import Progress
 from ..tasks.shared.texts import texts_of
@@ -84,7 +86,8 @@ def search(
 
     Raises:
         MethodError: a method in place, scaled RoPE without `replace`, a model without RoPE.
-        RunError: a target within the window, or a folder of another search.
+        RunError: a target within the window, a folder of another search, or no loss that is a
+            number.
         DataError: a target that is too long for the text, or a window too short for a prompt.
     """
     settings = settings or SearchSettings()
@@ -102,10 +105,15 @@ def search(
         for seed in (settings.seed, settings.seed + _FRESH)
     }
     header = {**identity_of(model, tokenizer), "target": target, **dataclasses.asdict(settings)}
+    header["text"] = _digest(losses.values())  # what the files say now
     path = None if folder is None else Path(folder) / "evaluations.jsonl"
     begin = time.perf_counter()
     steps = settings.evaluations + settings.finalists
-    with Evaluations(path, header) as evaluations, Progress(steps, shown=progress) as bar:
+    with (
+        Evaluations(path, header) as evaluations,
+        Progress(steps, shown=progress) as bar,
+        without_messages("transformers.modeling_rope_utils", "long_mscale"),  # of each candidate
+    ):
 
         def judge(candidate: Divisors, seed: int) -> float:
             name = "first" if seed == settings.seed else "fresh"
@@ -114,6 +122,7 @@ def search(
                 method = candidate.method(factor)
                 with extend(model, method, replace=replace, prove_effect=False):
                     loss = losses[seed](model)
+                loss = math.inf if math.isnan(loss) else loss  # nothing is less than NaN
                 evaluations.put(candidate, name, loss)
             return loss
 
@@ -131,6 +140,11 @@ def search(
         for candidate in known.values():
             fresh[candidate] = judge(candidate, settings.seed + _FRESH)
     best = min(fresh, key=fresh.__getitem__)
+    if not math.isfinite(fresh[best]):
+        raise RunError(
+            "the model's logits are NaN or infinite under all divisors, and under none: load it in "
+            "another precision (--dtype float32)."
+        )
     return FoundDivisors(
         method=best.method(factor),
         fields=best.fields(factor),
@@ -202,6 +216,11 @@ def _key_loss(
         near_weight=settings.near_weight,
         batch_tokens=batch_tokens,
     )
+
+
+def _digest(losses: Iterable[KeyLoss]) -> str:
+    """Of all prompts, whose text may be another than when a search was cut off."""
+    return json_digest([each.input_ids for one in losses for each in (*one.far, *one.near)])
 
 
 def _first(candidates: Iterator[Divisors], count: int) -> Iterator[Divisors]:

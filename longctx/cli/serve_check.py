@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMAND", "ServeCheck"]
 
 _POSITIONS = 24  # of a prompt, where each costs a request
+_LONGEST = 10**6  # seconds; sockets know no longer wait than some weeks
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,17 @@ class ServeCheck:
         from ..folders import refuse_taken_file
         from ..serving.check import CheckSettings, check_server
         from ..serving.check_text import check_text
-        from ..serving.clients import Transformers, client_of
+        from ..serving.clients import Transformers, check_url, client_of
 
         if self.positions is not None and self.positions < 1:
             raise RunError(f"--positions {self.positions}: expected 1 or more.")
         if self.out is not None:
             refuse_taken_file(self.out, self.overwrite)
-        if not self.timeout > 0:
-            raise RunError(f"--timeout {self.timeout}: expected seconds above 0.")
+        if not 0 < self.timeout <= _LONGEST:
+            raise RunError(
+                f"--timeout {self.timeout}: expected seconds above 0, and at most {_LONGEST:,}."
+            )
+        check_url(self.url)  # before the model takes its time to load
         options = DeviceOptions(device=self.device, dtype="float32")
         model, tokenizer = options.load(self.model)
         embeddings: Any = model.get_input_embeddings()

@@ -27,12 +27,23 @@ class TextStream:
     Args:
         tokenizer: the model's.
         show: called with each new piece.
+        behind: tokens that the text follows on: many tokenizers write no space at the beginning of
+            a text, and one in front of the same word behind others. Tokens that end inside a
+            character do not count.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        show: Callable[[str], object],
+        *,
+        behind: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._show = show
-        self._done = 0  # tokens whose text was shown
+        broken = text_of(tokenizer, behind[-_CONTEXT:]).endswith(_UNFINISHED)
+        self._behind = [] if broken else [*behind[-_CONTEXT:]]
+        self._done = len(self._behind)  # tokens whose text was shown
 
     def show(self, settled: Sequence[int], *, last: bool = False) -> None:
         """Show what is new.
@@ -41,6 +52,7 @@ class TextStream:
             settled: all tokens that stay, those shown before included.
             last: whether no more come, so that broken characters are shown as such.
         """
+        settled = [*self._behind, *settled]
         if len(settled) <= self._done:
             return
         begin = max(0, self._done - _CONTEXT)

@@ -38,6 +38,7 @@ from ..rope import ScaledRotary, frequencies_of
 from ..scoring.token_scores import score
 from ..weights import refuse_small_vocabulary
 from .clients import RefusedError, Scorer
+from .verdict import SAME, Limit, diagnosis, largest, limits_of, same, undecided
 
 __all__ = [
     "CheckSettings",
@@ -49,10 +50,6 @@ __all__ = [
     "window_of_model",
 ]
 
-_SAME = 1e-3
-"""Largest difference of a log-probability between two float32 computations of one model."""
-_SPREAD = 3.0
-"""How many times our own rounding two computations in half precision may lie apart."""
 _SLACK = 256
 """Tokens that a server may round its window up by."""
 _TEXTS = 3
@@ -175,38 +172,49 @@ def check_server(
     if not prompts:
         return Checked(window, served, (), tuple(faults))
 
-    def run(what: str) -> list[Tensor]:
-        say(f"computing {what}")
-        return [_ours(model, ids, _places(len(ids), settings.positions), window) for ids in prompts]
+    chosen = [torch.tensor(_places(len(ids), settings.positions)) - 1 for ids in prompts]
 
-    ours = run("the same by longctx")
+    def run(what: str) -> list[Tensor]:
+        """Of all tokens: few of them would not show how much is rounded."""
+        say(f"computing {what}")
+        return [_ours(model, ids, window) for ids in prompts]
+
+    def compared(found: list[Tensor]) -> list[Tensor]:
+        return [each[places] for each, places in zip(found, chosen, strict=True)]
+
+    exact = run("the same by longctx")
     answers = [theirs[len(ids)] for ids in prompts]
-    reference, limits = ours, [_Limit(_SAME, _SAME)] * len(prompts)
-    if settings.dtype != "float32":
+    reference, limits = compared(exact), [Limit(SAME, SAME)] * len(prompts)
+    half = settings.dtype != "float32"
+    if half:
         with _cast(model, settings.dtype):
-            reference = run(f"the same in {settings.dtype}")
-        limits = _limits(ours, reference)
+            rounded = run(f"the same in {settings.dtype}")
+        reference, limits = compared(rounded), limits_of(exact, rounded)
     others: dict[str, list[Tensor]] = {}
-    rounded: list[Tensor] | None = None
-    wrong = not _same(answers, reference, limits)
-    if wrong:
+    rounding: list[Limit] | None = None
+    wrong = not same(answers, reference, limits)
+    if wrong or half:
         for what, scaling in _temperatures(model).items():
             with _cast(model, settings.dtype), _temperature(model, scaling):
-                others[what] = run(f"the same with {what}")
-        if settings.dtype == "float32":
-            with _cast(model, "bfloat16"):
-                rounded = run("the same in bfloat16")
+                others[what] = compared(run(f"the same with {what}"))
+    if wrong and not half:
+        with _cast(model, "bfloat16"):
+            rounding = limits_of(exact, run("the same in bfloat16"))
     plain: list[Tensor] | None = None
     if strip(model):
         with _cast(model, settings.dtype):
-            plain = run("the unextended model")
+            plain = compared(run("the unextended model"))
     if wrong:
-        faults.append(_diagnosis(answers, reference, limits, plain, others, rounded))
+        faults.append(diagnosis(answers, reference, limits, plain, others, rounding))
+    else:
+        if plain is not None and window > original:
+            others["the unextended model"] = plain
+        faults += undecided(answers, reference, limits, others)
     rows = [
         Row(
-            len(ids), len(answer), _largest(answer - mine), float((answer - mine).abs().median()),
-            None if plain is None else _largest(answer - plain[index]),
-            None if plain is None else _largest(reference[index] - plain[index]),
+            len(ids), len(answer), largest(answer - mine), float((answer - mine).abs().median()),
+            None if plain is None else largest(answer - plain[index]),
+            None if plain is None else largest(reference[index] - plain[index]),
             limits[index].largest,
         )
         for index, (ids, answer, mine) in enumerate(zip(prompts, answers, reference, strict=True))
@@ -235,6 +243,8 @@ def _places(length: int, count: int | None) -> list[int]:
     """Positions that are compared, the last among them; nothing predicts the first token."""
     if count is None or count >= length - 1:
         return list(range(1, length))
+    if count == 1:
+        return [length - 1]
     return torch.linspace(1, length - 1, count).round().int().unique().tolist()
 
 
@@ -255,11 +265,11 @@ def _prompts(
     return [ids[:length] for length in lengths]
 
 
-def _ours(model: PreTrainedModel, ids: list[int], places: list[int], window: int) -> Tensor:
-    """Our log-probabilities at those places, float64 [N]."""
+def _ours(model: PreTrainedModel, ids: list[int], window: int) -> Tensor:
+    """Our log-probabilities of all tokens but the first, float64 [N − 1]."""
     with reserved(model, window):
         nll = score(model, torch.tensor([ids])).nll[0]
-    return -nll[torch.tensor(places) - 1].double()
+    return -nll.double().cpu()
 
 
 def _window_faults(window: int, served: int | None) -> Iterator[str]:
@@ -279,7 +289,8 @@ def _token_faults(tokenizer: PreTrainedTokenizerBase, client: Scorer) -> Iterato
             return
         wanted: list[int] = tokenizer(text, verbose=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
         if found != wanted:
-            at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), 0)
+            pairs = enumerate(zip(found, wanted, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(found), len(wanted)))
             yield (
                 f"another tokenizer: of a text of {len(wanted)} tokens the server makes "
                 f"{len(found)}; token {at} is {found[at : at + 1]}, ours {wanted[at : at + 1]}"
@@ -351,62 +362,6 @@ def _cast(model: PreTrainedModel, dtype: _Dtype) -> Generator[None]:
     finally:
         for parameter, data in before:
             parameter.data = data
-
-
-@dataclass(frozen=True, slots=True)
-class _Limit:
-    """Up to where two computations count as one."""
-
-    largest: float
-    median: float
-
-
-def _limits(ours: list[Tensor], rounded: list[Tensor]) -> list[_Limit]:
-    """What our own rounding is worth, prompt by prompt."""
-    return [
-        _Limit(
-            max(_SAME, _SPREAD * _largest(mine - half)),
-            max(_SAME, _SPREAD * float((mine - half).abs().median())),
-        )
-        for mine, half in zip(ours, rounded, strict=True)
-    ]
-
-
-def _largest(difference: Tensor) -> float:
-    return float(difference.abs().max())
-
-
-def _same(answers: list[Tensor], other: list[Tensor], limits: list[_Limit]) -> bool:
-    return all(
-        _largest(a - b) <= limit.largest and float((a - b).abs().median()) <= limit.median
-        for a, b, limit in zip(answers, other, limits, strict=True)
-    )
-
-
-def _diagnosis(
-    answers: list[Tensor],
-    ours: list[Tensor],
-    limits: list[_Limit],
-    plain: list[Tensor] | None,
-    others: dict[str, list[Tensor]],
-    rounded: list[Tensor] | None,
-) -> str:
-    """What the server computes instead, as far as one of our own runs shows it."""
-    if plain is not None and _same(answers, plain, limits):
-        return "the scaling was dropped: the server computes the unextended model"
-    for what, run in others.items():
-        if _same(answers, run, limits):
-            return f"wrong temperature: the server computes these frequencies with {what}"
-    off = max(_largest(a - b) for a, b in zip(answers, ours, strict=True))
-    if rounded is not None and _same(answers, ours, _limits(ours, rounded)):
-        return (
-            f"differences up to {off:.1e} are of the size of half precision's rounding: serve it "
-            "in float32, or check with --dtype bfloat16 or float16"
-        )
-    return (
-        f"another model: log-probabilities differ by up to {off:.1e}, and neither the unextended "
-        "model nor another temperature nor rounding explains it"
-    )
 
 
 def _notes(rows: list[Row]) -> tuple[str, ...]:

@@ -103,9 +103,13 @@ def check_text(
         faults.append("the scaling was dropped: the server says what the unextended model says")
     elif wrong:
         faults.append(f"{len(wrong)} of {len(rows)} answers are others than ours")
+    elif rows and window > original and all(mine == bare for _, _, mine, bare in rows):
+        faults.append(
+            "undecided: the unextended model says the same to these texts: ask at longer --lengths"
+        )
     told = any(mine != bare for _, _, mine, bare in rows if bare is not None)
     notes = ["this engine gives no log-probabilities: equal texts are the only evidence"]
-    if not told and any(bare is not None for *_, bare in rows):
+    if wrong and not told and any(bare is not None for *_, bare in rows):
         notes.append("the unextended model says the same: these answers do not tell the two apart")
     return CheckedText(tuple(rows), tuple(faults), tuple(notes))
 

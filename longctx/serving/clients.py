@@ -11,6 +11,7 @@ log-probabilities).
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import urllib.error
@@ -34,6 +35,7 @@ __all__ = [
     "SgLang",
     "Transformers",
     "VLlm",
+    "check_url",
     "client_of",
 ]  # fmt: skip
 
@@ -69,9 +71,18 @@ class _Http:
             with urllib.request.urlopen(request, timeout=self.seconds) as answer:
                 text: bytes = answer.read(_LARGEST + 1)
         except urllib.error.HTTPError as error:
-            said = error.read(2000).decode(errors="replace")
-            raise RefusedError(f"{where} answered {error.code}: {_message(said)}") from error
-        except (OSError, ValueError) as error:
+            raise RefusedError(f"{where} answered {error.code}: {_said(error)}") from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if isinstance(error, TimeoutError) or "timed out" in str(error):
+                raise RunError(
+                    f"{where} did not answer in {self.seconds:g} seconds: wait longer (--timeout), "
+                    "or ask for shorter --lengths."
+                ) from error
+            if isinstance(error, http.client.HTTPException):
+                raise RunError(
+                    f"{where} broke off, or does not speak HTTP ({error!r:.80}): see what the "
+                    "server says, or name its address by --url."
+                ) from error
             raise RunError(
                 f"cannot reach {where} ({error}): start the server, or name its address by --url."
             ) from error
@@ -79,17 +90,21 @@ class _Http:
             raise RunError(f"{where} answered more than {_LARGEST >> 20} MiB: is it the engine?")
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(
                 f"{where} did not answer with JSON ({text[:60]!r}): is it the engine's address?"
             ) from error
 
 
-def _message(text: str) -> str:
+def _said(error: urllib.error.HTTPError) -> str:
     """What an error's body says, short."""
     try:
+        text = error.read(2000).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as fault:
+        return str(fault)
+    try:
         body: Any = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = text
     for key in ("error", "message", "detail"):
         if isinstance(body, dict) and key in body:
@@ -269,13 +284,22 @@ def client_of(
     Raises:
         RunError: not an http address.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise RunError(f"--url {url!r}: expected an address such as http://127.0.0.1:8000.")
-    http = _Http(url.rstrip("/").removesuffix("/v1"), seconds)
+    check_url(url)
+    at = _Http(url.rstrip("/").removesuffix("/v1"), seconds)
     if server == "llama.cpp":
-        return LlamaCpp(http, vocabulary)
-    return {"vllm": VLlm, "sglang": SgLang, "transformers": Transformers}[server](http)
+        return LlamaCpp(at, vocabulary)
+    return {"vllm": VLlm, "sglang": SgLang, "transformers": Transformers}[server](at)
+
+
+def check_url(url: str) -> None:
+    """Refuse what is not an http address (RunError)."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that cannot be
+        fine = False
+    if not fine:
+        raise RunError(f"--url {url!r}: expected an address such as http://127.0.0.1:8000.")
 
 
 def _tokens(http: _Http, body: dict[str, Any]) -> list[int] | None:

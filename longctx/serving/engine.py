@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -60,6 +61,9 @@ class Ask:
     stop: tuple[str, ...] = ()
     """Texts that end it, and are not part of it."""
     ignore_eos: bool = False
+    continues: bool = False
+    """Whether its text goes on in the prompt's, with a space in front where one belongs; a chat's
+    answer begins anew."""
     likeliest: int | None = None
     """Give log-probabilities of the new tokens, and of so many likeliest ones; None for neither."""
     prompt_likeliest: int | None = None
@@ -112,6 +116,7 @@ class Failure:
     message: str
 
 
+_CLOSED = Failure(503, "the server is shutting down.")
 Event: TypeAlias = Piece | Said | Failure
 
 
@@ -155,7 +160,7 @@ class Engine:
         self.ends = ends_of(model, tokenizer)
         self._turns = _Turns()
         self._jobs: queue.Queue[Job | None] = queue.Queue(waiting)
-        self._running: list[Job] = []
+        self._full = Failure(503, f"{waiting} requests are waiting: try again later.")
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"longctx-{index}", daemon=True)
@@ -166,44 +171,54 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Queue a job; a full queue or a closed engine is told as a Failure."""
-        if self._closed.is_set():
-            job.emit(Failure(503, "the server is shutting down."))
+        if (failure := self.unavailable()) is not None:
+            job.emit(failure)
             return
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
-            job.emit(Failure(503, f"{self._jobs.maxsize} requests are waiting: try again later."))
+            job.emit(self._full)
+
+    def unavailable(self) -> Failure | None:
+        """Why no job is taken now; None where one is."""
+        if self._closed.is_set():
+            return _CLOSED
+        return self._full if self._jobs.full() else None
 
     def close(self) -> None:
         """End what runs at its next token, and refuse what waits."""
         self._closed.set()
 
     def join(self, seconds: float) -> bool:
-        """Wait for the threads to end after `close`; whether they have."""
+        """Wait so many seconds for the threads to end after `close`; whether they have."""
+        end = time.monotonic() + seconds
         for _ in self._threads:
-            with suppress(queue.Full):
-                self._jobs.put_nowait(None)
+            with suppress(queue.Full):  # jobs that wait are refused meanwhile, which makes room
+                self._jobs.put(None, timeout=max(0.0, end - time.monotonic()))
         for thread in self._threads:
-            thread.join(seconds)
+            thread.join(max(0.0, end - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             if self._closed.is_set():
-                job.emit(Failure(503, "the server is shutting down."))
+                job.emit(_CLOSED)
             elif not job.cancelled.is_set():
                 self._answer(job)
 
     def _answer(self, job: Job) -> None:
         try:
             with self._turns.turn():
+                scored: tuple[Scored, ...] = ()
                 for index, ask in enumerate(job.asks):
-                    said = self._say(job, index, ask)
+                    if not index or ask.prompt != job.asks[index - 1].prompt:
+                        scored = self._scored(ask)  # once for all continuations of a prompt
+                    said = self._say(job, index, ask, scored)
                     if not job.cancelled.is_set():
                         job.emit(said)
         except _CancelledError:
             if not job.cancelled.is_set():
-                job.emit(Failure(503, "the server is shutting down."))
+                job.emit(_CLOSED)
         except (DataError, RunError) as error:
             job.emit(Failure(400, str(error)))
         except LongctxError as error:
@@ -216,10 +231,7 @@ class Engine:
                 _log.exception("a request failed")
                 job.emit(Failure(500, f"{type(error).__name__}: {error}"))
 
-    def _say(self, job: Job, index: int, ask: Ask) -> Said:
-        scored: tuple[Scored, ...] = ()
-        if ask.prompt_likeliest is not None and len(ask.prompt) > 1:
-            scored = self._read(ask.prompt, ask.prompt_likeliest)
+    def _say(self, job: Job, index: int, ask: Ask, scored: tuple[Scored, ...]) -> Said:
         self._pause(job)
         if not ask.max_tokens:
             return Said(index, "", 0, "length", prompt_scores=scored)
@@ -241,7 +253,8 @@ class Engine:
             if piece and not job.cancelled.is_set():
                 job.emit(Piece(index, piece, tap.new()))
 
-        row.stream = TextStream(self.tokenizer, show)
+        behind = ask.prompt if ask.continues else ()
+        row.stream = TextStream(self.tokenizer, show, behind=behind)
         write_rows(self.model, self.tokenizer, [row], _Tapped(ask.drawn, tap))
         if rest := stops.rest():
             job.emit(Piece(index, rest, tap.new()))
@@ -254,8 +267,11 @@ class Engine:
             raise _CancelledError
         self._turns.give_way()
 
-    def _read(self, prompt: Sequence[int], likeliest: int) -> tuple[Scored, ...]:
-        """The scores of a prompt's tokens from the second on, read in one pass."""
+    def _scored(self, ask: Ask) -> tuple[Scored, ...]:
+        """The scores of a prompt's tokens from the second on, read in one pass, if asked for."""
+        prompt, likeliest = ask.prompt, ask.prompt_likeliest
+        if likeliest is None or len(prompt) < 2:
+            return ()
         found = score(self.model, torch.tensor([prompt]), likeliest=max(1, likeliest))
         top = found.likeliest
         assert top is not None

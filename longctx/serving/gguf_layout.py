@@ -260,7 +260,9 @@ def tensors_of(model: PreTrainedModel, layout: Layout) -> Iterator[tuple[str, Te
         "attn_q": int(config.num_attention_heads),
         "attn_k": int(config.num_key_value_heads),
     }
-    tied = bool(getattr(config, "tie_word_embeddings", False))
+    head: Any = model.get_output_embeddings()
+    table: Any = model.get_input_embeddings()
+    tied = head is not None and torch.equal(head.weight, table.weight)  # whatever the config says
     for name, tensor in model.state_dict().items():
         if tied and name == "lm_head.weight":
             continue

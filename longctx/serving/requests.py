@@ -42,6 +42,8 @@ _IDLE: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
 }
 """Fields that are not obeyed, and what they may say because it changes nothing."""
+_WIDEST = 64
+"""Characters that a token may stand for at least: a vocabulary with shorter ones may join some."""
 _Count = Annotated[int, Meta(ge=0, le=20)]
 
 
@@ -125,6 +127,7 @@ class Reader:
         self._most, self._what = reach(model)
         table: Any = model.get_input_embeddings()
         self._vocabulary = int(table.weight.shape[0])
+        self._widest = max(_WIDEST, *map(len, tokenizer.get_vocab()))
 
     @property
     def window(self) -> int | None:
@@ -155,9 +158,11 @@ class Reader:
         return self._chat(request) if chat else self._completion(request)
 
     def _completion(self, request: _Completion) -> Asked:
-        found = prompt_ids(self._tokenizer, _well_formed(request.prompt), self._vocabulary)
-        if any(isinstance(part, Mapping) for part in _flat(request.prompt)):
+        if any(_holds_messages(part) for part in _flat(request.prompt)):
             raise DataError("prompt: expected text or token ids; /v1/chat/completions takes chats.")
+        for part in _flat(request.prompt):
+            self._refuse_huge(part)
+        found = prompt_ids(self._tokenizer, _well_formed(request.prompt), self._vocabulary)
         scored = request.echo or request.prompt_logprobs is not None
         if request.stream and scored:
             raise RunError("stream with echo or prompt_logprobs: leave one of them out.")
@@ -198,7 +203,8 @@ class Reader:
         text = render_chat(
             self._tokenizer, messages, generation=True, variables=request.chat_template_kwargs
         )
-        ids: Any = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._refuse_huge(text)
+        ids: Any = self._tokenizer(_well_formed(text), add_special_tokens=False)["input_ids"]
         prompt = prompt_ids(self._tokenizer, [ids], self._vocabulary)
         most = request.max_completion_tokens
         most = request.max_tokens if most is None else most
@@ -249,12 +255,27 @@ class Reader:
                 choice=index * request.n + copy_of,
                 stop=tuple(stop),
                 ignore_eos=request.ignore_eos,
+                continues=isinstance(request, _Completion),
                 likeliest=likeliest,
                 prompt_likeliest=prompt_likeliest,
             )
             for index, (prompt, most) in enumerate(zip(prompts, new, strict=True))
             for copy_of in range(request.n)
         )
+
+    def _refuse_huge(self, text: Any) -> None:
+        """Refuse a text that no splitting fits into the window, before it is split.
+
+        That takes seconds a megabyte, in which no other request is read.
+        """
+        if self._most is None or not isinstance(text, str):
+            return
+        if len(text) > self._most * self._widest:
+            raise DataError(
+                f"the prompt has {len(text):,} characters, which no tokens of at most "
+                f"{self._widest} characters fit into: {self._what} is {self._most:,}. Send a "
+                "shorter one. Nothing is cut off."
+            )
 
     def _refuse_long(self, prompt: tuple[int, ...], new: int) -> None:
         if self._most is not None and len(prompt) + new > self._most:
@@ -297,6 +318,11 @@ def _flat(prompt: Any) -> list[Any]:
     return prompt if isinstance(prompt, list) else [prompt]
 
 
+def _holds_messages(part: Any) -> bool:
+    """Whether this is a message of a chat, or a list with one."""
+    return any(isinstance(each, Mapping) for each in _flat(part))
+
+
 def _well_formed(value: Any) -> Any:
     """The same, once all text in it is known to be text that can be encoded.
 
@@ -320,7 +346,10 @@ def _message(message: dict[str, Any], index: int) -> dict[str, Any]:
         kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
         if any(kind != "text" for kind in kinds):
             raise DataError(f"messages[{index}]: content of type {kinds!r:.60}: expected text.")
-        content = "".join(str(part.get("text", "")) for part in parts)
+        texts = [part.get("text") for part in parts]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"messages[{index}]: a part without a text as 'text'.")
+        content = "".join(texts)
     if not isinstance(content, str) or not isinstance(message.get("role"), str):
         raise DataError(f"messages[{index}]: expected a text as 'role' and as 'content'.")
     return {**message, "content": _well_formed(content)}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..generation.detokenize import text_of
 from .engine import Piece, Said, Scored
 from .requests import Asked
+from .token_texts import TokenTexts
 
 __all__ = ["Writer", "error_body"]
 
@@ -36,14 +37,14 @@ class Writer:
 
     def __init__(self, asked: Asked, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self._asked = asked
-        self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
         self._head = {
             "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": name,
         }
         self._begun: set[int] = set()  # continuations of a stream whose first piece was written
-        self._lengths: dict[int, int] = {}  # characters of each that were written
+        self._offsets: dict[int, int] = {}  # characters of the tokens of each that were written
 
     def whole(self, said: Sequence[Said]) -> dict[str, Any]:
         """The whole answer."""
@@ -62,8 +63,9 @@ class Writer:
             found.append(self._chunk(index, {} if self._asked.chat else "", event.finish_reason))
             return found
         text = event.text
-        logprobs = self._logprobs(event.scores, self._lengths.get(index, 0))
-        self._lengths[index] = self._lengths.get(index, 0) + len(text)
+        begin = self._offsets.get(index, 0)  # text may be held back, and its tokens told already
+        logprobs = self._logprobs(event.scores, begin)
+        self._offsets[index] = begin + self._size([each.token for each in event.scores])
         delta: Any = {"content": text} if self._asked.chat else text
         found.append(self._chunk(index, delta, logprobs=logprobs))
         return found
@@ -94,7 +96,9 @@ class Writer:
         choice |= {"text": prompt + said.text, "logprobs": None}
         if self._asked.logprobs is not None:
             before = () if echoed is None else (ask.prompt[0], *said.prompt_scores)
-            choice["logprobs"] = self._listed((*before, *said.scores), 0)
+            # SentencePiece puts a space before the text, which nobody sent.
+            first = len(prompt) - self._size(ask.prompt if before else ())
+            choice["logprobs"] = self._listed((*before, *said.scores), min(first, 0))
         if self._asked.prompt_logprobs is not None:
             choice["prompt_logprobs"] = [None, *map(self._keyed, said.prompt_scores)]
         return choice
@@ -131,21 +135,23 @@ class Writer:
         Special tokens have a text here, and take no room in the text that offsets count in.
         """
         tokens = [each if isinstance(each, int) else each.token for each in scores]
-        sizes = [len(text_of(self._tokenizer, [token])) for token in tokens]
+        sizes = [self._texts.size(token) for token in tokens]
         known = [None if isinstance(each, int) else each for each in scores]
         return {
-            "tokens": [*map(self._text, tokens)],
+            "tokens": [*map(self._texts.name, tokens)],
             "token_logprobs": [each and _finite(each.log_p) for each in known],
             "top_logprobs": [each and self._by_text(each) for each in known],
-            "text_offset": [offset + sum(sizes[:index]) for index in range(len(sizes))],
+            "text_offset": [
+                max(0, offset + before) for before in accumulate(sizes[:-1], initial=0)
+            ][: len(sizes)],
         }
 
     def _by_text(self, scored: Scored) -> dict[str, float]:
-        """The likeliest tokens by their text, of two with one text the likelier, and the token."""
+        """The likeliest tokens by name, of two with one name the likelier, and the token."""
         found: dict[str, float] = {}
         for token, log_p in scored.likeliest[: self._asked.logprobs]:
-            found.setdefault(self._text(token), _finite(log_p))
-        found.setdefault(self._text(scored.token), _finite(scored.log_p))
+            found.setdefault(self._texts.name(token), _finite(log_p))
+        found.setdefault(self._texts.name(scored.token), _finite(scored.log_p))
         return found
 
     def _keyed(self, scored: Scored) -> dict[str, Any]:
@@ -155,24 +161,24 @@ class Writer:
             str(token): {
                 "logprob": _finite(log_p),
                 "rank": rank,
-                "decoded_token": self._text(token),
+                "decoded_token": self._texts.text(token),
             }
             for rank, (token, log_p) in enumerate(scored.likeliest[:limit], 1)
         }
         found[str(scored.token)] = {
             "logprob": _finite(scored.log_p),
             "rank": scored.rank,
-            "decoded_token": self._text(scored.token),
+            "decoded_token": self._texts.text(scored.token),
         }
         return found
 
     def _entry(self, token: int, log_p: float) -> dict[str, Any]:
-        text = self._text(token)
-        return {"token": text, "logprob": _finite(log_p), "bytes": [*text.encode()]}
+        own = self._texts.bytes_of(token)
+        text = own.decode(errors="replace")
+        return {"token": text, "logprob": _finite(log_p), "bytes": [*own]}
 
-    def _text(self, *tokens: int) -> str:
-        found: Any = self._tokenizer.decode([*tokens], clean_up_tokenization_spaces=False)
-        return found
+    def _size(self, tokens: Sequence[int]) -> int:
+        return sum(map(self._texts.size, tokens))
 
 
 def _finite(log_p: float) -> float:

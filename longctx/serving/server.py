@@ -179,7 +179,8 @@ def application(engine: Engine, reader: Reader, name: str) -> Starlette:
         return await answered(request, chat=True)
 
     async def answered(request: Request, *, chat: bool) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        kind = request.headers.get("content-type", "").partition(";")[0]
+        if kind.strip().lower() != "application/json":
             return _refusal(415, "expected the header Content-Type: application/json.")
         begin = time.perf_counter()
         try:
@@ -194,6 +195,8 @@ def application(engine: Engine, reader: Reader, name: str) -> Starlette:
             return _refusal(400, str(error))
         except ClientDisconnect:
             return Response(status_code=_GONE)
+        if (failure := engine.unavailable()) is not None:  # before a stream sends status 200
+            return _refusal(failure.status, failure.message)
         writer = Writer(asked, engine.tokenizer, name)
         work = _Work(engine, asked, begin)
         if asked.stream:
@@ -327,7 +330,9 @@ def _refusal(status: int, message: str) -> JSONResponse:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     status = int(getattr(error, "status_code", 404))
-    return _refusal(status, f"{request.method} {request.url.path} is not served here.")
+    answer = _refusal(status, f"{request.method} {request.url.path} is not served here.")
+    answer.headers.update(getattr(error, "headers", None) or {})  # which methods are, with a 405
+    return answer
 
 
 async def _broken(request: Request, error: Exception) -> Response:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +98,39 @@ def test_a_bfloat16_server_is_called_that_and_passes_as_one() -> None:
     assert all(row.allowed > 1e-2 for row in found.rows)
 
 
+def test_few_positions_are_judged_by_the_rounding_of_all() -> None:
+    model, tokenizer = extended()
+    served = Served(model.to(torch.bfloat16), tokenizer, window=1024)
+    found = check(served, dtype="bfloat16", positions=1)
+    assert found.ok, str(found)
+    assert all(row.allowed > 1e-2 and (row.between or 0) > row.allowed for row in found.rows)
+    found = check(Served(*extended(None), window=1024), positions=1)
+    assert found.faults[0].startswith("the scaling was dropped")
+
+
+@pytest.mark.parametrize("served", [None, "dual_chunk:factor=4"])
+def test_lengths_that_cannot_tell_the_models_apart_decide_nothing(served: str | None) -> None:
+    """Inside the old window dual chunk attention computes what the unextended model does."""
+    model, tokenizer = extended("dual_chunk:factor=4")
+    with running(Served(*extended(served), window=1024)) as url:
+        client: Any = client_of("vllm", url, vocabulary=1024)
+        [fault] = check_server(model, tokenizer, client, replace(SETTINGS, lengths=(100,))).faults
+    assert fault.startswith("undecided: the server's numbers fit the unextended model as well")
+
+
+def test_what_half_precision_hides_is_decided_by_what_most_tokens_are_nearer_to() -> None:
+    """A temperature so small that it stays within the rounding of bfloat16."""
+    method = "yarn:factor=4,attention_factor=1.004"
+    for own, ok in ((1.004, True), (1.0, False)):
+        served, tokenizer = extended(f"yarn:factor=4,attention_factor={own}")
+        model, _ = extended(method)
+        with running(Served(served.to(torch.bfloat16), tokenizer, window=1024)) as url:
+            client: Any = client_of("vllm", url, vocabulary=1024)
+            found = check_server(model, tokenizer, client, replace(SETTINGS, dtype="bfloat16"))
+        assert found.ok is ok, str(found)
+        assert ok or found.faults[0].startswith(("undecided", "wrong temperature"))
+
+
 def test_a_bfloat16_server_that_drops_the_scaling_is_found() -> None:
     model, tokenizer = extended(None)
     served = Served(model.to(torch.bfloat16), tokenizer, window=1024)
@@ -182,6 +217,7 @@ def test_the_command_writes_figures_and_says_by_its_exit_code(
     [
         ("file:///etc/hosts", "expected an address such as http"),
         ("nonsense", "expected an address such as http"),
+        ("http://127.0.0.1:port", "expected an address such as http"),
         ("http://127.0.0.1:9", "start the server"),
     ],
 )
@@ -190,6 +226,63 @@ def test_an_address_without_a_server_is_bad_usage(
 ) -> None:
     assert main(["serve-check", "demo", "--engine", "vllm", "--url", url]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0", "nan", "1e30"])
+def test_a_wait_that_cannot_be_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["serve-check", "demo", "--engine", "vllm", "--url", "http://127.0.0.1:9"]
+    assert main([*words, "--timeout", seconds]) == 2
+    assert "expected seconds above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "does not speak HTTP"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "did not answer with JSON"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n{", "broke off"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + b"[" * 9999, "answer with JSON"),
+        (b"", "did not answer in 0.3 seconds"),
+    ],
+)
+def test_a_server_that_breaks_off_or_says_nothing_is_told(sent: bytes, said: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as place:
+
+        def answer() -> None:
+            connection, _ = place.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(sent)
+                if not sent:
+                    connection.recv(1000)  # until the client gives up
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{place.getsockname()[1]}"
+        client: Any = client_of("vllm", url, vocabulary=9, seconds=60 if sent else 0.3)
+        with pytest.raises(RunError, match=said):
+            client.window()
+        thread.join()
+
+
+def test_more_tokens_than_ours_are_shown_where_they_begin() -> None:
+    model, tokenizer = extended()
+    served = Served(model, tokenizer, 1024)
+    with running(served) as url:
+        client: Any = client_of("vllm", url, vocabulary=1024)
+        longer = _Longer(client)
+        found = check_server(extended()[0], tokenizer, longer, SETTINGS)  # pyright: ignore[reportArgumentType]
+    assert "the server makes" in found.faults[0]
+    assert found.faults[0].endswith("is [2], ours []")
+
+
+class _Longer:
+    """A client of a server that puts EOS behind every text."""
+
+    def __init__(self, client: Any) -> None:
+        self.window = client.window
+        self.logprobs = client.logprobs
+        self.tokenize = lambda text: [*client.tokenize(text), 2]
 
 
 @pytest.mark.parametrize("answer", [{}, {"data": []}, {"data": [{}]}, {"data": [{"id": "x"}]}, [1]])

@@ -349,6 +349,34 @@ def test_a_tokenizer_beyond_the_embeddings_is_refused(tmp_path: Path, tokenizer:
         export_gguf(build("llama"), tokenizer, tmp_path / "x.gguf")
 
 
+def test_an_output_layer_of_its_own_is_written_whatever_the_config_says(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    model = family("llama", tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight.detach())
+    export_gguf(model, tokenizer, tmp_path / "x.gguf")
+    _, weights = stored(tmp_path / "x.gguf")
+    assert torch.equal(weights["output.weight"], model.lm_head.weight)
+    assert torch.equal(weights["token_embd.weight"], model.lm_head.weight / 2)
+
+
+def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any) -> None:
+        self.fout[0].write(b"a part")
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "x.gguf"
+    out.write_bytes(b"before")
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(RunError, match=r"No space left on device.*Make room"):
+        export_gguf(family("llama"), tokenizer, out)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
+        ("x.gguf", b"before")
+    ]
+
+
 def test_the_command_replaces_a_file_only_if_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

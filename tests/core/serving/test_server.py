@@ -19,14 +19,20 @@ import openai
 import pytest
 import torch
 import uvicorn
+from tokenizers import decoders
 
 import longctx
 from longctx.cli.main import main
 from longctx.errors import RunError
-from longctx.serving.engine import Engine
+from longctx.generation.detokenize import TextStream
+from longctx.scoring.token_scores import score
+from longctx.serving.engine import Ask, Drawn, Engine, Event, Failure, Job
 from longctx.serving.requests import Reader
 from longctx.serving.server import application, bound_socket, serve
 from longctx.serving.stops import Stops
+from longctx.serving.token_texts import TokenTexts
+
+from .small_tokenizers import small_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 METHOD = "dual_chunk:factor=4,log_n=True"
@@ -95,6 +101,9 @@ def test_completions_say_what_generate_says(running: Running) -> None:
     assert said.model == "demo"
     by_ids = running.complete(ids, max_tokens=8, temperature=0)
     assert [choice.text for choice in by_ids.choices] == [*wanted.texts]
+    reader = Reader(running.model, running.tokenizer, "demo")
+    assert reader.read({"prompt": "a"}, chat=False).asks[0].continues
+    assert not reader.read({"messages": MESSAGES}, chat=True).asks[0].continues
 
 
 def test_a_stream_joins_up_to_the_whole(running: Running) -> None:
@@ -178,7 +187,7 @@ def test_log_probabilities_are_the_models(running: Running) -> None:
     assert found.token_logprobs[-1] == pytest.approx(log_p[-1].max().item(), abs=1e-4)
     assert len(found.tokens) == len(found.top_logprobs) == len(LONG) + 1
     best = [max(top, key=top.get) for top in found.top_logprobs[1:]]
-    assert best == [running.tokenizer.decode([i]) for i in log_p.argmax(-1).tolist()]
+    assert best == [TokenTexts(running.tokenizer).name(i) for i in log_p.argmax(-1).tolist()]
     listed = choice.model_extra["prompt_logprobs"]
     assert listed[0] is None
     for at, token in enumerate(LONG[1:]):
@@ -192,7 +201,76 @@ def test_log_probabilities_are_the_models(running: Running) -> None:
     assert [("The parser")[at:] for at in offsets][:2] == ["The parser"] * 2  # <s> takes no room
 
 
+def test_a_prompt_is_scored_once_for_all_its_continuations(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(*given: Any, **settings: Any) -> Any:
+        read.append(given[1].shape[1])
+        return score(*given, **settings)
+
+    monkeypatch.setattr("longctx.serving.engine.score", counted)
+    said = running.complete([LONG[:9], LONG[:5]], max_tokens=1, echo=True, logprobs=1, n=3)
+    assert read == [9, 5]
+    found = [choice.logprobs.token_logprobs for choice in said.choices]
+    assert found[0][:9] == found[2][:9]
+    assert [len(each) for each in found] == [10] * 3 + [6] * 3
+
+
+def test_tokens_that_are_parts_of_characters_are_told_by_their_bytes(running: Running) -> None:
+    text = "日本 😀x"
+    found = running.complete(text, max_tokens=0, echo=True, logprobs=2).choices[0].logprobs
+    assert len(set(found.tokens)) > 6
+    assert all(name.startswith("bytes:\\x") for name in found.tokens[1:7])
+    assert found.text_offset[1:8] == [0, 1, 1, 1, 2, 2, 2]
+    assert all(len(top) >= 2 for top in found.top_logprobs[1:])
+    texts = TokenTexts(running.tokenizer)
+    ids = running.tokenizer(text)["input_ids"][1:]
+    assert b"".join(map(texts.bytes_of, ids)) == text.encode()
+    assert sum(map(texts.size, ids)) == len(text)
+
+
+def test_tokens_of_sentencepiece_keep_their_spaces() -> None:
+    tokenizer = _llama_2()
+    texts = TokenTexts(tokenizer)
+    ids: Any = tokenizer("in the ☃")["input_ids"]
+    assert b"".join(map(texts.bytes_of, ids[1:])) == " in the ☃".encode()
+    assert texts.name(ids[-1]) == "bytes:\\x83"
+    assert texts.size(ids[0]) == 0
+
+
+def _llama_2() -> Any:
+    """SentencePiece whose decoder strips the first space, as Llama-2's and Mistral's do."""
+    tokenizer: Any = small_tokenizer("llama")
+    replace, strip = decoders.Replace("▁", " "), decoders.Strip(content=" ", left=1)
+    steps = [replace, decoders.ByteFallback(), decoders.Fuse(), strip]
+    tokenizer._tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def test_a_continuation_goes_on_with_the_space_that_belongs_there() -> None:
+    tokenizer = _llama_2()
+    ids: Any = tokenizer("in the ☃")["input_ids"]
+    for cut, wanted in ((2, " the ☃"), (len(ids) - 1, "\ufffd")):  # the second inside a character
+        pieces: list[str] = []
+        stream = TextStream(tokenizer, pieces.append, behind=ids[:cut])
+        for count in range(1, len(ids) - cut + 1):
+            stream.show(ids[cut : cut + count], last=cut + count == len(ids))
+        assert "".join(pieces) == wanted
+
+
+def test_offsets_of_a_stream_are_those_of_the_whole(running: Running) -> None:
+    asked: Any = {"max_tokens": 16, "seed": 5, "logprobs": 1, "stop": ["\n\n\n", "zq z"]}
+    whole = running.complete("The", **asked).choices[0].logprobs
+    pieces = [each.choices[0].logprobs for each in running.complete("The", **asked, stream=True)]
+    assert [at for each in pieces if each for at in each.text_offset] == whole.text_offset
+    assert [token for each in pieces if each for token in each.tokens] == whole.tokens
+
+
 MESSAGES = [{"role": "user", "content": "Hi"}]
+HUGE = "ab " * 10**6
+PART = {"type": "text", "text": None}
 
 
 @pytest.mark.parametrize(
@@ -201,11 +279,16 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
         ("completions", {"prompt": LONG * 4, "max_tokens": 1}, 400, "1,200 tokens and 1 are to"),
         ("completions", {"prompt": "a", "max_tokens": 1024}, 400, "window is 1,024"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a " * 4000}]}, 400, "wind"),
+        ("completions", {"prompt": HUGE}, 400, "3,000,000 characters"),
+        ("chat/completions", {"messages": [{"role": "user", "content": HUGE}]}, 400, "charact"),
         ("completions", {"prompt": ""}, 400, "empty"),
         ("completions", {"prompt": []}, 400, "no prompts"),
         ("completions", {"prompt": [5, 10**6]}, 400, "not in the model's vocabulary"),
         ("completions", {"prompt": MESSAGES}, 400, "chat/completions takes chats"),
+        ("completions", {"prompt": [MESSAGES]}, 400, "chat/completions takes chats"),
         ("completions", {"prompt": "\ud800"}, 400, "not Unicode"),
+        ("chat/completions", {"messages": [{"role": "\ud800", "content": "a"}]}, 400, "not Unic"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [PART]}]}, 400, "a part wi"),
         ("completions", {}, 400, "prompt"),
         ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature: expected"),
         ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature=-1"),
@@ -243,6 +326,9 @@ def test_fields_that_ask_for_nothing_are_taken(running: Running) -> None:
     for header in ("text/plain", ""):  # which a web page may send to any address unasked
         status, _ = running.post("/v1/completions", {"prompt": "a"}, **{"Content-Type": header})
         assert status == 415
+    for header in ("application/json ; charset=utf-8", "Application/JSON"):
+        body = {"prompt": "a", "max_tokens": 1}
+        assert running.post("/v1/completions", body, **{"Content-Type": header})[0] == 200
 
 
 def test_models_and_health_are_told(running: Running) -> None:
@@ -256,6 +342,10 @@ def test_models_and_health_are_told(running: Running) -> None:
         connection.request("GET", "/health")
         with connection.getresponse() as answer:
             assert answer.status == 200
+            answer.read()
+        connection.request("GET", "/v1/completions")
+        with connection.getresponse() as answer:
+            assert (answer.status, answer.getheader("Allow")) == (405, "POST")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -301,6 +391,29 @@ def test_a_failure_is_told_and_the_next_request_is_answered(
             with pytest.raises(openai.APIError):
                 list(stream)
     assert running.complete("a", max_tokens=1).choices[0].finish_reason == "length"
+
+
+def test_a_full_queue_is_told_at_once_and_closes_in_time(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(running.model, running.tokenizer, parallel=1, waiting=1)
+    told: list[Event] = []
+    jobs = [Job([Ask((5,), 1, Drawn(), 0)], told.append) for _ in range(3)]
+    with engine._turns.turn():  # pyright: ignore[reportPrivateUsage]
+        engine.submit(jobs[0])
+        while engine.unavailable() is not None:  # until the thread has taken it
+            time.sleep(0.01)
+        engine.submit(jobs[1])
+        full = engine.unavailable()
+        assert full is not None
+        engine.submit(jobs[2])
+        assert told == [full]
+        monkeypatch.setattr(running.engine, "unavailable", lambda: full)
+        found, answer = running.post("/v1/completions", {"prompt": "a", "stream": True})
+        assert (found, answer["error"]["message"]) == (503, full.message)
+        engine.close()
+    assert engine.join(10)
+    assert [event.status for event in told if isinstance(event, Failure)] == [503] * 3
 
 
 def test_methods_that_go_by_the_length_take_turns() -> None:

@@ -17,6 +17,8 @@ from longctx.eval import ChoiceSettings, choose, print_choice, write_choice
 from longctx.eval.choice.candidates import default_candidates
 from longctx.eval.choice.choose import Finalist, recommend
 from longctx.eval.comparison.differences import Difference
+from longctx.eval.results.sweep_result import SweepResult
+from longctx.eval.running.sweep import sweep
 from longctx.fingerprint import model_digest
 
 QUICK = ChoiceSettings(
@@ -97,6 +99,62 @@ def test_a_choice_is_measured_printed_and_written(
         dataclasses.replace(one, seconds=0) for one in choice.finalists
     ]
     assert {p: p.read_bytes() for p in files} == files  # nothing was asked twice
+
+
+def test_the_best_of_several_has_to_beat_the_model_by_more() -> None:
+    """The best is picked by the prompts that it is then compared on."""
+    close = finalist("none", 20, behind=difference(-0.1, 0.02), plain=True)
+    best = finalist("yarn:4", 28, plain=True)
+    others = [finalist(f"ntk:{n}", 21, behind=difference(-0.09, 0.03)) for n in (2, 4, 8)]
+    assert recommend([best, close])[0] == "yarn:4"
+    assert recommend([best, *others, close])[0] == "none"
+
+
+@pytest.mark.parametrize("stage", ["first", "screening", "keys", "inside"])
+def test_a_candidate_that_fails_at_a_length_is_dropped_not_judged_by_the_others(
+    stage: str, model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = "out of memory at 1024 tokens, one prompt at a time"
+
+    def failing(*given: Any, results: Path, **settings: Any) -> SweepResult:
+        """What yarn answers at the shorter length is right, and it fails at the longer one."""
+        result = sweep(*given, results=results, **settings)
+        if results.parent.name != stage:
+            return result
+        longest = max(result.lengths)
+        records = [
+            dataclasses.replace(
+                record,
+                observations=()
+                if longest in record.lengths
+                else tuple(dataclasses.replace(o, correct=True) for o in record.observations),
+                failed=lost if longest in record.lengths else None,
+            )
+            if record.method == "yarn:2"
+            else record
+            for record in result.records
+        ]
+        rows = [
+            dataclasses.replace(row, failed=lost)
+            if (row.method, row.length) == ("yarn:2", longest)
+            else row
+            for row in result.rows
+        ]
+        return dataclasses.replace(result, records=tuple(records), rows=tuple(rows))
+
+    monkeypatch.setattr("longctx.eval.choice.choose.sweep", failing)
+    choice = choose(
+        model, tokenizer, 1024, candidates=["yarn:2", "linear:2"], settings=QUICK,
+        folder=tmp_path, progress=False,
+    )  # fmt: skip
+    assert lost in choice.dropped["yarn:2"]
+    assert {one.label for one in choice.finalists} == {"none", "linear:2"}
+    if stage == "first":
+        with pytest.raises(RunError, match="no candidate could be measured"):
+            choose(
+                model, tokenizer, 1024, candidates=["yarn:2"], settings=QUICK,
+                folder=tmp_path, progress=False,
+            )  # fmt: skip
 
 
 def test_what_cannot_be_chosen_is_refused(model: Any, tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ from longctx.cli.search import Search
 from longctx.errors import MethodError, RunError
 from longctx.eval import SearchSettings, search, write_found
 from longctx.eval.searching.evolution import Divisors, Evolution, known_divisors
-from longctx.eval.searching.objective import key_prompts
+from longctx.eval.searching.objective import KeyLoss, key_prompts
 from longctx.fingerprint import model_digest
 from longctx.prompts.haystacks import Texts
 from longctx.prompts.passkey_prompts import split_of
@@ -97,10 +97,15 @@ def test_prompts_are_of_the_training_split(tokenizer: Any) -> None:
 
 
 def test_a_search_leaves_no_trace_and_its_method_is_read_from_the_file(
-    model: Any, tokenizer: Any, quick: SearchSettings, tmp_path: Path
+    model: Any,
+    tokenizer: Any,
+    quick: SearchSettings,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     before = model_digest(model)
     found = search(model, tokenizer, 1024, settings=quick, folder=tmp_path, progress=False)
+    assert "Unrecognized keys" not in caplog.text  # else a line for each candidate
     assert model_digest(model) == before
     assert found.evaluations == 7
     assert found.loss <= min(found.known_losses.values())
@@ -129,6 +134,20 @@ def test_an_interrupted_search_goes_on(
     assert cut.read_bytes() == path.read_bytes()
 
 
+def test_divisors_that_give_nan_are_never_found(
+    model: Any, tokenizer: Any, quick: SearchSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where NaN is met first, nor where there is nothing else."""
+    losses = iter([2.0, 1.0, 3.0, 4.0, 5.0, 6.0, 7.0, math.nan, 2.5, 3.5, 4.5])
+    monkeypatch.setattr(KeyLoss, "__call__", lambda *_: next(losses))
+    found = search(model, tokenizer, 1024, settings=quick, progress=False)
+    assert math.isfinite(found.loss)
+    assert found.known_losses["linear"] == math.inf  # the finalist, whose fresh loss was NaN
+    monkeypatch.setattr(KeyLoss, "__call__", lambda *_: math.nan)
+    with pytest.raises(RunError, match="NaN or infinite under all divisors"):
+        search(model, tokenizer, 1024, settings=quick, progress=False)
+
+
 def test_what_cannot_be_searched_is_refused(
     model: Any, tokenizer: Any, quick: SearchSettings, tmp_path: Path
 ) -> None:
@@ -142,6 +161,12 @@ def test_what_cannot_be_searched_is_refused(
     other = dataclasses.replace(quick, prompts=3)
     with pytest.raises(RunError, match="is of a search with prompts=2, this one has 3"):
         search(model, tokenizer, 1024, settings=other, folder=tmp_path, progress=False)
+    text = Path(quick.text[0])
+    before = text.read_text()
+    text.write_text(before.replace("Line", "Row"))
+    with pytest.raises(RunError, match="is of a search with text="):
+        search(model, tokenizer, 1024, settings=quick, folder=tmp_path, progress=False)
+    text.write_text(before)
     (tmp_path / "evaluations.jsonl").write_text("a diary\n")
     with pytest.raises(RunError, match="not a file of evaluations"):
         search(model, tokenizer, 1024, settings=quick, folder=tmp_path, progress=False)
