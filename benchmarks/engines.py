@@ -233,7 +233,8 @@ def main() -> None:
         "Largest |Δ log p| of a prompt token against longctx, over "
         f"prompts of 1 and 2 times the old window and of the window less one; every token, with "
         f"llama.cpp {_POSITIONS} of each prompt (keys and values in f32, no fused attention). "
-        "“unextended” is how far the model without the method is. "
+        "“unextended” is how far the model without the method is; “refused”: the engine does not "
+        "load it, or serve-flags names no command and says why. Bold: it is another model. "
         + (f"Left out: {', '.join(absent)}." if absent else "")
     )
     write(table, notes.strip())
