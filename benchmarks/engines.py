@@ -153,7 +153,8 @@ def cell(found: Mapping[str, Any] | None) -> str:
     if isinstance(found["rows"][0], list):  # texts
         same = sum(row[1] == row[2] for row in found["rows"])
         return f"{same} of {len(found['rows'])} answers the same"
-    largest = f"{max(row['largest'] for row in found['rows']):.0e}".replace("e-0", "e-")
+    off = max(row["largest"] for row in found["rows"])
+    largest = f"{off:.0e}".replace("e-0", "e-") if off < 0.1 else f"{off:.1f}"
     return largest if found["ok"] else f"**{largest}: {found['faults'][0].partition(':')[0]}**"
 
 
