@@ -140,6 +140,13 @@ def _by_server(
     return found
 
 
+def nats(difference: float) -> str:
+    """A difference of log-probabilities, in a table."""
+    if difference < 0.1:
+        return f"{difference:.0e}".replace("e-0", "e-")
+    return f"{difference:.1f}"
+
+
 def cell(found: Mapping[str, Any] | None) -> str:
     """What was found, in a table."""
     if found is None:
@@ -153,8 +160,7 @@ def cell(found: Mapping[str, Any] | None) -> str:
     if isinstance(found["rows"][0], list):  # texts
         same = sum(row[1] == row[2] for row in found["rows"])
         return f"{same} of {len(found['rows'])} answers the same"
-    off = max(row["largest"] for row in found["rows"])
-    largest = f"{off:.0e}".replace("e-0", "e-") if off < 0.1 else f"{off:.1f}"
+    largest = nats(max(row["largest"] for row in found["rows"]))
     return largest if found["ok"] else f"**{largest}: {found['faults'][0].partition(':')[0]}**"
 
 

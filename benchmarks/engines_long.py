@@ -4,7 +4,7 @@
 
 MODEL, a folder such as SmolLM2's, is put under METHOD (`yarn:2`), saved, and held against each
 engine's server (`benchmarks/_servers.py`) at a prompt of TOKENS tokens: every token in vLLM, and
-eight positions in llama.cpp, where each costs a request. The folder WORK keeps what was measured; a
+four positions in llama.cpp, where each costs a request. The folder WORK keeps what was measured; a
 second run measures what is missing there and writes the table to RESULTS.md.
 """
 
@@ -23,7 +23,7 @@ from longctx.serving.engines import Engine
 
 from ._measure import write_results
 from ._servers import ENVIRONMENTS, python_of, version_of
-from .engines import cell, checkpoint, measure
+from .engines import cell, checkpoint, measure, nats
 
 _ENGINES: tuple[Engine, ...] = ("vllm", "llama.cpp")
 _SECONDS = 20_000  # longest wait for an answer, on busy cores too
@@ -37,8 +37,8 @@ def row(engine: Engine, found: dict[str, Any]) -> dict[str, str]:
         "tokens": f"{one.get('length', 0):,}",
         "compared": f"{one.get('compared', 0):,}",
         "largest": cell(found),
-        "median": f"{one.get('median', float('nan')):.0e}",
-        "unextended": f"{one.get('between') or float('nan'):.2f}",
+        "median": nats(one["median"]) if one else "–",
+        "unextended": f"{one['between']:.2f}" if one.get("between") else "–",
     }
 
 
@@ -60,7 +60,7 @@ def main() -> None:
         if not out.exists():
             print(f"{name} on {engine}", flush=True)
             more = ["--lengths", str(tokens), "--timeout", str(_SECONDS)]
-            more += ["--positions", "8"] * (engine == "llama.cpp")
+            more += ["--positions", "4"] * (engine == "llama.cpp")
             measure(engine, folder, out, more, threads=os.cpu_count() or 1)
         rows.append(row(engine, json.loads(out.read_text(encoding="utf-8"))))
     if rows:
