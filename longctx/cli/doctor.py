@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from tyro.conf import Positional
+
+from ..serving.engines import Engine
 
 __all__ = ["COMMAND", "Doctor"]
 
@@ -24,7 +25,7 @@ class Doctor:
 
     model: Positional[str]
     """Checkpoint folder, or "demo"."""
-    engine: Literal["transformers", "vllm", "sglang", "llama.cpp"] | None = None
+    engine: Engine | None = None
     """Also say what this engine does with it."""
 
     def run(self) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
 
 from tyro.conf import Positional
+
+from ..serving.engines import Engine
 
 __all__ = ["COMMAND", "ServeFlags"]
 
@@ -25,7 +26,7 @@ class ServeFlags:
 
     model: Positional[str]
     """Checkpoint folder, hub id, or "demo"."""
-    engine: Literal["vllm", "sglang", "llama.cpp", "transformers"]
+    engine: Engine
     """Which engine."""
 
     def run(self) -> int:

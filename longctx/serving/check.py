@@ -12,6 +12,7 @@ one, other temperatures, the same in bfloat16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -326,10 +327,12 @@ def _temperatures(model: PreTrainedModel) -> dict[str, float]:
     except (LongctxError, AttributeError):
         return {}
     window, original = window_of_model(model)
-    usual = 0.1 * float(torch.tensor(window / original).log()) + 1
+    scale = math.log(max(1.0, window / original))
+    usual, phi = 0.1 * scale + 1, math.sqrt(1 + scale / math.log(max(2, original)))
     named = {
         "no temperature (attention factor 1)": 1.0,
         f"YaRN's usual temperature ({usual:.4g})": usual,
+        f"longrope's usual temperature ({phi:.4g})": phi,
     }
     return {what: value for what, value in named.items() if abs(value - scaling) > 1e-4}
 

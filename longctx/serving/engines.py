@@ -25,14 +25,15 @@ __all__ = [
     "readings",
 ]
 
-Engine = Literal["transformers", "vllm", "sglang", "llama.cpp"]
+Engine = Literal["transformers", "vllm", "sglang", "llama.cpp", "mlx-lm", "ctranslate2"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 Change = Literal[
-    "none", "linear", "yarn", "yarn_own", "llama3", "longrope", "standing", "proportional",
-    "dynamic", "biases", "beyond", "unknown",
+    "none", "linear", "yarn", "yarn_own", "llama3", "longrope", "longrope_own", "standing",
+    "proportional", "dynamic", "biases", "beyond", "unknown",
 ]  # fmt: skip
 """What a config says is done to positions: `yarn_own` is YaRN with a temperature or betas of its
-own, `standing` longrope with planes that stand still, `biases` ALiBi, `beyond` whatever changes
+own, `longrope_own` longrope with another temperature than that of Phi-3, `standing` longrope with
+planes that stand still, `biases` ALiBi, `beyond` whatever changes
 distances, hides keys or scales queries, `unknown` a rope_type that is not one of these."""
 Does = Literal["reads", "needs", "refused", "unmeasured"]
 """The engine gives our numbers; does so with what `serve-flags` prints; does not; nobody looked."""
@@ -73,82 +74,118 @@ class Checkpoint:
 
 _PLUGIN = "reads it by longctx's plugin for LLaMA-like models"
 _UNEXTENDED = "has no way to compute it from a config"
+_SILENT = "loads it without a word and computes the unextended model"
+_GROWS = (
+    "reads a prompt in one pass, but generates with a base that grows while cached keys keep the "
+    "former one"
+)
+_OWN_TEMPERATURE = "loads it without a word and computes it with a temperature of its own"
+_NO_YARN = "converts no YaRN, and says so"
+_NO_LONGROPE = "converts it to a model that it does not load"
 _TABLE: dict[Change, dict[Engine, tuple[Does, str]]] = {
     "none": {
         "transformers": ("reads", "reads it"),
         "vllm": ("reads", "reads it"),
         "sglang": ("unmeasured", "should read it; not measured"),
         "llama.cpp": ("needs", "reads it as GGUF"),
+        "mlx-lm": ("reads", "reads it"),
+        "ctranslate2": ("needs", "reads it as its converter writes it"),
     },
     "linear": {
         "transformers": ("reads", "reads it"),
         "vllm": ("needs", "reads it, and multiplies the window by the factor unless told"),
         "sglang": ("unmeasured", "should read it, with the window named; not measured"),
         "llama.cpp": ("needs", "reads it as GGUF"),
+        "mlx-lm": ("reads", "reads it"),
+        "ctranslate2": ("needs", "reads it as its converter writes it"),
     },
     "yarn": {
         "transformers": ("reads", "reads it"),
         "vllm": ("reads", "reads it"),
         "sglang": ("unmeasured", "should read it; not measured"),
         "llama.cpp": ("needs", "reads it as GGUF"),
+        "mlx-lm": ("reads", "reads it"),
+        "ctranslate2": ("refused", _NO_YARN),
     },
     "yarn_own": {
         "transformers": ("reads", "reads it"),
         "vllm": ("reads", "reads it"),
         "sglang": ("unmeasured", "should read its temperature by mscale; not measured"),
         "llama.cpp": ("needs", "reads it as longctx exports it; its own converter loses it"),
+        "mlx-lm": ("reads", "reads it"),
+        "ctranslate2": ("refused", _NO_YARN),
     },
     "llama3": {
         "transformers": ("reads", "reads it"),
         "vllm": ("reads", "reads it"),
         "sglang": ("unmeasured", "should read it; not measured"),
         "llama.cpp": ("needs", "reads it as GGUF"),
+        "mlx-lm": ("reads", "reads it"),
+        "ctranslate2": ("refused", _SILENT),
     },
     "longrope": {
         "transformers": ("reads", "reads it"),
         "vllm": ("reads", "reads it"),
         "sglang": ("unmeasured", "may scale a batch by its longest request; not measured"),
         "llama.cpp": ("needs", "reads it as longctx exports it; its own converter loses it"),
+        "mlx-lm": ("reads", "reads it"),
+        "ctranslate2": ("refused", _NO_LONGROPE),
+    },
+    "longrope_own": {
+        "transformers": ("reads", "reads it"),
+        "vllm": ("reads", "reads it"),
+        "sglang": ("unmeasured", "may scale a batch by its longest request; not measured"),
+        "llama.cpp": ("needs", "reads it as longctx exports it; its own converter loses it"),
+        "mlx-lm": ("refused", _OWN_TEMPERATURE),
+        "ctranslate2": ("refused", _NO_LONGROPE),
     },
     "standing": {
         "transformers": ("reads", "reads it, in float32 or bfloat16"),
         "vllm": ("reads", "reads it, in float32 or bfloat16"),
         "sglang": ("unmeasured", "not measured"),
         "llama.cpp": ("needs", "reads it as longctx exports it; its own converter loses it"),
+        "mlx-lm": ("refused", _OWN_TEMPERATURE),
+        "ctranslate2": ("refused", _NO_LONGROPE),
     },
     "proportional": {
         "transformers": ("reads", "reads it"),
         "vllm": ("reads", "reads it"),
         "sglang": ("refused", "has no rope_type proportional for this model"),
         "llama.cpp": ("needs", "reads it as longctx exports it; its own converter loses it"),
+        "mlx-lm": ("reads", "reads it"),
+        "ctranslate2": ("refused", "converts no proportional scaling, and says so"),
     },
     "dynamic": {
-        "transformers": (
-            "refused",
-            "reads a prompt in one pass, but generates with a base that grows while cached keys "
-            "keep the former one",
-        ),
+        "transformers": ("refused", _GROWS),
         "vllm": ("needs", "reads it with one base for the whole window, by overrides alone"),
         "sglang": ("refused", "has one base for the original window; nothing was measured"),
         "llama.cpp": ("refused", "has one frequency for each plane, whatever the length"),
+        "mlx-lm": ("refused", _GROWS),
+        "ctranslate2": ("refused", "converts no dynamic scaling, and says so"),
     },
     "biases": {
         "transformers": ("refused", _UNEXTENDED),
         "vllm": ("needs", _PLUGIN),
         "sglang": ("refused", _UNEXTENDED),
         "llama.cpp": ("needs", "reads it as longctx exports it (LLaMA-like models)"),
+        "mlx-lm": ("refused", _SILENT),
+        "ctranslate2": ("refused", _SILENT),
     },
     "beyond": {
         "transformers": ("refused", _UNEXTENDED),
         "vllm": ("refused", _UNEXTENDED),
         "sglang": ("refused", _UNEXTENDED),
         "llama.cpp": ("refused", "has no way to compute it"),
+        "mlx-lm": ("refused", _SILENT),
+        "ctranslate2": ("refused", _SILENT),
     },
     "unknown": {
         "transformers": ("unmeasured", "longctx does not know this rope_type; not measured"),
         "vllm": ("unmeasured", "longctx does not know this rope_type; not measured"),
         "sglang": ("unmeasured", "longctx does not know this rope_type; not measured"),
         "llama.cpp": ("refused", "longctx does not know this rope_type"),
+        "mlx-lm": ("refused", "longctx does not know this rope_type"),
+        "ctranslate2": ("refused", "longctx does not know this rope_type"),
     },
 }
 
@@ -157,6 +194,8 @@ _WITH_CODE: dict[Engine, tuple[Does, str]] = {
     "transformers": ("needs", "reads it with trust_remote_code where longctx is installed"),
     "vllm": ("refused", "does not know its model type: save it without remote_code"),
     "sglang": ("refused", "does not know its model type: save it without remote_code"),
+    "mlx-lm": ("refused", "does not know its model type"),
+    "ctranslate2": ("refused", "does not know its model type"),
 }
 """What changes where a module beside a checkpoint puts its methods in place."""
 
@@ -186,13 +225,13 @@ def checkpoint_of(config: Mapping[str, Any]) -> Checkpoint:
     methods = _methods(config)
     held = int(window_of(text) or 0)
     original = _original(config, rope, held)
-    change = _change(rope)
+    window = _promised(config, held, original)
+    change = _change(rope, window, original)
     beyond = _beyond(methods)
     if beyond:
         change = beyond
     if CONVERSION in config:  # weights of a class that no engine has
         change = "beyond"
-    window = _promised(config, held, original)
     if change == "dynamic" and is_number(rope.get("factor")):
         window = max(window, round(original * float(rope["factor"])))
     return Checkpoint(
@@ -249,14 +288,16 @@ def _beyond(methods: list[Mapping[str, Any]]) -> Change | None:
     return found
 
 
-def _change(rope: Mapping[str, Any]) -> Change:
+def _change(rope: Mapping[str, Any], window: int, original: int) -> Change:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "yarn":
         return "yarn_own" if _own_yarn(rope) else "yarn"
     if kind == "longrope":
         long: Any = rope.get("long_factor")
         still = isinstance(long, list) and any(is_number(x) and x > _FAR for x in long)
-        return "standing" if still else "longrope"
+        if still:
+            return "standing"
+        return "longrope_own" if _own_longrope(rope, window, original) else "longrope"
     names: dict[Any, Change] = {
         "default": "none",
         "linear": "linear",
@@ -273,3 +314,12 @@ def _own_yarn(rope: Mapping[str, Any]) -> bool:
     usual = 0.1 * math.log(factor) + 1 if is_number(factor) else 1.0
     betas = (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
     return (is_number(own) and abs(own - usual) > 1e-6) or betas != (32, 1)
+
+
+def _own_longrope(rope: Mapping[str, Any], window: int, original: int) -> bool:
+    """Whether the temperature is another than √(1 + ln s / ln L), s-fold from L tokens."""
+    own = rope.get("attention_factor")
+    if not is_number(own):
+        return False
+    scale = max(1.0, window / original) if original > 1 else 1.0
+    return abs(own - math.sqrt(1 + math.log(scale) / math.log(max(2, original)))) > 1e-6

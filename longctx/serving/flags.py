@@ -75,6 +75,7 @@ def flags_of(folder: Path | str, config: Mapping[str, Any], engine: Engine) -> F
         return _none(checkpoint, engine, "config.json names no window (max_position_embeddings).")
     build = {
         "vllm": _vllm, "sglang": _sglang, "llama.cpp": _llama_cpp, "transformers": _transformers,
+        "mlx-lm": _mlx_lm, "ctranslate2": _ctranslate2,
     }  # fmt: skip
     return build[engine](str(folder), checkpoint, [found.says] if found.does != "reads" else [])
 
@@ -128,7 +129,7 @@ def _sglang(folder: str, checkpoint: Checkpoint, notes: list[str]) -> Flags:
 
 
 def _llama_cpp(folder: str, checkpoint: Checkpoint, notes: list[str]) -> Flags:
-    file = f"{folder.rstrip('/').rpartition('/')[2] or 'model'}.gguf"
+    file = f"{_name(folder)}.gguf"
     export = ("longctx", "export-gguf", folder, file)
     serve = ("llama-server", "-m", file, "-c", str(checkpoint.window), "-np", "1")
     notes += [
@@ -139,10 +140,35 @@ def _llama_cpp(folder: str, checkpoint: Checkpoint, notes: list[str]) -> Flags:
 
 
 def _transformers(folder: str, checkpoint: Checkpoint, notes: list[str]) -> Flags:
-    notes.append(
-        f"no window is enforced: requests beyond {checkpoint.window} tokens are answered too, by "
-        "what the model was not made for"
-    )
+    notes.append(_no_window(checkpoint))
     trust = ("--trust-remote-code",) if checkpoint.by_code else ()
     command = ("transformers", "serve", folder, *trust)
     return Flags("transformers", checkpoint.window, (command,), tuple(notes))
+
+
+def _mlx_lm(folder: str, checkpoint: Checkpoint, notes: list[str]) -> Flags:
+    notes.append(_no_window(checkpoint))
+    command = ("mlx_lm.server", "--model", folder)
+    return Flags("mlx-lm", checkpoint.window, (command,), tuple(notes))
+
+
+def _ctranslate2(folder: str, checkpoint: Checkpoint, notes: list[str]) -> Flags:
+    out = f"{_name(folder)}-ctranslate2"
+    command = ("ct2-transformers-converter", "--model", folder, "--output_dir", out)
+    notes += [
+        f"a library and not a server: ctranslate2.Generator({out!r})",
+        _no_window(checkpoint),
+    ]
+    return Flags("ctranslate2", checkpoint.window, (command,), tuple(notes))
+
+
+def _no_window(checkpoint: Checkpoint) -> str:
+    return (
+        f"no window is enforced: requests beyond {checkpoint.window} tokens are answered too, by "
+        "what the model was not made for"
+    )
+
+
+def _name(folder: str) -> str:
+    """What files made of a checkpoint are called."""
+    return folder.rstrip("/").rpartition("/")[2] or "model"

@@ -276,6 +276,9 @@ def test_load_says_what_it_assumes(tmp_path: Path, caplog: pytest.LogCaptureFixt
         ({"rope_type": "dynamic", "factor": 4.0}, "llama.cpp", "problem", "one frequency for each"),
         (YARN, "sglang", "note", "not measured"),
         (YARN, "llama.cpp", "note", "as GGUF"),
+        (YARN, "mlx-lm", None, ""),
+        (YARN, "ctranslate2", "problem", "converts no YaRN"),
+        ({"rope_type": "dynamic", "factor": 4.0}, "mlx-lm", "problem", "a base that grows"),
     ],
 )
 def test_what_an_engine_does_is_said_where_it_is_more_than_reading(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 from collections.abc import Callable
@@ -60,13 +61,16 @@ def test_a_dropped_scaling_is_called_that() -> None:
     assert "FAULT the scaling was dropped" in str(found)
 
 
-def test_a_wrong_temperature_is_called_that() -> None:
+@pytest.mark.parametrize(
+    ("factor", "said"), [(1.0, "no temperature"), (math.sqrt(1.25), "longrope's usual temperature")]
+)
+def test_a_wrong_temperature_is_called_that(factor: float, said: str) -> None:
     model, tokenizer = extended()
     native: Any = rotary_of(model)
-    native.native.attention_scaling = 1.0
+    native.native.attention_scaling = factor
     [fault] = check(Served(model, tokenizer, window=1024)).faults
     assert fault.startswith("wrong temperature: ")
-    assert "no temperature" in fault
+    assert said in fault
 
 
 @pytest.mark.parametrize("window", [512, 4096])

@@ -28,7 +28,7 @@ from ...test_matrix import settings
 
 CHANGES: dict[str, Change] = {
     "linear": "linear", "ntk": "none", "abf": "none", "yarn": "yarn", "ntk_by_parts": "yarn_own",
-    "llama3": "llama3", "longrope": "longrope", "resonance": "longrope", "cope": "standing",
+    "llama3": "llama3", "longrope": "longrope", "resonance": "longrope_own", "cope": "standing",
     "drop": "standing", "p_rope": "proportional", "dynamic": "dynamic", "alibi": "biases",
     "shifted": "none",
 }  # fmt: skip
@@ -64,6 +64,16 @@ def test_the_table_has_a_sentence_for_every_change_and_engine() -> None:
             assert str(said).startswith(engine)
 
 
+def test_a_temperature_of_longropes_own_is_told_apart() -> None:
+    """mlx-lm takes √(1 + ln s / ln L), s-fold from L tokens, whatever the config says."""
+    config = config_of("longrope")
+    assert checkpoint_of(config).change == "longrope"
+    config["rope_parameters"] = {**config["rope_parameters"], "attention_factor": 1.3}
+    assert checkpoint_of(config).change == "longrope_own"
+    del config["rope_parameters"]["attention_factor"]
+    assert checkpoint_of(config).change == "longrope"
+
+
 def test_biases_with_another_method_on_them_are_beyond() -> None:
     found = checkpoint_of(config_of("alibi", "log_n"))
     assert found.change == "beyond"
@@ -79,6 +89,10 @@ def test_the_length_is_always_named() -> None:
     assert export == ("longctx", "export-gguf", "runs/x", "x.gguf")
     assert serve[:5] == ("llama-server", "-m", "x.gguf", "-c", "256")
     assert flags_of("x", config, "transformers").commands == (("transformers", "serve", "x"),)
+    assert flags_of("x", config, "mlx-lm").command == "mlx_lm.server --model x"
+    assert flags_of("runs/x/", config, "ctranslate2").command == (
+        "ct2-transformers-converter --model runs/x/ --output_dir x-ctranslate2"
+    )
 
 
 def test_dynamic_needs_an_override_under_vllm() -> None:
@@ -114,6 +128,12 @@ def test_dynamic_needs_an_override_under_vllm() -> None:
         ("rerope", "llama.cpp", 1, "has no way to compute it"),
         ("alibi", "transformers", 1, "no way to compute it from a config"),
         ("alibi", "llama.cpp", 0, "reads it as longctx exports it"),
+        ("yarn", "mlx-lm", 0, "no window is enforced"),
+        ("resonance", "mlx-lm", 1, "a temperature of its own"),
+        ("alibi", "mlx-lm", 1, "computes the unextended model"),
+        ("linear", "ctranslate2", 0, "a library and not a server"),
+        ("llama3", "ctranslate2", 1, "computes the unextended model"),
+        ("yarn", "ctranslate2", 1, "converts no YaRN"),
     ],
 )
 def test_the_command_prints_it_or_says_why_not(

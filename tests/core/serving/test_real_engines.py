@@ -13,6 +13,7 @@ import torch
 
 import longctx
 from benchmarks._servers import ENVIRONMENTS, python_of, serving
+from benchmarks.engines import checkpoint, contradicted, measure
 from longctx.serving.check import Checked, CheckSettings, check_server
 from longctx.serving.clients import client_of
 from longctx.serving.engines import Engine
@@ -105,3 +106,12 @@ def test_vllm_computes_what_was_saved(method: str, tmp_path: Path) -> None:
         client: Any = client_of("vllm", url, vocabulary=1024)
         found = check_server(model, tokenizer, client, CheckSettings())
     assert found.ok, str(found)
+
+
+@pytest.mark.parametrize("method", ["linear:4", "llama3:4", "yarn:4", "resonance:4", "alibi:4"])
+@pytest.mark.parametrize("engine", ["mlx-lm", "ctranslate2"])
+def test_a_library_does_what_is_said_of_it(engine: Engine, method: str, tmp_path: Path) -> None:
+    need(engine)
+    folder = checkpoint("demo", longctx.parse_method(method), tmp_path / "x")
+    found = measure(engine, folder, tmp_path / "x.json")
+    assert not contradicted(engine, folder, found)
