@@ -19,7 +19,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -27,13 +26,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import DataError
-from longctx.prompts.haystacks import bos_of
 from longctx.scoring.batching import score_batches
 from longctx.scoring.token_scores import TokenScores
 
 from ..stats.intervals import mean_interval, perplexity_of
 from .shared.protocol import Measured, Observation, Plan, Summary, Unit
-from .shared.texts import digest, documents_of, spread, texts_of
+from .shared.sliding import score_last
+from .shared.texts import bos_before, digest, documents_of, place_windows, texts_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,31 +128,19 @@ class Perplexity:
                 f"a length of {min(lengths)} tokens is too short for last={self.last} targets: "
                 f"ask for more than {self.last}, or pass a smaller `last`."
             )
-        longest, bos = max(lengths), self._bos(tokenizer)
+        longest, bos = max(lengths), bos_before(tokenizer, self.bos)
         documents = documents_of(tokenizer, texts_of(self.text))
         size = longest - len(bos)
+        sizes = {name: len(ids) for name, ids in documents.items()}
         if self._whole:
-            sizes = {name: size if len(ids) >= size else 0 for name, ids in documents.items()}
+            sizes = {name: min(count, size) for name, count in sizes.items()}  # one each
             if self.limit is not None and self.limit < size:
                 raise DataError(
                     f"limit={self.limit} is below the longest length, {longest}: pass more."
                 )
-        else:
-            if self.last is not None and self.stride is not None:
-                size += max(self.last - self.stride, 0)
-            sizes = {name: len(ids) for name, ids in documents.items()}
-        places = spread(sizes, size, self.windows)
-        short = sum(len(ids) < size for ids in documents.values())
-        if not places:
-            raise DataError(
-                f"no document is long enough for a window of {size} tokens: the longest of "
-                f"{len(documents)} has {max(map(len, documents.values()))}. Ask for shorter "
-                "lengths or pass longer texts (one document per file)."
-            )
-        notes = (
-            f"perplexity: {short} of {len(documents)} documents are shorter than {size} tokens and "
-            "left out",
-        )
+        elif self.last is not None and self.stride is not None:
+            size += max(self.last - self.stride, 0)
+        places, notes = place_windows(self.name, sizes, size, self.windows)
         units: list[Unit] = []
         for name, start in places:
             spec: dict[str, Any] = {"document": name}
@@ -170,7 +157,7 @@ class Perplexity:
             else:
                 whole = Unit(tuple(lengths), longest, {**spec, "start": start})
                 units += [whole] if length_invariant else whole.by_length()
-        return Plan(tuple(units), notes if short else ())
+        return Plan(tuple(units), notes)
 
     def measure(
         self,
@@ -183,7 +170,10 @@ class Perplexity:
     ) -> Measured:
         """Score one window at all its lengths."""
         del length_invariant  # the plan has seen to it
-        documents, bos = documents_of(tokenizer, texts_of(self.text)), self._bos(tokenizer)
+        documents, bos = (
+            documents_of(tokenizer, texts_of(self.text)),
+            bos_before(tokenizer, self.bos),
+        )
         ids = documents[unit.spec["document"]]
         if self._whole:
             return self._slide_over_all(model, unit, self._read(ids), bos, batch_tokens)
@@ -229,7 +219,7 @@ class Perplexity:
         ends = [*range(first, begin + self.last, stride), begin + self.last]
         windows = [(*bos, *ids[end - length + len(bos) : end]) for end in ends]
         new = [stride] * (len(ends) - 1) + [self.last - stride * (len(ends) - 1)]
-        scores = _scored(model, windows, new, batch_tokens)
+        scores = score_last(model, windows, new, batch_tokens)
         item = f"{name}@{first}"
         found = Observation(
             length, item, name, float(scores.nll.double().sum()), self.last, detail={"end": first}
@@ -253,7 +243,7 @@ class Perplexity:
         windows = [(*bos, *ids[first:last]) for first, last, _ in places]
         new = [count for *_, count in places]
         new[0] -= not bos
-        scores = _scored(model, windows, new, batch_tokens)
+        scores = score_last(model, windows, new, batch_tokens)
         targets = sum(new)
         nll = float(scores.nll.double().sum())
         found = Observation(length, f"{name}@0", name, nll, targets, detail={"end": len(ids)})
@@ -288,20 +278,6 @@ class Perplexity:
         """What is read of a document."""
         return ids if self.limit is None else ids[: self.limit]
 
-    def _bos(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """What stands before each window.
-
-        Raises:
-            DataError: a BOS is asked for and the tokenizer has none.
-        """
-        if self.bos is None:
-            return bos_of(tokenizer)
-        if not self.bos:
-            return ()
-        if not isinstance(tokenizer.bos_token_id, int):
-            raise DataError("bos=True, but the tokenizer has no BOS: leave it out.")
-        return (tokenizer.bos_token_id,)
-
     def summarise(self, observations: Sequence[Observation]) -> Summary:
         """Exponential of the token-weighted mean NLL, and of its interval's ends."""
         mean, low, high = mean_interval(
@@ -317,28 +293,6 @@ class Perplexity:
         name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
         low = low if math.isnan(low) else max(low, 0.0)  # no perplexity is below 1
         return Summary(perplexity_of(mean), perplexity_of(low), perplexity_of(high), name, prefix)
-
-
-def _scored(
-    model: PreTrainedModel,
-    windows: Sequence[tuple[int, ...]],
-    new: Sequence[int],
-    batch_tokens: int,
-) -> TokenScores:
-    """Scores [1, Σ new] of the last `new` tokens of each window; equal ones run as a batch."""
-    parts: list[TokenScores] = []
-    for (length, count), same in groupby(
-        zip(windows, new, strict=True), key=lambda pair: (len(pair[0]), pair[1])
-    ):
-        ids = torch.tensor([window for window, _ in same])
-        start = length - count
-        parts.append(score_batches(model, ids, start=start, batch_tokens=batch_tokens))
-    return TokenScores(
-        targets=torch.cat([part.targets.flatten() for part in parts])[None],
-        nll=torch.cat([part.nll.flatten() for part in parts])[None],
-        argmax=torch.cat([part.argmax.flatten() for part in parts])[None],
-        valid=torch.cat([part.valid.flatten() for part in parts])[None],
-    )
 
 
 def _per_token(
