@@ -10,7 +10,8 @@ With `stride` the same target tokens are scored at every length, in windows that
 `last=None` these are all tokens of a document, as papers print it, S = 256 in Position
 Interpolation (Chen et al. 2023, arXiv:2306.15595, section 3.2) and in YaRN (Peng et al. 2023,
 arXiv:2309.00071, section 4.3.1). What YaRN's script computes, over a document's first L tokens in
-one window, is the prefix perplexity, which has a line of its own.
+one window, is the prefix perplexity, which has a line of its own; it averages the perplexities of
+documents (`average="windows"`).
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class Perplexity:
     bos: bool | None = None
     """Put a BOS before each window, which then has a token of text less; None: if the tokenizer
     puts one before a text."""
+    average: Literal["tokens", "windows"] = "tokens"
+    """"tokens": exp of the mean NLL, every token counting alike. "windows": the mean of each
+    window's perplexity, as YaRN's script has it with a window per document."""
     text: tuple[str, ...] = ()
     """Files or folders, a document per file; none means the embedded held-out documents."""
 
@@ -74,6 +78,8 @@ class Perplexity:
                 continue
             if type(value) is not int or value < 1:
                 raise DataError(f"{name}={value!r}: expected a whole number, 1 or more.")
+        if self.average not in ("tokens", "windows"):
+            raise DataError(f"average={self.average!r}: expected tokens or windows.")
         if self.limit is not None and not self._whole:
             raise DataError(
                 f"limit={self.limit} is for whole documents: pass last=None and a stride, or leave "
@@ -106,7 +112,10 @@ class Perplexity:
                 f"length − {self.stride} tokens (stride {self.stride})"
             )
         with_bos = {None: "", True: "; a BOS before each window", False: "; without a BOS"}
-        return f"exp(mean NLL) over {targets}{with_bos[self.bos]}"
+        over = (
+            "mean over windows of exp(mean NLL)" if self.average == "windows" else "exp(mean NLL)"
+        )
+        return f"{over} over {targets}{with_bos[self.bos]}"
 
     def cache_key(self) -> dict[str, Any]:
         """Settings that a unit's figures depend on; its text is in the unit's own spec."""
@@ -117,7 +126,8 @@ class Perplexity:
     def report_identity(self) -> dict[str, Any]:
         """Beside those settings, how many windows of which documents."""
         documents = [digest(document) for document in texts_of(self.text).documents]
-        return {**self.cache_key(), "windows": self.windows, "text": documents}
+        summed = {} if self.average == "tokens" else {"average": self.average}
+        return {**self.cache_key(), "windows": self.windows, "text": documents, **summed}
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
@@ -279,20 +289,30 @@ class Perplexity:
         return ids if self.limit is None else ids[: self.limit]
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:
-        """Exponential of the token-weighted mean NLL, and of its interval's ends."""
-        mean, low, high = mean_interval(
-            [o.nll for o in observations],
-            [o.targets for o in observations],
-            [o.cluster for o in observations],
-        )
-        documents = len({o.cluster for o in observations})
+        """Exponential of the token-weighted mean NLL and of its interval's ends, or their mean."""
+        clusters = [o.cluster for o in observations]
+        documents = len(set(clusters))
+        name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
+        whole = [(o.nll, o.targets) for o in observations]
+        figures = self._averaged(whole, clusters)
         prefix = None
         if self.stride is None and observations:
-            nll = math.fsum(o.detail["prefix_nll"] for o in observations)
-            prefix = perplexity_of(nll / sum(o.detail["prefix_targets"] for o in observations))
-        name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
+            before = [(o.detail["prefix_nll"], o.detail["prefix_targets"]) for o in observations]
+            prefix = self._averaged(before, clusters)[0]
+        return Summary(*figures, name, prefix)
+
+    def _averaged(
+        self, sums: Sequence[tuple[float, float]], clusters: Sequence[str]
+    ) -> tuple[float, float, float]:
+        """Perplexity and its interval, from NLL and targets of each window."""
+        if self.average == "windows":
+            each = [perplexity_of(nll / targets) for nll, targets in sums]
+            mean, low, high = mean_interval(each, [1.0] * len(each), clusters)
+            return mean, low if math.isnan(low) else max(low, 1.0), high
+        nll, targets = [a for a, _ in sums], [b for _, b in sums]
+        mean, low, high = mean_interval(nll, targets, clusters)
         low = low if math.isnan(low) else max(low, 0.0)  # no perplexity is below 1
-        return Summary(perplexity_of(mean), perplexity_of(low), perplexity_of(high), name, prefix)
+        return perplexity_of(mean), perplexity_of(low), perplexity_of(high)
 
 
 def _per_token(
