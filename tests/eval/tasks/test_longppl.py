@@ -75,7 +75,7 @@ def test_keys_and_figure_are_the_papers(
     other, _ = longctx.load(evaluator)
     before = [] if bos is False else [1]
     files = sorted(Path(texts[0]).iterdir())[:2]
-    sums = dict.fromkeys(LENGTHS, (0.0, 0))
+    sums: dict[int, tuple[float, int]] = {length: (0.0, 0) for length in LENGTHS}
     for file in files:
         ids = byte_tokenizer(bos=False)(file.read_text())["input_ids"][: 160 - len(before)]
         keys = naive_keys(other, ids, before, KeyRule(20, 8, 0.2, -6.0))
@@ -108,7 +108,7 @@ def test_another_tokenizer_goes_by_characters(texts: tuple[str, ...]) -> None:
     model, tokenizer = byte_model(), byte_tokenizer()
     result = sweep(model, tokenizer, [task], (300,), progress=False)
     demo, theirs = longctx.load("demo")
-    own = [theirs.bos_token_id] if theirs("")["input_ids"] else []
+    own: list[Any] = [theirs.bos_token_id] if theirs("")["input_ids"] else []
     found = observed(result)
     assert sum(one.targets for one in found) > 3
     by_digest = {digest(text): text for text in texts_of(texts).documents}

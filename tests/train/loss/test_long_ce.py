@@ -161,10 +161,11 @@ def test_what_does_not_go_together_is_named() -> None:
     with pytest.raises(RunError, match="long_ce needs what its short_context"):
         long_ce(hidden, torch.zeros(9, 8), labels)
     setup: dict[str, Any] = {"heads": 4, "kv_heads": 4, "whole_document_losses": ("long_ce",)}
-    for given, said in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"fully_sharded": True}, "long_ce and shared weights"),
         ({"sequence_parallel": 2}, r"sequence parallel \(2\) and the loss long_ce"),
         ({"context_parallel": 2}, r"context parallel \(2\) and the loss long_ce"),
-    ):
+    )
+    for given, said in cases:
         with pytest.raises(RunError, match=said):
             check_compatibility(Setup(**setup, **given))
