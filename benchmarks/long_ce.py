@@ -130,7 +130,8 @@ def main() -> None:
     runs = Path(sys.argv[1] if len(sys.argv) > 1 else "longctx-long-ce")
     runs.mkdir(parents=True, exist_ok=True)
     rows = [row(f"not trained, {METHOD}", [figures_of(runs, "none", 0)])]
-    rows += [row(name, [figures_of(runs, name, seed) for seed in SEEDS]) for name in LOSSES]
+    found = {(name, seed): figures_of(runs, name, seed) for seed in SEEDS for name in LOSSES}
+    rows += [row(name, [found[name, seed] for seed in SEEDS]) for name in LOSSES]
     keys = sum(o[2] for o in figures_of(runs, "none", 0)[f"longppl@{LENGTH}"])
     ratios = costs()
     speed = ROWS * LENGTH / ratios[STEPS[0]].base_seconds

@@ -75,7 +75,7 @@ def test_keys_and_figure_are_the_papers(
     other, _ = longctx.load(evaluator)
     before = [] if bos is False else [1]
     files = sorted(Path(texts[0]).iterdir())[:2]
-    sums: dict[int, tuple[float, int]] = {length: (0.0, 0) for length in LENGTHS}
+    sums: dict[int, tuple[float, int]] = dict.fromkeys(LENGTHS, (0.0, 0))
     for file in files:
         ids = byte_tokenizer(bos=False)(file.read_text())["input_ids"][: 160 - len(before)]
         keys = naive_keys(other, ids, before, KeyRule(20, 8, 0.2, -6.0))
