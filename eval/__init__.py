@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .searching.settings import SearchSettings
     from .stats.longppl import key_tokens, long_ppl, position_curve
     from .tasks.lines import Lines
+    from .tasks.longppl import LongPpl
     from .tasks.multi_key import MultiKey
     from .tasks.multi_value import MultiValue
     from .tasks.needle import Needle
@@ -56,6 +57,7 @@ __all__ = [
     "Finalist",
     "FoundDivisors",
     "Lines",
+    "LongPpl",
     "Measured",
     "MultiKey",
     "MultiValue",
@@ -114,6 +116,7 @@ __getattr__ = exporter(
         "tasks.lines",
         "tasks.topics",
         "tasks.perplexity",
+        "tasks.longppl",
         "tasks.questions",
         "tasks.ruler",
         "tasks.repetition",

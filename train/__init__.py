@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .engine.lora import Lora, load_adapter
     from .loss.distillation import Distillation
     from .loss.load_balance import LoadBalance
+    from .loss.long_ce import LongCE
     from .loss.objective import Contrastive, Losses, Unlikelihood
     from .loss.sequence_unlikelihood import SequenceUnlikelihood
     from .positions import FullLength, LengthSchedule, PoSE, Positions, RandomPositions
@@ -36,6 +37,7 @@ __all__ = [
     "Gate",
     "LengthSchedule",
     "LoadBalance",
+    "LongCE",
     "Lora",
     "Losses",
     "PoSE",
@@ -69,6 +71,7 @@ __getattr__ = exporter(
         "loss.sequence_unlikelihood",
         "loss.distillation",
         "loss.load_balance",
+        "loss.long_ce",
         "loss.objective",
         "engine.lora",
         "engine.finetune",

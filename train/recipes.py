@@ -85,6 +85,13 @@ class Recipe:
                 f"window={self.window:,} (--window): expected 2 to max_length={self.max_length:,} "
                 f"tokens under positions={self.positions!r}."
             )
+        long_ce = self.losses.long_ce
+        if long_ce is not None and long_ce.short >= self.document_tokens:
+            raise RunError(
+                f"long_ce with a short context of {long_ce.short:,} tokens, in documents of up to "
+                f"{self.document_tokens:,}: no token would have a longer one. Pass a smaller one "
+                "(--long-ce)."
+            )
         if self.drawn and not self.pack:
             raise RunError(
                 "a schedule and retrieval prompts are drawn into packed rows: leave packing on."

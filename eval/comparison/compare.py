@@ -191,6 +191,8 @@ def _pairs(base: Entry, entry: Entry, task: ComparedTask, length: int) -> list[P
                 "`longctx sweep` command, or sweep into a new folder"
             )
     found = pair(base.cells[place].observations, entry.cells[place].observations)
+    if task.kind == "perplexity":
+        found = [both for both in found if both[0].targets]  # a window may hold no key token
     if task.kind == "share" and not all(task.figure in o.detail for both in found for o in both):
         return f"{task.name} has no figure for each prompt: its values stand side by side"
     return found or f"no prompt or window in common with {base.name}: other texts or lengths"

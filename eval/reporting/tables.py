@@ -163,7 +163,7 @@ def _sweep_table(result: SweepResult, task: Task, parts: Sequence[Row]) -> Rende
     remarks: Callable[[Sequence[Row]], list[str]] | None = getattr(task, "remarks", None)
     lines += [plain(said, style="dim") for said in (remarks(rows) if remarks else ())]
     if any(row.prefix is not None for row in rows):
-        said = "prefix: exp(mean NLL) over all tokens before each length, the same documents"
+        said = "prefix: the same over all tokens before each length, of the same documents"
         lines.append(Text(said, style="dim"))
     if beyond:
         lines.append(Text("* beyond the window that the model claims", style="dim"))

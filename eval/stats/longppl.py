@@ -5,7 +5,8 @@ all. LongPPL takes the key tokens only: those whose log-probability under an eva
 than `gain` nats from the long context (log p(x | long) − log p(x | short)) and exceeds `floor` with
 it. Every model is scored on the same ones.
 
-There is no command for it; in Python:
+As a task of a sweep, with an evaluator of its own, it is `longppl` (eval/tasks/longppl.py). Here
+the keys come from a sweep's scores, and one set of keys is scored at several lengths; in Python:
 
     from longctx.eval import Perplexity, key_tokens, long_ppl, sweep
 
@@ -35,9 +36,21 @@ from .intervals import mean_interval, perplexity_of
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["key_tokens", "long_ppl", "position_curve"]
+__all__ = ["is_key", "key_tokens", "long_ppl", "position_curve"]
 
 _TARGET = ["document", "index"]
+
+
+def is_key(long: Any, short: Any, alpha: float, beta: float) -> Any:
+    """Whether log p(x | long) − log p(x | short) > α and log p(x | long) > β, element by element.
+
+    Args:
+        long: log-probabilities with the long context, a tensor or a series.
+        short: with the short context.
+        alpha: α.
+        beta: β.
+    """
+    return (long - short > alpha) & (long > beta)
 
 
 def key_tokens(
@@ -77,7 +90,7 @@ def key_tokens(
     if (both["token"] != both["token_short"]).any():
         raise RunError("one document and index holds two tokens: these are scores of two texts.")
     both["log_p"], both["log_p_short"] = -both["nll"], -both["nll_short"]
-    keys: Any = both[(both["log_p"] - both["log_p_short"] > gain) & (both["log_p"] > floor)]
+    keys: Any = both[is_key(both["log_p"], both["log_p_short"], gain, floor)]
     if keys.empty:
         best = float((both["log_p"] - both["log_p_short"]).max())
         raise RunError(

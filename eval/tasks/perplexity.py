@@ -10,7 +10,8 @@ With `stride` the same target tokens are scored at every length, in windows that
 `last=None` these are all tokens of a document, as papers print it, S = 256 in Position
 Interpolation (Chen et al. 2023, arXiv:2306.15595, section 3.2) and in YaRN (Peng et al. 2023,
 arXiv:2309.00071, section 4.3.1). What YaRN's script computes, over a document's first L tokens in
-one window, is the prefix perplexity, which has a line of its own.
+one window, is the prefix perplexity, which has a line of its own; it averages the perplexities of
+documents (`average="windows"`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -27,13 +27,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import DataError
-from longctx.prompts.haystacks import bos_of
 from longctx.scoring.batching import score_batches
 from longctx.scoring.token_scores import TokenScores
 
 from ..stats.intervals import mean_interval, perplexity_of
 from .shared.protocol import Measured, Observation, Plan, Summary, Unit
-from .shared.texts import digest, documents_of, spread, texts_of
+from .shared.sliding import score_last
+from .shared.texts import bos_before, digest, documents_of, place_windows, texts_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,6 +60,9 @@ class Perplexity:
     bos: bool | None = None
     """Put a BOS before each window, which then has a token of text less; None: if the tokenizer
     puts one before a text."""
+    average: Literal["tokens", "windows"] = "tokens"
+    """"tokens": exp of the mean NLL, every token counting alike. "windows": the mean of each
+    window's perplexity, as YaRN's script has it with a window per document."""
     text: tuple[str, ...] = ()
     """Files or folders, a document per file; none means the embedded held-out documents."""
 
@@ -75,6 +78,8 @@ class Perplexity:
                 continue
             if type(value) is not int or value < 1:
                 raise DataError(f"{name}={value!r}: expected a whole number, 1 or more.")
+        if self.average not in ("tokens", "windows"):
+            raise DataError(f"average={self.average!r}: expected tokens or windows.")
         if self.limit is not None and not self._whole:
             raise DataError(
                 f"limit={self.limit} is for whole documents: pass last=None and a stride, or leave "
@@ -107,7 +112,10 @@ class Perplexity:
                 f"length − {self.stride} tokens (stride {self.stride})"
             )
         with_bos = {None: "", True: "; a BOS before each window", False: "; without a BOS"}
-        return f"exp(mean NLL) over {targets}{with_bos[self.bos]}"
+        over = (
+            "mean over windows of exp(mean NLL)" if self.average == "windows" else "exp(mean NLL)"
+        )
+        return f"{over} over {targets}{with_bos[self.bos]}"
 
     def cache_key(self) -> dict[str, Any]:
         """Settings that a unit's figures depend on; its text is in the unit's own spec."""
@@ -118,7 +126,8 @@ class Perplexity:
     def report_identity(self) -> dict[str, Any]:
         """Beside those settings, how many windows of which documents."""
         documents = [digest(document) for document in texts_of(self.text).documents]
-        return {**self.cache_key(), "windows": self.windows, "text": documents}
+        summed = {} if self.average == "tokens" else {"average": self.average}
+        return {**self.cache_key(), "windows": self.windows, "text": documents, **summed}
 
     def plan(
         self, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], *, length_invariant: bool
@@ -129,31 +138,19 @@ class Perplexity:
                 f"a length of {min(lengths)} tokens is too short for last={self.last} targets: "
                 f"ask for more than {self.last}, or pass a smaller `last`."
             )
-        longest, bos = max(lengths), self._bos(tokenizer)
+        longest, bos = max(lengths), bos_before(tokenizer, self.bos)
         documents = documents_of(tokenizer, texts_of(self.text))
         size = longest - len(bos)
+        sizes = {name: len(ids) for name, ids in documents.items()}
         if self._whole:
-            sizes = {name: size if len(ids) >= size else 0 for name, ids in documents.items()}
+            sizes = {name: min(count, size) for name, count in sizes.items()}  # one each
             if self.limit is not None and self.limit < size:
                 raise DataError(
                     f"limit={self.limit} is below the longest length, {longest}: pass more."
                 )
-        else:
-            if self.last is not None and self.stride is not None:
-                size += max(self.last - self.stride, 0)
-            sizes = {name: len(ids) for name, ids in documents.items()}
-        places = spread(sizes, size, self.windows)
-        short = sum(len(ids) < size for ids in documents.values())
-        if not places:
-            raise DataError(
-                f"no document is long enough for a window of {size} tokens: the longest of "
-                f"{len(documents)} has {max(map(len, documents.values()))}. Ask for shorter "
-                "lengths or pass longer texts (one document per file)."
-            )
-        notes = (
-            f"perplexity: {short} of {len(documents)} documents are shorter than {size} tokens and "
-            "left out",
-        )
+        elif self.last is not None and self.stride is not None:
+            size += max(self.last - self.stride, 0)
+        places, notes = place_windows(self.name, sizes, size, self.windows)
         units: list[Unit] = []
         for name, start in places:
             spec: dict[str, Any] = {"document": name}
@@ -170,7 +167,7 @@ class Perplexity:
             else:
                 whole = Unit(tuple(lengths), longest, {**spec, "start": start})
                 units += [whole] if length_invariant else whole.by_length()
-        return Plan(tuple(units), notes if short else ())
+        return Plan(tuple(units), notes)
 
     def measure(
         self,
@@ -183,7 +180,10 @@ class Perplexity:
     ) -> Measured:
         """Score one window at all its lengths."""
         del length_invariant  # the plan has seen to it
-        documents, bos = documents_of(tokenizer, texts_of(self.text)), self._bos(tokenizer)
+        documents, bos = (
+            documents_of(tokenizer, texts_of(self.text)),
+            bos_before(tokenizer, self.bos),
+        )
         ids = documents[unit.spec["document"]]
         if self._whole:
             return self._slide_over_all(model, unit, self._read(ids), bos, batch_tokens)
@@ -229,7 +229,7 @@ class Perplexity:
         ends = [*range(first, begin + self.last, stride), begin + self.last]
         windows = [(*bos, *ids[end - length + len(bos) : end]) for end in ends]
         new = [stride] * (len(ends) - 1) + [self.last - stride * (len(ends) - 1)]
-        scores = _scored(model, windows, new, batch_tokens)
+        scores = score_last(model, windows, new, batch_tokens)
         item = f"{name}@{first}"
         found = Observation(
             length, item, name, float(scores.nll.double().sum()), self.last, detail={"end": first}
@@ -253,7 +253,7 @@ class Perplexity:
         windows = [(*bos, *ids[first:last]) for first, last, _ in places]
         new = [count for *_, count in places]
         new[0] -= not bos
-        scores = _scored(model, windows, new, batch_tokens)
+        scores = score_last(model, windows, new, batch_tokens)
         targets = sum(new)
         nll = float(scores.nll.double().sum())
         found = Observation(length, f"{name}@0", name, nll, targets, detail={"end": len(ids)})
@@ -288,57 +288,31 @@ class Perplexity:
         """What is read of a document."""
         return ids if self.limit is None else ids[: self.limit]
 
-    def _bos(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """What stands before each window.
-
-        Raises:
-            DataError: a BOS is asked for and the tokenizer has none.
-        """
-        if self.bos is None:
-            return bos_of(tokenizer)
-        if not self.bos:
-            return ()
-        if not isinstance(tokenizer.bos_token_id, int):
-            raise DataError("bos=True, but the tokenizer has no BOS: leave it out.")
-        return (tokenizer.bos_token_id,)
-
     def summarise(self, observations: Sequence[Observation]) -> Summary:
-        """Exponential of the token-weighted mean NLL, and of its interval's ends."""
-        mean, low, high = mean_interval(
-            [o.nll for o in observations],
-            [o.targets for o in observations],
-            [o.cluster for o in observations],
-        )
-        documents = len({o.cluster for o in observations})
+        """Exponential of the token-weighted mean NLL and of its interval's ends, or their mean."""
+        clusters = [o.cluster for o in observations]
+        documents = len(set(clusters))
+        name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
+        whole = [(o.nll, o.targets) for o in observations]
+        figures = self._averaged(whole, clusters)
         prefix = None
         if self.stride is None and observations:
-            nll = math.fsum(o.detail["prefix_nll"] for o in observations)
-            prefix = perplexity_of(nll / sum(o.detail["prefix_targets"] for o in observations))
-        name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
+            before = [(o.detail["prefix_nll"], o.detail["prefix_targets"]) for o in observations]
+            prefix = self._averaged(before, clusters)[0]
+        return Summary(*figures, name, prefix)
+
+    def _averaged(
+        self, sums: Sequence[tuple[float, float]], clusters: Sequence[str]
+    ) -> tuple[float, float, float]:
+        """Perplexity and its interval, from NLL and targets of each window."""
+        if self.average == "windows":
+            each = [perplexity_of(nll / targets) for nll, targets in sums]
+            mean, low, high = mean_interval(each, [1.0] * len(each), clusters)
+            return mean, low if math.isnan(low) else max(low, 1.0), high
+        nll, targets = [a for a, _ in sums], [b for _, b in sums]
+        mean, low, high = mean_interval(nll, targets, clusters)
         low = low if math.isnan(low) else max(low, 0.0)  # no perplexity is below 1
-        return Summary(perplexity_of(mean), perplexity_of(low), perplexity_of(high), name, prefix)
-
-
-def _scored(
-    model: PreTrainedModel,
-    windows: Sequence[tuple[int, ...]],
-    new: Sequence[int],
-    batch_tokens: int,
-) -> TokenScores:
-    """Scores [1, Σ new] of the last `new` tokens of each window; equal ones run as a batch."""
-    parts: list[TokenScores] = []
-    for (length, count), same in groupby(
-        zip(windows, new, strict=True), key=lambda pair: (len(pair[0]), pair[1])
-    ):
-        ids = torch.tensor([window for window, _ in same])
-        start = length - count
-        parts.append(score_batches(model, ids, start=start, batch_tokens=batch_tokens))
-    return TokenScores(
-        targets=torch.cat([part.targets.flatten() for part in parts])[None],
-        nll=torch.cat([part.nll.flatten() for part in parts])[None],
-        argmax=torch.cat([part.argmax.flatten() for part in parts])[None],
-        valid=torch.cat([part.valid.flatten() for part in parts])[None],
-    )
+        return perplexity_of(mean), perplexity_of(low), perplexity_of(high)
 
 
 def _per_token(

@@ -132,15 +132,18 @@ class Topics(LongEval):
     @property
     def estimand(self) -> str:
         """What the table shows."""
+        how = (
+            "that greedy decoding returns after the answer's beginning (a prefix that LongEval "
+            "itself does not give: there another model judges a free answer)"
+        )
         if self.file:
             return (
-                f"share of first topics that greedy decoding returns, over at most {self.samples} "
-                "published prompts that have up to that many tokens, and more than the next "
-                "shorter length"
+                f"share of first topics {how}, over at most {self.samples} published prompts that "
+                "have up to that many tokens, and more than the next shorter length"
             )
         return (
-            f"share of {self.samples} first topics that greedy decoding returns, each of a "
-            "conversation that fills the prompt to exactly that many tokens"
+            f"share of {self.samples} first topics {how}, each of a conversation that fills the "
+            "prompt to exactly that many tokens"
         )
 
     def prompt_spec(self, index: int, length: int, longest: int | None) -> PromptSpec:

@@ -39,7 +39,6 @@ class Sweep:
 
     Results are appended to OUT/results.jsonl as they come: the same command goes on where an
     interrupted one was. OUT gets the table as CSV, JSON and parquet, the plot as PNG and SVG.
-    LongPPL is for Python: longctx.eval.key_tokens and long_ppl, over SweepResult.per_token().
 
     Examples:
         longctx sweep demo --methods none linear:8 yarn:8 --lengths 256:2048
@@ -48,6 +47,7 @@ class Sweep:
         longctx sweep smollm2 --tasks needle multi_key:keys=8 lines --lengths 2k,4k
         longctx sweep demo --methods yarn:2 yarn:2+dual_chunk:factor=4,log_n=True --lengths 1k,2k
         longctx sweep demo --tasks passkey --methods none read:map,chunk=180 --lengths 1k,2k
+        longctx sweep smollm2 --tasks longppl --evaluator better --lengths 8k --methods none yarn:2
         longctx sweep longchat --tasks lines --file 200_lines.jsonl --lengths 8k
     """
 

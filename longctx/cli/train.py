@@ -120,6 +120,12 @@ class Train:
     """Weight of sequence-level unlikelihood, which has half of the updates to itself."""
     contrastive: float | None = None
     """Margin of SimCTG's contrastive loss."""
+    long_ce: int | None = None
+    """LongCE: tokens weigh by what more than so many tokens before them give; 4096 in the paper."""
+    long_ce_step: int | None = None
+    """Tokens whose short contexts begin at one place; default: a quarter of --long-ce."""
+    long_ce_gamma: float | None = None
+    """The largest weight; default: 5."""
 
     teacher: str | None = None
     """The original of a converted model, whose logits are learnt too."""
@@ -267,6 +273,7 @@ class Train:
         from longctx.train.engine.lora import Lora
         from longctx.train.loss.distillation import Distillation
         from longctx.train.loss.load_balance import LoadBalance
+        from longctx.train.loss.long_ce import LongCE
         from longctx.train.loss.objective import Contrastive, Losses, Unlikelihood
         from longctx.train.loss.sequence_unlikelihood import SequenceUnlikelihood
         from longctx.train.recipes import RECIPES
@@ -293,8 +300,12 @@ class Train:
         taught = base.losses.distillation
         if self.distillation is not None:
             taught = Distillation(self.distillation) if self.distillation else None
+        weighed = given(short="long_ce", step="long_ce_step", gamma="long_ce_gamma")
+        if weighed and self.long_ce is None:
+            raise RunError("--long-ce-step and --long-ce-gamma are for --long-ce: pass it too.")
         losses = Losses(
             distillation=taught,
+            long_ce=LongCE(**weighed) if weighed else None,
             load_balance=None if self.load_balance is None else LoadBalance(self.load_balance),
             unlikelihood=None if self.unlikelihood is None else Unlikelihood(self.unlikelihood),
             contrastive=None if self.contrastive is None else Contrastive(self.contrastive),

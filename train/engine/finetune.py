@@ -73,8 +73,9 @@ class Finetuned:
     tokens: int
     """Seen, padding not counted, over all processes."""
     losses: tuple[float, ...]
-    """What each update minimised: nats per supervised token, with unlikelihood and the contrastive
-    loss where they are asked for; updates of sequence-level unlikelihood are left out."""
+    """What each update minimised: nats per supervised token, weighted under LongCE, with
+    unlikelihood and the contrastive loss where they are asked for; updates of sequence-level
+    unlikelihood are left out."""
     before: dict[str, float]
     """Figures before training; empty without an evaluation."""
     after: dict[str, float]

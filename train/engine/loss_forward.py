@@ -13,7 +13,7 @@ never its class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -28,8 +28,9 @@ from longctx.model import text_config, unwrapped
 
 from ..data.collate import PADDING
 from ..data.tokenize import IGNORED
-from ..loss.cross_entropy import head_of, projection
+from ..loss.cross_entropy import Head, head_of, projection
 from ..loss.distillation import Teacher
+from ..loss.long_ce import LongCE, ShortContext
 from ..loss.objective import Losses
 
 __all__ = ["LossForward"]
@@ -87,6 +88,9 @@ class LossForward:
                 return native(*args, labels=labels, **inputs)
             assert labels is not None
             base: Any = self.base_model
+            short = None
+            if losses.long_ce is not None:  # before the activations of the batch are there
+                short = _short_context(self, losses.long_ce, head, inputs, labels, document_ids)
             routed = {} if balance is None else {"output_router_logits": True}
             output = base(*args, **inputs, **routed)
             hidden = output.last_hidden_state
@@ -115,6 +119,7 @@ class LossForward:
                     document_ids=document_ids,
                     labels_aligned=labels_aligned,
                     teacher=taught,
+                    short=short,
                 )
                 total = total + share * loss.total
             return total
@@ -127,6 +132,20 @@ class LossForward:
         """Give the model its own forward back, whatever was wrapped around it meanwhile."""
         for name in ("forward", "_original_forward"):
             self.model.__dict__.pop(name, None)
+
+
+def _short_context(
+    model: PreTrainedModel,
+    long_ce: LongCE,
+    head: Head,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    document_ids: Tensor | None,
+) -> ShortContext:
+    if document_ids is None:  # each row is one
+        document_ids = torch.zeros_like(labels)
+    ids, positions = inputs["input_ids"], inputs.get("position_ids")
+    return long_ce.short_context(model, head, ids, positions, labels, document_ids)
 
 
 def _active_experts(model: PreTrainedModel) -> int:

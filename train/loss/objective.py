@@ -32,6 +32,7 @@ from ..data.tokenize import IGNORED
 from .cross_entropy import CHUNK, CrossEntropyKernel, Head, anchor, cross_entropy, prepared
 from .distillation import Distillation, Teacher, divergence
 from .load_balance import LoadBalance
+from .long_ce import LongCE, ShortContext
 from .penalties import contrast, token_losses
 from .sequence_unlikelihood import SequenceUnlikelihood
 
@@ -93,6 +94,8 @@ class Loss:
     contrastive: Tensor | None
     distillation: Tensor | None
     """Without α."""
+    long_ce: Tensor | None
+    """What stands in the total in place of the cross-entropy."""
     tokens: int
     """Supervised tokens in this batch."""
 
@@ -110,6 +113,9 @@ class Losses:
     repetitions. The trainer's business (`engine/loss_forward.py`), not that of a call."""
     distillation: Distillation | None = None
     """Learning from a teacher's logits; None turns it off."""
+    long_ce: LongCE | None = None
+    """Weigh the cross-entropy by what the long context gives to each token; None weighs all
+    alike."""
     load_balance: LoadBalance | None = None
     """Even use of a mixture's experts; of the model's forward (`engine/loss_forward.py`), not of a
     call."""
@@ -118,10 +124,21 @@ class Losses:
     kernel: CrossEntropyKernel = "auto"
     """Liger's kernel on CUDA where it is installed ("auto"), or one of "liger" and "torch"."""
 
+    def __post_init__(self) -> None:
+        if self.long_ce is not None and self.unlikelihood is not None:
+            raise RunError(
+                "long_ce weighs the cross-entropy token by token, and unlikelihood has one of its "
+                "own: leave one out (--long-ce, --unlikelihood)."
+            )
+        if self.long_ce is not None and self.kernel == "liger":
+            raise RunError(
+                "kernel='liger' has no weights for single tokens: long_ce goes with 'auto'."
+            )
+
     @property
     def whole_document(self) -> tuple[str, ...]:
         """Losses that must see whole documents, for `compatibility.Setup`."""
-        names = ("unlikelihood", "contrastive", "sequence")
+        names = ("unlikelihood", "contrastive", "sequence", "long_ce")
         return tuple(name for name in names if getattr(self, name) is not None)
 
     def __call__(
@@ -137,6 +154,7 @@ class Losses:
         document_ids: Tensor | None = None,
         labels_aligned: bool = False,
         teacher: tuple[Teacher, Tensor] | None = None,
+        short: ShortContext | None = None,
     ) -> Loss:
         """The loss of a batch.
 
@@ -153,6 +171,7 @@ class Losses:
             labels_aligned: whether labels stand at the token that predicts them already (context
                 parallel's `shift_labels`).
             teacher: for distillation, with its last hidden states [B, S, D'].
+            short: for LongCE, from `LongCE.short_context` of this batch.
 
         Raises:
             RunError: something that a loss needs is missing, or shapes that do not fit.
@@ -161,6 +180,11 @@ class Losses:
         self._check(hidden, labels, input_ids, document_ids, labels_aligned)
         if (self.distillation is None) != (teacher is None):
             raise RunError("distillation needs a teacher, and a teacher distillation: pass both.")
+        if (self.long_ce is None) != (short is None) or (short is not None and labels_aligned):
+            raise RunError(
+                "long_ce needs what its short_context(…) gives for unshifted labels, and that "
+                "long_ce: pass both."
+            )
         if not labels_aligned:
             labels = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         rows = (labels != IGNORED).flatten().nonzero().flatten()
@@ -170,7 +194,13 @@ class Losses:
         share = 1.0 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
         states = hidden.flatten(0, 1)
         unlikely: Tensor | None = None
-        if self.unlikelihood is None:
+        plain: Tensor | None = None
+        if self.long_ce is not None and short is not None:
+            kept, targets = states[rows], labels.flatten()[rows]
+            nats, plain = self.long_ce.nats(
+                *(kept, weight, bias, head, targets), *short.of(rows), chunk=self.chunk
+            )
+        elif self.unlikelihood is None:
             settings: dict[str, Any] = {"chunk": self.chunk, "kernel": self.kernel}
             kept, targets = states[rows], labels.flatten()[rows]
             nats = cross_entropy(kept, weight, targets, bias=bias, head=head, **settings)
@@ -181,6 +211,7 @@ class Losses:
             )
             unlikely = unlikely * share
         total = nats = nats * share
+        weighted = None if plain is None else nats
         learnt: Tensor | None = None
         if self.distillation is not None and teacher is not None:
             other, theirs = teacher
@@ -196,7 +227,9 @@ class Losses:
         if self.contrastive is not None:
             apart = self._contrast(hidden, labels, document_ids) * share
             total = total + apart
-        parts = (None if x is None else x.detach() for x in (nats, unlikely, apart, learnt))
+        nats = nats if plain is None else plain * share
+        found = (nats, unlikely, apart, learnt, weighted)
+        parts = (None if x is None else x.detach() for x in found)
         return Loss(total, *parts, tokens=tokens)  # pyright: ignore[reportArgumentType]
 
     def _check(
@@ -212,7 +245,7 @@ class Losses:
                 f"hidden states {[*hidden.shape]} and labels {[*labels.shape]}: expected "
                 "[batch, tokens, size] and [batch, tokens]."
             )
-        compared = [name for name in self.whole_document if name != "sequence"]
+        compared = [n for n in self.whole_document if n in ("unlikelihood", "contrastive")]
         if compared and (document_ids is None or labels_aligned):
             raise RunError(
                 f"{' and '.join(compared)} needs whole documents: pass "

@@ -116,6 +116,12 @@ def _sharded(setup: Setup) -> Iterable[str]:
             "texts of its own, for which each process needs it whole. Leave the loss out, or let "
             "every process hold the model."
         )
+    if setup.fully_sharded and "long_ce" in setup.whole_document_losses:
+        yield (
+            "long_ce and shared weights (dp_shard, FSDP): each process reads as many short "
+            "contexts as its own documents have, and the others would wait for it. Leave the loss "
+            "out, or let every process hold the model."
+        )
     if setup.fully_sharded and setup.sequence_parallel > 1:
         yield (
             f"sequence parallel ({setup.sequence_parallel}) and shared weights (dp_shard, FSDP): "
@@ -215,7 +221,7 @@ def _sequence_parallel(setup: Setup) -> Iterable[str]:
 def _whole_documents(setup: Setup, what: str) -> Iterable[str]:
     if setup.whole_document_losses:
         yield (
-            f"{what} and the loss {', '.join(setup.whole_document_losses)}: it compares tokens "
+            f"{what} and the loss {', '.join(setup.whole_document_losses)}: it looks at tokens "
             "across a document of which each process has a piece. Leave it out, or keep whole "
             "sequences on each process."
         )

@@ -9,9 +9,16 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from longctx.errors import DataError
-from longctx.prompts.haystacks import Texts, encode, held_out
+from longctx.prompts.haystacks import Texts, bos_of, encode, held_out
 
-__all__ = ["digest", "documents_of", "spread", "texts_of"]
+__all__ = [
+    "bos_before",
+    "digest",
+    "documents_of",
+    "place_windows",
+    "spread",
+    "texts_of",
+]
 
 
 def texts_of(paths: str | tuple[str, ...]) -> Texts:
@@ -89,3 +96,44 @@ def spread(sizes: dict[str, int], size: int, windows: int) -> list[tuple[str, in
     return [
         (name, j * (sizes[name] // count)) for name, count in counts.items() for j in range(count)
     ]
+
+
+def place_windows(
+    task: str, sizes: dict[str, int], size: int, windows: int
+) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
+    """Windows as `spread` lays them, and a note where documents are left out.
+
+    Args:
+        task: its name, for the note.
+        sizes: tokens of each document.
+        size: tokens of a window.
+        windows: at most so many.
+
+    Raises:
+        DataError: no document is long enough for one.
+    """
+    places = spread(sizes, size, windows)
+    if not places:
+        raise DataError(
+            f"no document is long enough for a window of {size} tokens: the longest of "
+            f"{len(sizes)} has {max(sizes.values())}. Ask for shorter lengths or pass longer texts "
+            "(one document per file)."
+        )
+    short = sum(count < size for count in sizes.values())
+    note = f"{task}: {short} of {len(sizes)} documents are shorter than {size} tokens and left out"
+    return places, (note,) if short else ()
+
+
+def bos_before(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> tuple[int, ...]:
+    """What stands before each window: a BOS or nothing; None: as the tokenizer does with a text.
+
+    Raises:
+        DataError: a BOS is asked for and the tokenizer has none.
+    """
+    if bos is None:
+        return bos_of(tokenizer)
+    if not bos:
+        return ()
+    if not isinstance(tokenizer.bos_token_id, int):
+        raise DataError("bos=True, but the tokenizer has no BOS: leave it out.")
+    return (tokenizer.bos_token_id,)

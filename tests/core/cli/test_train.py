@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longctx.cli.main import main
 from longctx.cli.train import Train
+from longctx.train.loss.long_ce import LongCE
 from longctx.train.recipes import LONGLORA, YARN_POSE
 
 SCHEDULE = ["--method", "linear:2", "--positions", "schedule"]
@@ -85,6 +86,8 @@ def test_a_recipe_gives_what_is_left_out() -> None:
     assert recipe.training.max_steps == 7
     assert recipe.shifted
     assert not recipe.pack
+    weighed = Train(**given, long_ce=2048, long_ce_gamma=3.0)._recipe()  # pyright: ignore[reportPrivateUsage]
+    assert weighed.losses.long_ce == LongCE(2048, gamma=3.0)
     without = Train(**given, recipe="longlora", lora_r=0)._recipe()  # pyright: ignore[reportPrivateUsage]
     assert without.lora is None
 
@@ -155,6 +158,8 @@ def test_data_that_cannot_be_learnt_from(
             "no linear layer",
         ),
         (["--method", "linear:2", "--warn"], "--warn is for --gate"),
+        (["--method", "linear:2", "--long-ce-step", "9"], "are for --long-ce: pass it too"),
+        (["--method", "linear:2", "--long-ce", "512"], "documents of up to 512"),
         (["--method", "linear:2", "--gate", "0.1"], "--gate goes by perplexity: add it"),
         (["--method", "linear:2", "--seed", "-1"], "--seed -1: expected"),
         (["--method", "linear:2", "--weight-decay", "-1"], "--weight-decay -1.0: expected 0 or"),

@@ -12,8 +12,9 @@ import torch
 
 import longctx
 from longctx.errors import DataError
-from longctx.eval import Observation, Perplexity, Unit
+from longctx.eval import Observation, Perplexity, Unit, sweep
 from longctx.eval.tasks.shared.texts import spread
+from longctx.prompts.haystacks import held_out
 
 from ..conftest import byte_model, byte_tokenizer
 
@@ -230,3 +231,84 @@ def test_what_cannot_be_measured_is_refused(texts: tuple[str, ...], tokenizer: A
 def test_a_unit_can_be_taken_apart() -> None:
     whole = Unit((100, 200), 200, {"document": "x"})
     assert whole.by_length() == [Unit((100,), 100, whole.spec), Unit((200,), 200, whole.spec)]
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[Any, Any, list[list[int]]]:
+    """The embedded model, and two documents in its tokens."""
+    model, tokenizer = longctx.load("demo", device="cpu")
+    texts = held_out().documents[:2]
+    return model, tokenizer, [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+
+
+def test_the_embedded_models_figure_is_that_of_yarns_script(
+    embedded: tuple[Any, Any, list[list[int]]], tmp_path: Path
+) -> None:
+    """`eval/perplexity.py` of jquesnelle/yarn: texts cut to L − 1 tokens, a BOS before, their mean.
+
+    To seven digits, on several documents as on one.
+    """
+    model, tokenizer, documents = embedded
+    for name, text in zip("ab", held_out().documents, strict=False):
+        (tmp_path / f"{name}.txt").write_text(text)
+    result = sweep(
+        model,
+        tokenizer,
+        [Perplexity(last=None, bos=True, average="windows", windows=2, text=(str(tmp_path),))],
+        (256, 512, 1024),
+        progress=False,
+    )
+    for row in result.rows:
+        each: list[float] = []
+        for ids in documents:
+            batch = torch.tensor([[tokenizer.bos_token_id, *ids[: row.length - 1]]])
+            with torch.no_grad():
+                logits = model(batch, attention_mask=torch.ones_like(batch)).logits
+            losses = torch.nn.functional.cross_entropy(
+                logits[0, :-1].double(), batch[0, 1:], reduction="none"
+            )
+            each.append(math.exp(losses.mean()))
+        assert row.value == row.prefix == pytest.approx(sum(each) / 2, rel=1.5e-7)
+        assert row.n == 2
+
+
+def test_the_embedded_models_figure_is_that_of_position_interpolation(
+    embedded: tuple[Any, Any, list[list[int]]], tmp_path: Path
+) -> None:
+    """Chen et al. 2023, section 3.2: Press et al.'s sliding window with S = 256, to seven digits.
+
+    Token by token: each is predicted in the first window that holds it.
+    """
+    model, tokenizer, documents = embedded
+    (tmp_path / "a.txt").write_text(held_out().documents[0])
+    length, stride, upto = 512, 256, 1400
+    task = Perplexity(last=None, stride=stride, limit=upto, bos=False, text=(str(tmp_path),))
+    result = sweep(model, tokenizer, [task], (length,), progress=False)
+    ids, logits = documents[0][:upto], dict[int, torch.Tensor]()
+    total = 0.0
+    for token in range(1, upto):
+        first = max(0, -(-(token + 1 - length) // stride)) * stride
+        if first not in logits:
+            with torch.no_grad():
+                window = torch.tensor([ids[first : first + length]])
+                logits[first] = model(window).logits[0].double().log_softmax(-1)
+        total -= float(logits[first][token - first - 1, ids[token]])
+    assert result.rows[0].value == pytest.approx(math.exp(total / (upto - 1)), rel=1.5e-7)
+    assert len(logits) == 5
+
+
+def test_perplexities_are_averaged_if_so_asked() -> None:
+    task = Perplexity(last=2, average="windows")
+    summary = task.summarise([
+        Observation(9, "0", "a", nll=2.0, targets=2, detail={"prefix_nll": 6, "prefix_targets": 4}),
+        Observation(9, "1", "b", nll=4.0, targets=2, detail={"prefix_nll": 4, "prefix_targets": 4}),
+    ])  # fmt: skip
+    assert summary.value == pytest.approx((math.e + math.e**2) / 2)
+    assert summary.prefix == pytest.approx((math.exp(1.5) + math.e) / 2)
+    assert summary.low == 1
+    assert "mean over windows of exp(mean NLL)" in task.estimand
+    assert "average" not in task.cache_key()
+    assert task.report_identity()["average"] == "windows"
+    assert "average" not in Perplexity().report_identity()
+    with pytest.raises(DataError, match="average='all': expected tokens or windows"):
+        Perplexity(average="all")  # pyright: ignore[reportArgumentType]

@@ -43,3 +43,10 @@ def test_any_length(length: int) -> None:
 def test_more_topics_than_there_are() -> None:
     with pytest.raises(DataError, match=r"asks for more than the \d+ topics there are"):
         prompts_of(Topics(samples=1), 2 * 10**6)
+
+
+def test_the_rule_is_said() -> None:
+    for task in (Topics(), Topics(file="cases.jsonl")):
+        assert "a prefix that LongEval itself does not give" in task.estimand
+        assert "another model judges a free answer" in task.estimand
+    assert "published prompts" in Topics(file="cases.jsonl").estimand

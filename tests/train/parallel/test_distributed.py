@@ -289,9 +289,9 @@ def test_what_does_not_go_together_is_refused_up_front(
 
 def test_pieces_of_documents_and_of_models_are_refused_too(tmp_path: Path) -> None:
     losses = Losses(contrastive=Contrastive())
-    with pytest.raises(RunError, match="contrastive: it compares tokens across a document"):
+    with pytest.raises(RunError, match="contrastive: it looks at tokens across a document"):
         train(tmp_path / "a", Training(cp=2), packed=False, losses=losses)
-    with pytest.raises(RunError, match="contrastive: it compares tokens across a document"):
+    with pytest.raises(RunError, match="contrastive: it looks at tokens across a document"):
         train(tmp_path / "a", Training(sp=2), packed=False, losses=losses)
     for training in (Training(cp=2), Training(sp=2)):
         with pytest.raises(RunError, match=r"parallel \(2\) and shifted"):
