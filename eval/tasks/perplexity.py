@@ -29,6 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longctx.errors import DataError
 from longctx.prompts.haystacks import bos_of
 from longctx.scoring.batching import score_batches
+from longctx.scoring.compressed_caches import CompressedCache
+from longctx.scoring.over_cache import score_over_cache
 from longctx.scoring.token_scores import TokenScores
 
 from ..stats.intervals import mean_interval, perplexity_of
@@ -212,6 +214,38 @@ class Perplexity:
         table = _per_token(name, longest, context + start - len(bos), context, scores)
         return Measured(tuple(found), longest, "one pass", table)
 
+    def cache_obstacle(self, tokenizer: PreTrainedTokenizerBase, unit: Unit) -> str | None:
+        """Targets that are not the last ones of one window."""
+        del tokenizer, unit
+        if self.stride is None and self.last is not None:
+            return None
+        return "only the tokens before a length (stride=None, a number as last) have one context"
+
+    def measure_over_cache(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        cache: CompressedCache,
+    ) -> Measured:
+        """Score the last tokens over what the cache keeps of those before them, one by one."""
+        assert self.last is not None, "the sweep refuses other settings"
+        documents, bos = documents_of(tokenizer, texts_of(self.text)), self._bos(tokenizer)
+        (length,) = unit.lengths
+        name, start = unit.spec["document"], unit.spec["start"]
+        window = (*bos, *documents[name][start : start + length - len(bos)])
+        first = length - self.last  # a target; the token before it is read over the cache
+        if first < 2:
+            raise DataError(
+                f"length={length} leaves no context before last={self.last} targets to be kept in "
+                f"{cache}: ask for at least {self.last + 2} tokens."
+            )
+        scores = score_over_cache(model, window, cache, context_end=first - 1, start=first)
+        nll = float(scores.nll.double().sum())
+        one = Observation(length, f"{name}@{start}", name, nll, self.last, detail={"start": start})
+        how = f"context in {cache}"
+        return Measured((one,), scores.tokens, how, cache_bytes=scores.cache_bytes)
+
     def _slide(
         self,
         model: PreTrainedModel,
@@ -311,7 +345,7 @@ class Perplexity:
         )
         documents = len({o.cluster for o in observations})
         prefix = None
-        if self.stride is None and observations:
+        if all("prefix_nll" in o.detail for o in observations) and observations:
             nll = math.fsum(o.detail["prefix_nll"] for o in observations)
             prefix = perplexity_of(nll / sum(o.detail["prefix_targets"] for o in observations))
         name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
