@@ -185,22 +185,13 @@ def with_caches(
     for name in names:
         if names.count(name) > 1:
             raise RunError(f"cache {name!r} is asked for twice: leave one out.")
-    for variant in variants if any(kinds) else ():
+    if not any(kinds):
+        return [*variants]
+    found: list[Variant] = []
+    for variant in variants:
         with variant.applied(model, replace=replace):
-            for kind in filter(None, kinds):
-                _refuse_together(model, variant, kind)
-    return [
-        variant
-        if kind is None
-        else dataclasses.replace(
-            variant,
-            label=label_of(variant.label, kind),
-            length_invariant=False,  # a shorter context is compressed otherwise
-            cache=kind,
-        )
-        for variant in variants
-        for kind in kinds
-    ]
+            found += [variant if kind is None else _kept_in(kind, variant, model) for kind in kinds]
+    return found
 
 
 def label_of(method: str, cache: CompressedCache) -> str:
@@ -212,6 +203,17 @@ def _cache(cache: CompressedCache | str | None) -> CompressedCache | None:
     if cache is None or isinstance(cache, CompressedCache):
         return cache
     return parse_cache(cache) if isinstance(cache, str) else Press(cache)
+
+
+def _kept_in(kind: CompressedCache, variant: Variant, model: PreTrainedModel) -> Variant:
+    """A variant, which is on the model, with a cache."""
+    _refuse_together(model, variant, kind)
+    return dataclasses.replace(
+        variant,
+        label=label_of(variant.label, kind),
+        length_invariant=False,  # a shorter context is compressed otherwise
+        cache=kind.fitted(model),
+    )
 
 
 def _refuse_together(model: PreTrainedModel, variant: Variant, kind: CompressedCache) -> None:
@@ -238,7 +240,6 @@ def _refuse_together(model: PreTrainedModel, variant: Variant, kind: CompressedC
             f"{both}: attention under {variant.label} counts distances by places in the cache, and "
             f"{kind} drops keys, so that places are not positions. quantized keeps all of them."
         )
-    kind.check(model)
 
 
 def _tried(model: PreTrainedModel, methods: tuple[Method, ...], *, replace: bool) -> Variant:

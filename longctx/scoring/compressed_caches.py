@@ -8,15 +8,16 @@ A context is prefilled into such a cache, and what follows is read over what it 
 (`over_cache.py`). While the context is prefilled its tokens see each other as they always do; what
 is lost is lost to the tokens that come after it.
 
-Sources: transformers' `QuantizedCache`, after KIVI (Liu et al. 2024, arXiv:2402.02750); transformers'
-`DynamicSlidingWindowLayer`; kvpress (github.com/NVIDIA/kvpress), whose presses are context managers,
-`with press(model): …`.
+Sources: transformers' `QuantizedCache`, after KIVI (Liu et al. 2024, arXiv:2402.02750), and its
+`DynamicSlidingWindowLayer`; kvpress (github.com/NVIDIA/kvpress), whose presses are context
+managers, `with press(model): …`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +39,8 @@ __all__ = ["CompressedCache", "Press", "Quantized", "Sliding", "parse_cache"]
 
 _Backend = Literal["hqq", "quanto", "fp8"]
 _BITS: Mapping[str, tuple[int, ...]] = {"hqq": (1, 2, 3, 4, 8), "quanto": (2, 4), "fp8": (8,)}
+_TOGETHER: Mapping[int, int] = {4: 2, 2: 4, 1: 8}
+_GROUPS = (64, 32, 16, 8)
 _INSTALL = {
     "hqq": "pip install 'longctx-toolkit[quantized]'",
     "optimum.quanto": "pip install optimum-quanto ninja (it compiles a kernel when first used)",
@@ -76,30 +79,34 @@ class CompressedCache(ABC):
         settings: Any = self
         return {"name": self.name, **dataclasses.asdict(settings)}
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Refuse a model that keeps no cache of this kind, before any work is done.
+    def fitted(self, model: PreTrainedModel) -> CompressedCache:
+        """The same with what it leaves open settled for a model, before any work is done.
 
         Raises:
-            ModelError: it names the reason.
+            ModelError: a model that keeps no cache of this kind; it names the reason.
         """
+        self._probed(model)
+        self.new_cache(model)
+        return self
+
+    def _probed(self, model: PreTrainedModel) -> Cache:
+        """The model's own cache after one token."""
         stateful = bool(getattr(model, "_is_stateful", False))
         if stateful or cache_argument(model.base_model.forward) is None:
             raise ModelError(
                 f"{self} keeps keys and values, and model type {model.config.model_type!r} keeps a "
                 "recurrent state: measure it with --caches full."
             )
-        cache = self.new_cache(model)
-        kinds = [type(layer).__name__ for layer in cache.layers]
-        try:
-            prefill(model, torch.zeros(1, 1, dtype=torch.int64), cache)
-        except (AssertionError, ValueError) as error:  # groups that do not divide a token's numbers
-            raise ModelError(f"{self} cannot be the cache of this model: {error}") from error
-        found = {type(layer).__name__ for layer in cache.layers} - {*kinds}
+        cache = DynamicCache(config=text_config(model))
+        kinds = {type(layer).__name__ for layer in cache.layers}
+        prefill(model, torch.zeros(1, 1, dtype=torch.int64), cache)
+        found = {type(layer).__name__ for layer in cache.layers} - kinds
         if found:
             raise ModelError(
                 f"{self} would have this model's layers keep keys and values, and they keep a "
                 f"{', '.join(sorted(found))} of their own: measure it with --caches full."
             )
+        return cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +121,9 @@ class Quantized(CompressedCache):
     """Of a number: 1, 2, 3, 4 or 8 with hqq, 2 or 4 with quanto, 8 with fp8."""
     backend: _Backend = "hqq"
     """hqq (PyTorch alone, the extra "quantized"), quanto, or fp8, which needs no package."""
-    group_size: int = 64
-    """Numbers that share a scale and a zero point; fp8 has one scale for a layer."""
+    group_size: int | None = None
+    """Numbers that share a scale and a zero point; None: 64, or the largest power of two below that
+    the keys and values of one token can be cut into. fp8 has one scale for a layer."""
     residual_length: int = 128
     """Newest tokens that are quantized together."""
 
@@ -128,9 +136,9 @@ class Quantized(CompressedCache):
         if type(self.bits) is not int or self.bits not in _BITS[self.backend]:
             known = ", ".join(map(str, _BITS[self.backend]))
             raise RunError(f"{self.name}: bits={self.bits!r}: {self.backend} has {known}.")
-        for name in ("group_size", "residual_length"):
-            _check_whole(self.name, name, getattr(self, name))
-        if self.backend == "fp8" and (self.group_size, self.residual_length) != (64, 128):
+        _check_whole(self.name, "group_size", self.group_size or 64)
+        _check_whole(self.name, "residual_length", self.residual_length)
+        if self.backend == "fp8" and (self.group_size, self.residual_length) != (None, 128):
             raise RunError(
                 f"{self.name}: fp8 has one scale for a layer and quantizes each token as it comes: "
                 "leave group_size and residual_length out."
@@ -138,6 +146,31 @@ class Quantized(CompressedCache):
 
     def __str__(self) -> str:
         return _written(self.name, self, first="bits")
+
+    def fitted(self, model: PreTrainedModel) -> CompressedCache:
+        """The same with a group size that cuts the keys and values of any number of tokens.
+
+        Raises:
+            ModelError: there is none, or the one that was asked for does not.
+        """
+        layers: list[Any] = self._probed(model).layers
+        if self.backend == "fp8":
+            self.new_cache(model)
+            return self
+        numbers = math.gcd(*(x.numel() for layer in layers for x in (layer.keys, layer.values)))
+        # hqq packs as many groups as a byte holds numbers, and drops what is left over.
+        together = _TOGETHER.get(self.bits, 1) if self.backend == "hqq" else 1
+        fitting = [size for size in _GROUPS if numbers % (size * together) == 0]
+        wanted = self.group_size or (fitting[0] if fitting else _GROUPS[-1])
+        if numbers % (wanted * together):
+            known = f"pass group_size={fitting[0]}" if fitting else "choose other bits"
+            raise ModelError(
+                f"{self}: {numbers} numbers of a token (kv heads × head_dim) cannot be cut into "
+                f"groups of {wanted}, of which {self.backend} packs {together} together: {known}."
+            )
+        settled = dataclasses.replace(self, group_size=wanted)
+        settled.new_cache(model)
+        return settled
 
     def new_cache(self, model: PreTrainedModel) -> Cache:
         """Keys and values in groups along a head, as either package takes them.
@@ -149,12 +182,15 @@ class Quantized(CompressedCache):
         package = {"hqq": "hqq", "quanto": "optimum.quanto"}.get(self.backend)
         if package is not None:
             _refuse_missing(package, str(self))
+        group_size = self.group_size
+        if package is not None and group_size is None:
+            return self.fitted(model).new_cache(model)
         axis = 1 if self.backend == "hqq" else 0  # rows of `group_size` numbers, in either's words
         grouped = {
             "nbits": self.bits,
             "axis_key": axis,
             "axis_value": axis,
-            "q_group_size": self.group_size,
+            "q_group_size": group_size,
             "residual_length": self.residual_length,
         }
         settings: dict[str, Any] = {} if package is None else grouped
@@ -227,7 +263,7 @@ class Press(CompressedCache):
         return self.press(model)
 
     def arguments(self, tokens: int, device: torch.device) -> dict[str, Any]:
-        """Places in the cache, by which hooks tell a prefill; transformers passes none since 5.3."""
+        """Places in the cache: by these a press tells a prefill, and transformers passes none."""
         return {"cache_position": torch.arange(tokens, device=device)}
 
 
@@ -245,7 +281,7 @@ def parse_cache(text: str) -> CompressedCache | None:
     """Read a cache as the command line writes it; "full" keeps everything and is None.
 
     >>> parse_cache("quantized:2")
-    Quantized(bits=2, backend='hqq', group_size=64, residual_length=128)
+    Quantized(bits=2, backend='hqq', group_size=None, residual_length=128)
     >>> print(parse_cache("sliding:window=512"), parse_cache("full"))
     sliding:512 None
 

@@ -4,8 +4,8 @@
     logits = reader.read(question_ids)         # float32 [vocab], after the question's last token
 
 As transformers' `generate` would: the context is prefilled in one pass, what follows it runs over
-the cache in another, and each token of an answer in one of its own. So a score by teacher forcing is
-what decoding step by step gives, also where a cache slides or is quantized anew on the way.
+the cache in another, and each token of an answer in one of its own. So a score by teacher forcing
+is what decoding step by step gives, also where a cache slides or is quantized anew on the way.
 Positions are those of the text, whatever the cache kept.
 
 Each prompt is prefilled by itself. Two contexts with a common beginning are not compressed to a
@@ -131,7 +131,7 @@ def score_over_cache(
 
 
 def bytes_of(cache: Cache) -> int:
-    """Bytes of the tensors in a cache: those that count, not the larger ones they may be views of."""
+    """Bytes of the tensors in a cache, not of larger ones that they may be views of."""
     return sum(_bytes_in(value) for layer in cache.layers for value in vars(layer).values())
 
 
