@@ -267,8 +267,8 @@ def _refuse_over_cache(
     for task in tasks if cached else ():
         why: str | None = "it does not say what is context and what is read after it"
         if isinstance(task, OverCache):
-            whys = (task.cache_obstacle(tokenizer, one) for one in plans[task.name, False].units)
-            why = next(filter(None, whys), None)
+            first = plans[task.name, False].units[0]  # the others are of its kind
+            why = task.cache_obstacle(tokenizer, first)
         if why is not None:
             raise RunError(
                 f"{cached[0]}: task {task.name} cannot be read over a compressed cache: {why}. "

@@ -153,6 +153,7 @@ class Quantized(CompressedCache):
         Raises:
             ModelError: there is none, or the one that was asked for does not.
         """
+        self._refuse_missing_backend()
         layers: list[Any] = self._probed(model).layers
         if self.backend == "fp8":
             self.new_cache(model)
@@ -179,25 +180,27 @@ class Quantized(CompressedCache):
             ModelError: a model with other layers than those of full attention.
             RunError: the package is not installed.
         """
-        package = {"hqq": "hqq", "quanto": "optimum.quanto"}.get(self.backend)
-        if package is not None:
-            _refuse_missing(package, str(self))
-        group_size = self.group_size
-        if package is not None and group_size is None:
+        self._refuse_missing_backend()
+        if self.backend != "fp8" and self.group_size is None:
             return self.fitted(model).new_cache(model)
         axis = 1 if self.backend == "hqq" else 0  # rows of `group_size` numbers, in either's words
         grouped = {
             "nbits": self.bits,
             "axis_key": axis,
             "axis_value": axis,
-            "q_group_size": group_size,
+            "q_group_size": self.group_size,
             "residual_length": self.residual_length,
         }
-        settings: dict[str, Any] = {} if package is None else grouped
+        settings: dict[str, Any] = {} if self.backend == "fp8" else grouped
         try:
             return QuantizedCache(backend=self.backend, config=text_config(model), **settings)
         except (ImportError, ValueError, TypeError) as error:
             raise ModelError(f"{self} cannot be the cache of this model: {error}") from error
+
+    def _refuse_missing_backend(self) -> None:
+        package = {"hqq": "hqq", "quanto": "optimum.quanto"}.get(self.backend)
+        if package is not None:
+            _refuse_missing(package, str(self))
 
 
 @dataclass(frozen=True, slots=True)

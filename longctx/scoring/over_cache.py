@@ -14,7 +14,7 @@ common beginning: scales are taken over all tokens, and a press ranks all of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,15 @@ from .batching import is_out_of_memory
 from .compressed_caches import CompressedCache, Press
 from .token_scores import next_logits, prefill, score_logits
 
-__all__ = ["CacheReader", "CacheScores", "bytes_of", "full_cache_bytes", "score_over_cache"]
+__all__ = [
+    "CacheAnswer",
+    "CacheReader",
+    "CacheScores",
+    "bytes_of",
+    "full_cache_bytes",
+    "say_over_cache",
+    "score_over_cache",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +138,69 @@ def score_over_cache(
     return CacheScores(nll.cpu(), argmax.cpu(), reader.tokens, reader.cache_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class CacheAnswer:
+    """What was said after a prompt."""
+
+    token_ids: tuple[int, ...] | None
+    """Without the token that ended it; None where the logits held a NaN."""
+    tokens: int
+    """Forwarded."""
+    cache_bytes: int
+    """Held by the cache at the end."""
+
+
+def say_over_cache(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    kind: CompressedCache,
+    *,
+    context_end: int,
+    new_tokens: int,
+    stop: Container[int],
+    settled: Callable[[Sequence[int]], bool],
+) -> CacheAnswer:
+    """Say what greedy decoding says over what a context leaves in a compressed cache.
+
+    Args:
+        model: as `CacheReader` takes it.
+        prompt: token ids.
+        kind: how the context is kept.
+        context_end: tokens of the context, at least 1; the others are read in one pass.
+        new_tokens: to be said at most, at least 1.
+        stop: tokens that end an answer and are not part of it.
+        settled: asked for what was said so far; True ends the answer there.
+
+    Raises:
+        DataError: no context, or nothing after it.
+        ModelError, RunError: as `CacheReader`.
+    """
+    if not 0 < context_end < len(prompt):
+        raise DataError(
+            f"a context of {context_end} tokens in a prompt of {len(prompt)}: expected a context, "
+            "and something read after it."
+        )
+    reader = CacheReader(model, prompt[:context_end], kind)
+    logits = reader.read(prompt[context_end:])
+    said: list[int] = []
+    while not bool(logits.isnan().any()):
+        guess = int(logits.to(model.dtype).argmax())
+        if guess not in stop:
+            said.append(guess)
+        if guess in stop or len(said) == new_tokens or settled(said):
+            return CacheAnswer(tuple(said), reader.tokens, reader.cache_bytes)
+        logits = reader.read([guess])
+    return CacheAnswer(None, reader.tokens, reader.cache_bytes)
+
+
 def bytes_of(cache: Cache) -> int:
     """Bytes of the tensors in a cache, not of larger ones that they may be views of."""
-    return sum(_bytes_in(value) for layer in cache.layers for value in vars(layer).values())
+    return sum(
+        _bytes_in(value)
+        for layer in cache.layers
+        for name, value in vars(layer).items()
+        if "key" in name or "value" in name  # a layer's bookkeeping is no part of it
+    )
 
 
 def _bytes_in(value: Any) -> int:
