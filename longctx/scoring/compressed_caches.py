@@ -19,13 +19,14 @@ import dataclasses
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -98,13 +99,13 @@ class CompressedCache(ABC):
                 "recurrent state: measure it with --caches full."
             )
         cache = DynamicCache(config=text_config(model))
-        kinds = {type(layer).__name__ for layer in cache.layers}
         prefill(model, torch.zeros(1, 1, dtype=torch.int64), cache)
-        found = {type(layer).__name__ for layer in cache.layers} - kinds
-        if found:
+        others = {type(x).__name__ for x in cache.layers if type(x) is not DynamicLayer}
+        if others:
             raise ModelError(
-                f"{self} would have this model's layers keep keys and values, and they keep a "
-                f"{', '.join(sorted(found))} of their own: measure it with --caches full."
+                f"{self} stands in for layers that keep every key, and this model's (type "
+                f"{model.config.model_type!r}) keep a {', '.join(sorted(others))} of their own: "
+                "measure it with --caches full."
             )
         return cache
 
@@ -223,12 +224,9 @@ class Sliding(CompressedCache):
         return f"{self.name}:{self.window}"
 
     def new_cache(self, model: PreTrainedModel) -> Cache:
-        """Layers that slide already, or keep something else, stay as they are."""
+        """Sliding layers, whatever the model's config says."""
         cache = DynamicCache(config=text_config(model))
-        cache.layers = [
-            DynamicSlidingWindowLayer(self.window) if type(layer) is DynamicLayer else layer
-            for layer in cache.layers
-        ]
+        cache.layers = [DynamicSlidingWindowLayer(self.window) for _ in cache.layers]
         return cache
 
 
@@ -261,15 +259,36 @@ class Press(CompressedCache):
         """Transformers' own, which the press cuts."""
         return DynamicCache(config=text_config(model))
 
-    def compressing(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
-        """The press's hooks, for as long as the context is prefilled."""
-        return self.press(model)
+    @contextmanager
+    def compressing(self, model: PreTrainedModel) -> Generator[None]:
+        """The press's hooks, for as long as the context is prefilled; the model is given back.
+
+        Presses that draw at random draw the same for every prompt.
+
+        Raises:
+            RunError: a press that lets kvpress's attention hide keys, which then stay in the cache.
+        """
+        own = {module: _names(module) for module in model.modules()}
+        try:
+            with torch.random.fork_rng(), self.press(model):
+                torch.manual_seed(0)
+                yield
+            if any(getattr(module, _MASKED, None) is not None for module in own):
+                raise RunError(
+                    f"{self} hides keys in attention and drops none, so that its cache is a full "
+                    "one: choose a press that drops keys."
+                )
+        finally:
+            for module, names in own.items():
+                for name in _names(module) - names:
+                    delattr(module, name)
 
     def arguments(self, tokens: int, device: torch.device) -> dict[str, Any]:
         """Places in the cache: by these a press tells a prefill, and transformers passes none."""
         return {"cache_position": torch.arange(tokens, device=device)}
 
 
+_MASKED = "masked_key_indices"  # the attribute by which kvpress's attention hides keys
 _UNFIT = {
     "DecodingPress": "compresses while it decodes, and here the context is",
     "PrefillDecodingPress": "compresses while it decodes, and here the context alone is",
@@ -278,6 +297,11 @@ _UNFIT = {
     "FinchPress": "needs the question before the context is compressed",
     "RestoreKVPress": "moves keys to other positions than those that are read on from",
 }
+
+
+def _names(module: nn.Module) -> set[str]:
+    """The attributes and the modules of a module."""
+    return {*vars(module), *(name for name, _ in module.named_children())}
 
 
 def parse_cache(text: str) -> CompressedCache | None:

@@ -14,7 +14,8 @@ common beginning: scales are taken over all tokens, and a press ranks all of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..errors import DataError, RunError
+from ..errors import DataError, LongctxError, RunError
 from ..model import text_config
 from .batching import is_out_of_memory
 from .compressed_caches import CompressedCache, Press
@@ -69,12 +70,12 @@ class CacheReader:
     def __init__(
         self, model: PreTrainedModel, context: Sequence[int], kind: CompressedCache
     ) -> None:
-        self.model = model
+        self.model, self.kind = model, kind
         self.cache = kind.new_cache(model)
         self.tokens = len(context)
         """Read so far."""
         ids = torch.tensor([list(context)])
-        try:
+        with self._failing(f"a context of {len(context)} tokens"):
             prefill(
                 model,
                 ids,
@@ -82,18 +83,26 @@ class CacheReader:
                 arguments=kind.arguments(len(context), model.device),
                 inside=kind.compressing(model),
             )
+
+    @contextmanager
+    def _failing(self, where: str) -> Generator[None]:
+        """A press asserts what it needs of a context, in words and types of its own."""
+        try:
+            yield
         except Exception as error:
-            # A press asserts what it needs of a context, in words and types of its own.
-            if not isinstance(kind, Press) or is_out_of_memory(error):
+            known = isinstance(error, LongctxError) or is_out_of_memory(error)
+            if known or not isinstance(self.kind, Press):
                 raise
             raise RunError(
-                f"{kind} fails on a context of {len(context)} tokens "
-                f"({type(error).__name__}: {error}): ask for longer prompts, or another press."
+                f"{self.kind} fails on {where} ({type(error).__name__}: {error}): ask for longer "
+                "prompts, or another press."
             ) from error
 
     def read(self, ids: Sequence[int]) -> Tensor:
         """Read tokens in one pass; returns the logits after the last of them, float32 [vocab]."""
-        logits = next_logits(self.model, torch.tensor([list(ids)]), self.cache, first=self.tokens)
+        tokens = torch.tensor([list(ids)])
+        with self._failing(f"what is read after a context, at token {self.tokens}"):
+            logits = next_logits(self.model, tokens, self.cache, first=self.tokens)
         self.tokens += len(ids)
         return logits
 

@@ -33,6 +33,8 @@ from longctx.scoring.compressed_caches import (
 from longctx.scoring.over_cache import CacheReader, full_cache_bytes, score_over_cache
 from longctx.scoring.token_scores import score
 
+from ...families import build
+
 CONTEXT, START, LENGTH = 61, 70, 76
 
 
@@ -233,6 +235,23 @@ def test_caches_are_written_as_they_are_read() -> None:
     assert record == {"name": "kvpress", "press": "kvpress:EverySecond,compression_ratio=0.75"}
 
 
+def test_a_press_leaves_no_trace_and_drops_what_it_says(model: Any, prompt: list[int]) -> None:
+    class Hiding(EverySecond):
+        def _hook(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            module.rotary_emb = model.model.rotary_emb  # as kvpress leaves it
+            module.masked_key_indices = (0,) if self.least else None
+            return super()._hook(module, args, kwargs, output)
+
+    before = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    state = torch.get_rng_state()
+    CacheReader(model, prompt[:CONTEXT], Press(Hiding(least=0)))
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(RunError, match="hides keys in attention and drops none"):
+        CacheReader(model, prompt[:CONTEXT], Press(Hiding()))
+    assert [name for name, _ in model.named_modules(remove_duplicate=False)] == before
+    assert not any(hasattr(module, "masked_key_indices") for module in model.modules())
+
+
 def test_presses_that_compress_elsewhere_are_refused() -> None:
     made: Any = type("KeyRerotationPress", (EverySecond,), {})
     with pytest.raises(RunError, match="KeyRerotationPress moves keys to other positions"):
@@ -260,9 +279,12 @@ def test_models_that_keep_something_else_are_refused(model: Any) -> None:
         Sliding(20).fitted(recurrent)
     with (
         longctx.extend(model, "sink_window", sinks=4, window=60),
-        pytest.raises(ModelError, match="they keep a SinkLayer of their own"),
+        pytest.raises(ModelError, match="keep a SinkLayer of their own"),
     ):
         Press(EverySecond()).fitted(model)
+    for kind in KINDS:
+        with pytest.raises(ModelError, match=r"'gemma3_text'. keep a DynamicSlidingWindowLayer"):
+            kind.fitted(build("gemma3"))
 
 
 def test_groups_cut_the_keys_of_any_number_of_tokens(model: Any, prompt: list[int]) -> None:
