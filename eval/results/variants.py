@@ -18,7 +18,7 @@ from longctx.model import rope_of, scaled_rope, text_config, window
 from longctx.patch import Method, patch_of
 from longctx.reading.read import Reading, parse_reading
 from longctx.registry import parse_methods
-from longctx.scoring.compressed_caches import CompressedCache, Press, parse_cache
+from longctx.scoring.compressed_caches import CacheLike, CompressedCache, Press, parse_cache
 
 __all__ = [
     "Variant",
@@ -162,7 +162,7 @@ def variants_of(
 def with_caches(
     model: PreTrainedModel,
     variants: Sequence[Variant],
-    caches: Sequence[CompressedCache | str | None] | CompressedCache | str | None,
+    caches: Sequence[CacheLike] | CacheLike,
     *,
     replace: bool,
 ) -> list[Variant]:
@@ -199,7 +199,7 @@ def label_of(method: str, cache: CompressedCache) -> str:
     return f"{method} · {cache}"
 
 
-def _cache(cache: CompressedCache | str | None) -> CompressedCache | None:
+def _cache(cache: CacheLike) -> CompressedCache | None:
     if cache is None or isinstance(cache, CompressedCache):
         return cache
     return parse_cache(cache) if isinstance(cache, str) else Press(cache)

@@ -19,7 +19,7 @@ from longctx.fingerprint import identity_of
 from longctx.model import learned_positions
 from longctx.patch import Method
 from longctx.reading.read import Reading
-from longctx.scoring.compressed_caches import CompressedCache
+from longctx.scoring.compressed_caches import CacheLike
 from longctx.scoring.over_cache import full_cache_bytes
 from longctx.weights import refuse_small_vocabulary
 
@@ -45,7 +45,7 @@ def sweep(
     lengths: int | str | Iterable[int | str],
     *,
     methods: Sequence[Method | Reading | str | None] | str | None = None,
-    caches: Sequence[CompressedCache | str | None] | CompressedCache | str | None = None,
+    caches: Sequence[CacheLike] | CacheLike = None,
     results: str | os.PathLike[str] | None = None,
     batch_tokens: int = 16_384,
     verify: int = 0,

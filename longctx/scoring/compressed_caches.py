@@ -19,11 +19,11 @@ import dataclasses
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ from ..model import text_config
 from ..registry import parse_fields
 from .token_scores import prefill
 
-__all__ = ["CompressedCache", "Press", "Quantized", "Sliding", "parse_cache"]
+__all__ = ["CacheLike", "CompressedCache", "Press", "Quantized", "Sliding", "parse_cache"]
 
 _Backend = Literal["hqq", "quanto", "fp8"]
 _BITS: Mapping[str, tuple[int, ...]] = {"hqq": (1, 2, 3, 4, 8), "quanto": (2, 4), "fp8": (8,)}
@@ -226,7 +226,8 @@ class Sliding(CompressedCache):
     def new_cache(self, model: PreTrainedModel) -> Cache:
         """Sliding layers, whatever the model's config says."""
         cache = DynamicCache(config=text_config(model))
-        cache.layers = [DynamicSlidingWindowLayer(self.window) for _ in cache.layers]
+        layers: Any = [DynamicSlidingWindowLayer(self.window) for _ in cache.layers]
+        cache.layers = layers
         return cache
 
 
@@ -241,12 +242,12 @@ class Press(CompressedCache):
     name: ClassVar[str] = "kvpress"
 
     def __post_init__(self) -> None:
-        kind = type(self.press).__name__
+        kind: type[Any] = type(self.press)
         if not callable(self.press) or isinstance(self.press, type):
             raise RunError(f"{self.press!r} is not a press: pass an instance, or {_FORMS}.")
         for known, why in _UNFIT.items():
-            if known in [cls.__name__ for cls in type(self.press).__mro__]:
-                raise RunError(f"{self.name}: {kind} {why}: choose another press.")
+            if known in [cls.__name__ for cls in kind.__mro__]:
+                raise RunError(f"{self.name}: {kind.__name__} {why}: choose another press.")
 
     def __str__(self) -> str:
         return _written(f"{self.name}:{type(self.press).__name__}", self.press)
@@ -299,6 +300,12 @@ _UNFIT = {
 }
 
 
+CacheLike: TypeAlias = (
+    CompressedCache | Callable[[PreTrainedModel], AbstractContextManager[Any]] | str | None
+)
+"""A cache, a press of kvpress, or either as the command line writes it; None is the full one."""
+
+
 def _names(module: nn.Module) -> set[str]:
     """The attributes and the modules of a module."""
     return {*vars(module), *(name for name, _ in module.named_children())}
@@ -346,8 +353,9 @@ def _parse_press(text: str) -> Press:
             f"kvpress has no {kind!r}{nearest(kind, known)} (presses: {', '.join(known)})"
         )
     made: Any = getattr(presses, kind)
-    if dataclasses.is_dataclass(made):
-        _refuse_unknown(kind, fields, [f.name for f in dataclasses.fields(made) if f.init])
+    known_fields: dict[str, Any] = getattr(made, "__dataclass_fields__", {})
+    if known_fields:
+        _refuse_unknown(kind, fields, [f.name for f in known_fields.values() if f.init])
     try:
         press = made(**fields)
     except (TypeError, ValueError, AssertionError) as error:

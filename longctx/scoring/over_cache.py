@@ -235,7 +235,8 @@ def full_cache_bytes(model: PreTrainedModel, tokens: int) -> int | None:
     cache = DynamicCache(config=text_config(model))
     try:
         prefill(model, torch.zeros(1, 1, dtype=torch.int64), cache)
-        sizes = [(_bytes_in([x.keys, x.values]), _most(x)) for x in cache.layers]
+        layers: list[Any] = cache.layers
+        sizes = [(_bytes_in([x.keys, x.values]), _most(x)) for x in layers]
     except (AttributeError, TypeError):  # a recurrent state, which is no sum over tokens
         return None
     return sum(size * (tokens if most is None else min(tokens, most)) for size, most in sizes)

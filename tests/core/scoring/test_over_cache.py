@@ -100,7 +100,8 @@ def caches_of(model: Any, kind: CompressedCache) -> Any:
     """The cache that transformers makes of it."""
     if isinstance(kind, Sliding):
         cache = DynamicCache(config=model.config)
-        cache.layers = [DynamicSlidingWindowLayer(kind.window) for _ in cache.layers]
+        layers: Any = [DynamicSlidingWindowLayer(kind.window) for _ in cache.layers]
+        cache.layers = layers
         return cache
     if isinstance(kind, Quantized):
         return QuantizedCache(backend=kind.backend, config=model.config)

@@ -89,12 +89,12 @@ def test_the_full_cache_is_as_it_was_bit_for_bit(tmp_path: Path) -> None:
 
 def test_each_prompt_is_scored_as_by_itself() -> None:
     model, tokenizer = byte_model(), byte_tokenizer()
-    kinds = [Sliding(64), Quantized(bits=8, backend="fp8"), EverySecond()]
-    found = run(caches=kinds)
+    kinds = [Sliding(64), Quantized(bits=8, backend="fp8"), Press(EverySecond())]
+    found = run(caches=[*kinds[:2], EverySecond()])
     for length in LENGTHS:
         unit = TASK.part(length, range(TASK.samples), length)
         prompts = [prompt for _, _, prompt in TASK.cases(tokenizer, unit)]
-        for kind in (*kinds[:2], Press(kinds[2])):
+        for kind in kinds:
             (record,) = (
                 r for r in found.records if str(kind) in r.method and r.lengths == (length,)
             )
