@@ -14,10 +14,11 @@ from typing import TypeAlias
 
 from longctx.errors import LongctxError, RunError, nearest
 from longctx.registry import parse_methods
+from longctx.scoring.compressed_caches import parse_cache
 
 from ..results.reader import SweepData, data_of, mismatch, read_sweep
 from ..results.sweep_result import Row, SweepResult
-from ..results.variants import label
+from ..results.variants import label, label_of
 from ..tasks.shared.protocol import Observation
 
 __all__ = ["Cell", "Entry", "Source", "entries_of"]
@@ -98,10 +99,13 @@ def _open(source: Source) -> tuple[SweepData, tuple[str, ...]]:
 
 def _labelled(method: str) -> str:
     """A method as a sweep labels it, however it was typed; what is none stays as it is."""
+    name, dot, cache = method.partition("·")
     try:
-        return " + ".join(map(label, parse_methods(method))) or method
+        known = " + ".join(map(label, parse_methods(name))) or name.strip()
+        kind = parse_cache(cache) if dot else None
     except LongctxError:
         return method
+    return known if kind is None else label_of(known, kind)
 
 
 def _read(folder: Path) -> SweepData:

@@ -142,6 +142,9 @@ def _sweep_table(result: SweepResult, task: Task, parts: Sequence[Row]) -> Rende
     far = any(row.far for row in rows)
     if far:
         table.add_column("far keys", justify="right", no_wrap=True)
+    cached = any(row.cache_bytes for row in rows)
+    if cached:
+        table.add_column("cache MiB", justify="right", no_wrap=True)
     for variant in result.variants:
         own = [result.row(variant.label, task.name, length) for length in result.lengths]
         cells = [_cell(row, share=share) for row in own]
@@ -151,6 +154,8 @@ def _sweep_table(result: SweepResult, task: Task, parts: Sequence[Row]) -> Rende
                 failures[f"{row.method} at {row.length:,}: {row.failed}"] = None
         if far:
             cells.append(_far_keys([row for row in rows if row.method == variant.label]))
+        if cached:
+            cells.append(_cache_size(own[-1]))
         table.add_row(plain(variant.label), *cells)
         if any(row.prefix is not None for row in own):
             cells = [Text(f"{_number(row.prefix or math.nan)} ", style="dim") for row in own]
@@ -170,6 +175,9 @@ def _sweep_table(result: SweepResult, task: Task, parts: Sequence[Row]) -> Rende
     if far:
         said = f"far keys: found of those that end {result.original_window:,} tokens or more back"
         lines.append(Text(said, style="dim"))
+    if cached:
+        said = f"cache MiB: held for one prompt of {max(result.lengths):,} tokens, at its end"
+        lines.append(Text(said, style="dim"))
     lines += [plain(failure, style="red") for failure in failures]
     return Group(table, *lines, Text())
 
@@ -182,6 +190,12 @@ def _cell(row: Row, *, share: bool) -> Text:
     elif interval := spread(row, share=share):
         cell.append(f"\n{interval} ", style="dim")
     return cell
+
+
+def _cache_size(row: Row) -> Text:
+    """The cache of one prompt in MiB."""
+    size = row.cache_bytes
+    return Text("– " if size is None or row.failed else f"{_number(size / 2**20)} ")
 
 
 def _parts_of(method: str, task: str, parts: Sequence[Row]) -> dict[str, dict[int, Row]]:

@@ -55,6 +55,8 @@ class Record:
     """Why there are no observations."""
     per_token: bool = False
     """Whether the scores of single tokens lie in `tokens/KEY.parquet`."""
+    cache_bytes: int | None = None
+    """See `Measured`."""
 
 
 def header_of(identity: Mapping[str, str]) -> dict[str, Any]:
@@ -132,6 +134,8 @@ def check_header(path: Path, line: bytes, identity: Mapping[str, str]) -> None:
 def dump_record(record: Record) -> str:
     """Write a record as a line of JSON, which has no NaN and no infinity: both are null there."""
     value = dataclasses.asdict(record)
+    if record.cache_bytes is None:
+        del value["cache_bytes"]
     for observation in value["observations"]:
         _null(observation)
         _null(observation["detail"])
@@ -166,6 +170,7 @@ def load_record(line: str | bytes, where: str) -> Record:
         observations=tuple(map(_observation, stored.observations)),
         failed=stored.failed,
         per_token=stored.per_token,
+        cache_bytes=stored.cache_bytes,
     )
 
 

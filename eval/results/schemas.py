@@ -78,6 +78,7 @@ class StoredRecord(Struct, forbid_unknown_fields=True):
     observations: list[StoredObservation]
     failed: str | None = None
     per_token: bool = False
+    cache_bytes: Count | None = None
 
 
 class ResultsHeader(Struct):
@@ -110,6 +111,7 @@ class StoredRow(Struct):
     failed: str | None = None
     far: Count | None = None
     far_found: Count | None = None
+    cache_bytes: Count | None = None
 
 
 class StoredMethod(Struct):

@@ -68,6 +68,9 @@ class Row:
     where the task hides none."""
     far_found: int | None = None
     """How many of those keys were found."""
+    cache_bytes: int | None = None
+    """Held by the cache of one prompt at its end (of the largest one); None where no row of the
+    sweep has a compressed one."""
 
 
 def cell_key(method: str, task: Task, length: int, adaptive: Adaptive | None) -> str:
@@ -155,6 +158,9 @@ def _row(variant: Variant, task: Task, length: int, records: list[Record], said:
         seconds=round(sum(share * record.seconds for share, record in cost), 3),
         estimand=said,
         failed=failed,
+        cache_bytes=max(
+            (r.cache_bytes for r in records if r.cache_bytes is not None), default=None
+        ),
     )
 
 
@@ -174,7 +180,10 @@ def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
     import pandas as pd
 
     frame = pd.DataFrame([dataclasses.asdict(row) for row in rows])
-    return frame.astype(dict.fromkeys(("window", "far", "far_found"), "Int64"))
+    if all(row.cache_bytes is None for row in rows):
+        del frame["cache_bytes"]
+    counts = {"window", "far", "far_found", "cache_bytes"} & {*frame.columns}
+    return frame.astype(dict.fromkeys(counts, "Int64"))
 
 
 @dataclass(frozen=True, slots=True)

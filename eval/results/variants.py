@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from longctx.attention.hook import ATTRIBUTE
 from longctx.core import extend_all
 from longctx.errors import LongctxError, ModelError, RunError
 from longctx.fingerprint import effect_digest, json_digest
@@ -17,8 +18,17 @@ from longctx.model import rope_of, scaled_rope, text_config, window
 from longctx.patch import Method, methods_of, patch_of
 from longctx.reading.read import Reading, parse_reading
 from longctx.registry import parse_methods
+from longctx.scoring.compressed_caches import CacheLike, CompressedCache, Press, parse_cache
 
-__all__ = ["Variant", "label", "original_window", "parse_variant", "variants_of"]
+__all__ = [
+    "Variant",
+    "label",
+    "label_of",
+    "original_window",
+    "parse_variant",
+    "variants_of",
+    "with_caches",
+]
 
 _SHOWN = 4  # values of a list that a label writes out
 
@@ -40,6 +50,8 @@ class Variant:
     """Digest of what the method puts on this model."""
     reading: Reading | None = None
     """How prompts are read in pieces; None: as a whole."""
+    cache: CompressedCache | None = None
+    """What the contexts of prompts are kept in; None: the full cache."""
 
     @contextmanager
     def applied(self, model: PreTrainedModel, *, replace: bool) -> Generator[None]:
@@ -52,7 +64,12 @@ class Variant:
                 patch.remove()
 
     def record(self) -> dict[str, Any] | None:
-        """Name, fields and effect, as JSON."""
+        """Name, fields and effect, as JSON; with a compressed cache both."""
+        if self.cache is not None:
+            return {"cache": self.cache.record(), "method": self._method_record()}
+        return self._method_record()
+
+    def _method_record(self) -> dict[str, Any] | None:
         if self.reading is not None:
             return {"name": self.reading.name, **dataclasses.asdict(self.reading)}
         if not self.methods:
@@ -140,6 +157,89 @@ def variants_of(
         if labels.count(name) > 1:
             raise RunError(f"method {name!r} is asked for twice: leave one out.")
     return found
+
+
+def with_caches(
+    model: PreTrainedModel,
+    variants: Sequence[Variant],
+    caches: Sequence[CacheLike] | CacheLike,
+    *,
+    replace: bool,
+) -> list[Variant]:
+    """Each variant with each cache, after trying whether the two go together.
+
+    Args:
+        model: as for `variants_of`.
+        variants: of it.
+        caches: instances, presses of kvpress, or as the command line writes them; "full" or None is
+            the model's own cache.
+        replace: see `longctx.extend`.
+
+    Raises:
+        RunError: the same cache twice, or one that cannot be right under a method.
+        ModelError: one that this model cannot have.
+    """
+    several = caches if isinstance(caches, Sequence) and not isinstance(caches, str) else [caches]
+    kinds = [_cache(cache) for cache in several] or [None]
+    names = ["full" if kind is None else str(kind) for kind in kinds]
+    for name in names:
+        if names.count(name) > 1:
+            raise RunError(f"cache {name!r} is asked for twice: leave one out.")
+    if not any(kinds):
+        return [*variants]
+    found: list[Variant] = []
+    for variant in variants:
+        with variant.applied(model, replace=replace):
+            found += [variant if kind is None else _kept_in(kind, variant, model) for kind in kinds]
+    return found
+
+
+def label_of(method: str, cache: CompressedCache) -> str:
+    """Write a method with a cache: "yarn:4 · quantized:4"."""
+    return f"{method} · {cache}"
+
+
+def _cache(cache: CacheLike) -> CompressedCache | None:
+    if cache is None or isinstance(cache, CompressedCache):
+        return cache
+    return parse_cache(cache) if isinstance(cache, str) else Press(cache)
+
+
+def _kept_in(kind: CompressedCache, variant: Variant, model: PreTrainedModel) -> Variant:
+    """A variant, which is on the model, with a cache."""
+    _refuse_together(model, variant, kind)
+    return dataclasses.replace(
+        variant,
+        label=label_of(variant.label, kind),
+        length_invariant=False,  # a shorter context is compressed otherwise
+        cache=kind.fitted(model),
+    )
+
+
+def _refuse_together(model: PreTrainedModel, variant: Variant, kind: CompressedCache) -> None:
+    """Refuse what would give figures of something else."""
+    both = f"{variant.label} with {kind}"
+    if variant.reading is not None:
+        raise RunError(f"{both}: reading in pieces makes caches of its own. Leave one out.")
+    if not variant.length_invariant:
+        raise RunError(
+            f"{both}: the frequencies of {variant.label} follow the length of the request, and a "
+            "context that is prefilled alone is shorter than that. Leave one out."
+        )
+    patch = patch_of(model)
+    while patch is not None:
+        if patch.method.cache_tokens(patch.window_below) is not None:
+            raise RunError(
+                f"{both}: {patch.method.name} keeps a bounded cache of its own, which no other can "
+                "stand in for. Leave one out."
+            )
+        patch = patch.below
+    ruled = any(getattr(module, ATTRIBUTE, None) is not None for module in model.modules())
+    if ruled and kind.evicts:
+        raise RunError(
+            f"{both}: attention under {variant.label} counts distances by places in the cache, and "
+            f"{kind} drops keys, so that places are not positions. quantized keeps all of them."
+        )
 
 
 def _tried(model: PreTrainedModel, methods: tuple[Method, ...], *, replace: bool) -> Variant:

@@ -25,7 +25,7 @@ from ..results.variants import Variant
 from ..results.verification import Verification
 from ..tasks.shared.adaptive import Adaptive, Verdict, boundary
 from ..tasks.shared.answering import Answering
-from ..tasks.shared.protocol import Measured, Observation, Plan, Task, Unit
+from ..tasks.shared.protocol import Measured, Observation, OverCache, Plan, Task, Unit
 from ..tasks.shared.retrieval import Retrieval
 from .progress import Progress
 from .verify import verify
@@ -115,6 +115,7 @@ class UnitRunner:
             how=found.how,
             observations=found.observations,
             failed=failed,
+            cache_bytes=found.cache_bytes,
         )
         table = found.per_token
         if table is not None:
@@ -124,7 +125,10 @@ class UnitRunner:
         return [self.store.put(record, table)]
 
     def _measured(self, job: Job, unit: Unit) -> Measured:
-        reading, task = job.variant.reading, job.task
+        reading, task, cache = job.variant.reading, job.task, job.variant.cache
+        if cache is not None:
+            assert isinstance(task, OverCache), "the sweep refuses other tasks"
+            return task.measure_over_cache(self.model, self.tokenizer, unit, cache)
         if reading is not None:
             assert isinstance(task, Retrieval)
             return task.measure_in_pieces(self.model, self.tokenizer, unit, reading)
@@ -202,7 +206,9 @@ class SweepRunner:
     def check(self, job: Job, count: int, *, replace: bool) -> Verification | None:
         """Generate `count` answers of a task that has some too; None for other tasks."""
         task = job.task
-        if not isinstance(task, Retrieval | Answering) or not count or job.variant.reading:
+        if not isinstance(task, Retrieval | Answering) or not count:
+            return None
+        if job.variant.reading is not None or job.variant.cache is not None:
             return None
         records = self.collect(job)[0]
         model, tokenizer = self.unit_runner.model, self.unit_runner.tokenizer

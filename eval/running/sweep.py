@@ -7,8 +7,9 @@ print_sweep(result); write_sweep(result, "runs/yarn")
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,15 +19,17 @@ from longctx.fingerprint import identity_of
 from longctx.model import learned_positions
 from longctx.patch import Method
 from longctx.reading.read import Reading
+from longctx.scoring.compressed_caches import CacheLike
+from longctx.scoring.over_cache import full_cache_bytes
 from longctx.weights import refuse_small_vocabulary
 
 from ..reporting.files import refuse_lost_cells
 from ..results.store import Store
-from ..results.sweep_result import SweepResult, cell_key, rows_of
-from ..results.variants import Variant, original_window, variants_of
+from ..results.sweep_result import Row, SweepResult, cell_key, rows_of
+from ..results.variants import Variant, original_window, variants_of, with_caches
 from ..results.verification import notes_of
 from ..tasks.shared.adaptive import Adaptive
-from ..tasks.shared.protocol import Plan, Task
+from ..tasks.shared.protocol import OverCache, Plan, Task
 from ..tasks.shared.registry import available_tasks, parse_task
 from ..tasks.shared.retrieval import Retrieval
 from .lengths import parse_lengths
@@ -42,6 +45,7 @@ def sweep(
     lengths: int | str | Iterable[int | str],
     *,
     methods: Sequence[Method | Reading | str | None] | str | None = None,
+    caches: Sequence[CacheLike] | CacheLike = None,
     results: str | os.PathLike[str] | None = None,
     batch_tokens: int = 16_384,
     verify: int = 0,
@@ -70,6 +74,9 @@ def sweep(
         methods: instances, or as the command line writes them ("yarn:8"; "none" or None is the
             model as it came; "read:map" that model, reading retrieval prompts in pieces); None
             alone by default.
+        caches: what contexts are kept in, each under each method: instances or presses of kvpress,
+            or as the command line writes them ("quantized:4", "sliding:512"; "full" or None is the
+            model's own); the full cache alone by default.
         results: JSON lines to append each result to, and to take those from that are there.
         batch_tokens: tokens that are forwarded at a time at most, if that is one prompt or more.
         verify: so many answers per method and task that has answers are generated too, each prompt
@@ -85,7 +92,7 @@ def sweep(
             every 30 seconds.
 
     Raises:
-        RunError: lengths, tasks or a results file that do not fit, or no room on the disk.
+        RunError: lengths, tasks, caches or a results file that do not fit, or no room on the disk.
         DataError: a length too short or too long for a task.
         MethodError: a method that cannot be put on this model.
         ModelError: a length beyond a table of learned positions, or a tokenizer with ids beyond
@@ -103,10 +110,12 @@ def sweep(
     _refuse_beyond_table(model, sizes)
     refuse_small_vocabulary(model, tokenizer)
     identity = identity_of(model, tokenizer)
-    variants = variants_of(model, methods, replace=replace)
+    own = variants_of(model, methods, replace=replace)
+    variants = with_caches(model, own, caches, replace=replace)
     invariants = {variant.length_invariant for variant in variants}
     plans = _plans(chosen, tokenizer, sizes, invariants)
     _refuse_reading(variants, chosen, tokenizer, sizes)
+    _refuse_over_cache(variants, chosen, tokenizer, plans)
     jobs = [
         Job(variant, task, plans[task.name, variant.length_invariant])
         for variant in variants
@@ -143,6 +152,19 @@ def sweep(
         *(note for plan in plans.values() for note in plan.notes),
         *(note for _, said in collected.values() for note in said),
         *notes_of(verified),
+        *_notes_on_caches(variants, verify),
+    ]
+    rows = [
+        row
+        for job in jobs
+        for row in rows_of(
+            job.variant,
+            job.task,
+            sizes,
+            collected[job.variant.label, job.task.name][0],
+            adaptive,
+            original_window=trained,
+        )
     ]
     return SweepResult(
         model=_name(model),
@@ -151,18 +173,7 @@ def sweep(
         lengths=sizes,
         tasks=tuple(chosen),
         variants=tuple(variants),
-        rows=tuple(
-            row
-            for job in jobs
-            for row in rows_of(
-                job.variant,
-                job.task,
-                sizes,
-                collected[job.variant.label, job.task.name][0],
-                adaptive,
-                original_window=trained,
-            )
-        ),
+        rows=tuple(_with_full_caches(model, variants, rows, replace=replace)),
         records=tuple(record for found, _ in collected.values() for record in found),
         notes=tuple(dict.fromkeys(notes)),
         results=path,
@@ -243,6 +254,58 @@ def _refuse_reading(
             f"{reading[0]} asks a document a question, and the prompts of task {task.name} are "
             "not such: name tasks with a haystack alone (--tasks passkey needle), or leave it out."
         )
+
+
+def _refuse_over_cache(
+    variants: Sequence[Variant],
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    plans: Mapping[tuple[str, bool], Plan],
+) -> None:
+    """Refuse tasks whose inputs do not say what is context and what is read after it."""
+    cached = [variant.label for variant in variants if variant.cache is not None]
+    for task in tasks if cached else ():
+        why: str | None = "it does not say what is context and what is read after it"
+        if isinstance(task, OverCache):
+            first = plans[task.name, False].units[0]  # the others are of its kind
+            why = task.cache_obstacle(tokenizer, first)
+        if why is not None:
+            raise RunError(
+                f"{cached[0]}: task {task.name} cannot be read over a compressed cache: {why}. "
+                "Leave it out, or sweep it with the full cache (--caches full)."
+            )
+
+
+def _notes_on_caches(variants: Sequence[Variant], verify: int) -> list[str]:
+    kinds = dict.fromkeys(str(variant.cache) for variant in variants if variant.cache is not None)
+    if not kinds:
+        return []
+    notes = [
+        f"caches ({', '.join(kinds)}): a context is prefilled without the question and compressed, "
+        "and question and answer are read over what is left of it"
+    ]
+    if verify:
+        notes.append("answers over compressed caches are decoded step by step: none was verified")
+    return notes
+
+
+def _with_full_caches(
+    model: PreTrainedModel, variants: Sequence[Variant], rows: Sequence[Row], *, replace: bool
+) -> list[Row]:
+    """Say of rows with the full cache what it holds, where others have less."""
+    full = [variant for variant in variants if variant.cache is None and variant.reading is None]
+    if len(full) == len(variants):
+        return [*rows]
+    sizes: dict[tuple[str, int], int | None] = {}
+    for variant in full:
+        with variant.applied(model, replace=replace):
+            for length in {row.length for row in rows}:
+                # The last token of an answer is not read.
+                sizes[variant.label, length] = full_cache_bytes(model, length - 1)
+    return [
+        dataclasses.replace(row, cache_bytes=sizes.get((row.method, row.length), row.cache_bytes))
+        for row in rows
+    ]
 
 
 def _refuse_beyond_table(model: PreTrainedModel, lengths: Sequence[int]) -> None:

@@ -28,6 +28,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.errors import DataError
 from longctx.scoring.batching import score_batches
+from longctx.scoring.compressed_caches import CompressedCache
+from longctx.scoring.over_cache import score_over_cache
 from longctx.scoring.token_scores import TokenScores
 
 from ..stats.intervals import mean_interval, perplexity_of
@@ -212,6 +214,41 @@ class Perplexity:
         table = _per_token(name, longest, context + start - len(bos), context, scores)
         return Measured(tuple(found), longest, "one pass", table)
 
+    def cache_obstacle(self, tokenizer: PreTrainedTokenizerBase, unit: Unit) -> str | None:
+        """Targets that are not the last ones of one window."""
+        del tokenizer, unit
+        if self.stride is None and self.last is not None:
+            return None
+        return "only the tokens before a length (stride=None, a number as last) have one context"
+
+    def measure_over_cache(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        cache: CompressedCache,
+    ) -> Measured:
+        """Score the last tokens over what the cache keeps of those before them, one by one."""
+        assert self.last is not None, "the sweep refuses other settings"
+        documents, bos = (
+            documents_of(tokenizer, texts_of(self.text)),
+            bos_before(tokenizer, self.bos),
+        )
+        (length,) = unit.lengths
+        name, start = unit.spec["document"], unit.spec["start"]
+        window = (*bos, *documents[name][start : start + length - len(bos)])
+        first = length - self.last  # a target; the token before it is read over the cache
+        if first < 2:
+            raise DataError(
+                f"length={length} leaves no context before last={self.last} targets to be kept in "
+                f"{cache}: ask for at least {self.last + 2} tokens."
+            )
+        scores = score_over_cache(model, window, cache, context_end=first - 1, start=first)
+        nll = float(scores.nll.double().sum())
+        one = Observation(length, f"{name}@{start}", name, nll, self.last, detail={"start": start})
+        how = f"context in {cache}"
+        return Measured((one,), scores.tokens, how, cache_bytes=scores.cache_bytes)
+
     def _slide(
         self,
         model: PreTrainedModel,
@@ -296,7 +333,7 @@ class Perplexity:
         whole = [(o.nll, o.targets) for o in observations]
         figures = self._averaged(whole, clusters)
         prefix = None
-        if self.stride is None and observations:
+        if observations and all("prefix_nll" in o.detail for o in observations):
             before = [(o.detail["prefix_nll"], o.detail["prefix_targets"]) for o in observations]
             prefix = self._averaged(before, clusters)[0]
         return Summary(*figures, name, prefix)

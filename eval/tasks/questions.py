@@ -26,7 +26,7 @@ from longctx.errors import DataError
 from longctx.prompts.haystacks import decode, encode
 
 from .shared.answer_metrics import METRICS, Metric, answer_score, check_metric
-from .shared.answering import Answering, Question, around, draft_of
+from .shared.answering import Answering, Question, around, context_end_of, draft_of
 from .shared.json_lines import records_of
 from .shared.protocol import Plan, Unit
 from .shared.texts import digest
@@ -190,6 +190,7 @@ class Questions(Answering):
             draft=draft_of(tokenizer, body, tail_ids, case.answers[0]),
             part=case.part,
             detail=detail,
+            context_end=context_end_of(tokenizer, ids, self._after_context(tokenizer, case)),
         )
 
     def _ids(
@@ -201,6 +202,12 @@ class Questions(Answering):
         first, rest = (part.replace("{question}", case.question) for part in (first, rest))
         body = f"{first}{context}{rest}{tail}"
         return (*head, *encode(tokenizer, body)), body
+
+    def _after_context(self, tokenizer: PreTrainedTokenizerBase, case: _Case) -> str:
+        """The text of a prompt after its context."""
+        _, tail = around(tokenizer, self.answer_prefix, self.chat)
+        rest = self.template.partition("{context}")[2].replace("{question}", case.question)
+        return f"{rest}{tail}"
 
     def score(self, question: Question, text: str) -> float:
         """By the line's metric."""

@@ -22,7 +22,7 @@ from longctx.errors import DataError, nearest
 from longctx.prompts.haystacks import encode
 
 from ..stats.effective_length import ruler_length
-from .shared.answering import Answering, Question, around, draft_of
+from .shared.answering import Answering, Question, around, context_end_of, draft_of
 from .shared.exact_cut import exact_cut
 from .shared.protocol import Plan, Unit
 from .shared.ruler_prompts import PARTS, Drawn, Part, draw_part, family_of, steps_of
@@ -149,6 +149,7 @@ class Ruler(Answering):
             new_tokens=template(family_of(part)).new_tokens,
             draft=draft_of(tokenizer, body, ids, drawn.answer),
             part=part,
+            context_end=len(head) + context_end_of(tokenizer, ids, drawn.question + tail),
         )
 
     def score(self, question: Question, text: str) -> float:

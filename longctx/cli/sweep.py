@@ -48,6 +48,9 @@ class Sweep:
         longctx sweep demo --methods yarn:2 yarn:2+dual_chunk:factor=4,log_n=True --lengths 1k,2k
         longctx sweep demo --tasks passkey --methods none read:map,chunk=180 --lengths 1k,2k
         longctx sweep smollm2 --tasks longppl --evaluator better --lengths 8k --methods none yarn:2
+        longctx sweep demo --tasks passkey --methods none yarn:4 --caches full sliding:512
+        longctx sweep smollm2 --tasks passkey --caches full quantized:4 quantized:2 --lengths 2k
+        longctx sweep smollm2 --tasks passkey --caches kvpress:SnapKVPress,compression_ratio=0.5
         longctx sweep longchat --tasks lines --file 200_lines.jsonl --lengths 8k
     """
 
@@ -57,6 +60,10 @@ class Sweep:
     """NAME:FACTOR or NAME:field=value,…, with a "+" between several that go on top of each other;
     "none" for the model as it comes, and read:map, read:nbce or read:windows for that model reading
     retrieval prompts in pieces."""
+    caches: tuple[str, ...] = ("full",)
+    """What contexts are kept in, under each method: "full", quantized:BITS, sliding:TOKENS, or a
+    press of kvpress with its fields. Other than with "full", a context is prefilled without its
+    question and compressed, and the rest is read over what is left."""
     lengths: str = ""
     """Tokens: FROM:TO doubles, or a list 4k,8k. Default: from a quarter of the window
     (at least 256) to twice it (at least 1k)."""
@@ -89,12 +96,17 @@ class Sweep:
 
         from ..checkpoint import locate
         from ..folders import refuse_inside, refuse_other_than_folder
+        from ..scoring.compressed_caches import parse_cache
 
         refuse_other_than_folder(self.out)
         if not self.methods:
             raise RunError("--methods names none: leave it out, or write --methods none.")
         for method in self.methods:
             parse_variant(method)
+        if not self.caches:
+            raise RunError("--caches names none: leave it out, or write --caches full.")
+        for cache in self.caches:
+            parse_cache(cache)
         self.chosen()
         if self.lengths:
             parse_lengths(self.lengths)
@@ -120,6 +132,7 @@ class Sweep:
             self.chosen(),
             self.lengths or f"{first}:{max(known * 2, first * 4)}",
             methods=self.methods,
+            caches=self.caches,
             results=self.out / "results.jsonl",
             batch_tokens=self.batch_tokens,
             verify=self.verify,

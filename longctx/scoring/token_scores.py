@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..before_transformers_5_24 import cache_argument
 from ..errors import DataError, ModelError
 from ..model import evaluating, learned_positions, text_config, unwrapped
 
-__all__ = ["LikeliestTokens", "TokenScores", "prefill", "score"]
+__all__ = ["LikeliestTokens", "TokenScores", "next_logits", "prefill", "score", "score_logits"]
 
 _CHUNK_BYTES = 24 << 20  # of float32 logits: 128 rows of a vocabulary of 49k
 _BLOCK_BYTES = 16 << 20  # of weights turned to float32 at a time
@@ -117,7 +117,7 @@ def score(
             ):
                 logits = project(part).float()
                 wanted = wanted.to(logits.device)
-                found: tuple[Tensor, ...] = _score_rows(logits, wanted, causal.dtype)
+                found: tuple[Tensor, ...] = score_logits(logits, wanted, causal.dtype)
                 if likeliest:
                     found += _likeliest(logits, wanted, likeliest)
                 parts.append(found)
@@ -134,16 +134,56 @@ def score(
     return TokenScores(targets.cpu(), nll, argmax, valid.cpu(), top)
 
 
-def prefill(model: nn.Module, input_ids: Tensor, past_key_values: Cache) -> None:
-    """Run `input_ids` [B, S] after what the cache holds and leave their keys and values there."""
+def prefill(
+    model: nn.Module,
+    input_ids: Tensor,
+    past_key_values: Cache,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    inside: AbstractContextManager[Any] | None = None,
+) -> None:
+    """Run `input_ids` [B, S] after what the cache holds and leave their keys and values there.
+
+    Args:
+        model: as `score` takes it.
+        input_ids: without padding.
+        past_key_values: grows by S.
+        arguments: further ones of the decoder.
+        inside: what that one forward pass runs inside.
+    """
     causal = _causal(model)
     ids = input_ids.to(causal.get_input_embeddings().weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
     with torch.no_grad(), evaluating(causal):
-        _run_body(_body(causal, ids[:1, :_PROBE]), ids, None, past_key_values)
+        body = _body(causal, ids[:1, :_PROBE])
+        with inside or nullcontext():
+            _run_body(body, ids, None, past_key_values, arguments)
 
 
-def _score_rows(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return NLL (float32) and argmax of logits [N, vocab] (float32) for targets [N]."""
+def next_logits(
+    model: nn.Module, input_ids: Tensor, past_key_values: Cache, *, first: int
+) -> Tensor:
+    """Run `input_ids` [1, S] after what the cache holds; the logits after them, float32 [vocab].
+
+    `first` is the position of the first of them, whatever the cache has kept of those before.
+    """
+    causal = _causal(model)
+    ids = input_ids.to(causal.get_input_embeddings().weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with torch.no_grad(), evaluating(causal):
+        body = _body(causal, ids[:1, :_PROBE])
+        given: dict[str, Any] = {}
+        if "position_ids" in inspect.signature(body.forward).parameters:
+            last = first + ids.shape[1]
+            given["position_ids"] = torch.arange(first, last, device=ids.device)[None]
+        output = _run_body(body, ids, None, past_key_values, given)
+        with _head(causal, body, output) as project:
+            return project(output[0][0, -1:])[0].float()
+
+
+def score_logits(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return NLL (float32) and argmax of logits [N, vocab] (float32) for targets [N].
+
+    The argmax is that of the model's `dtype`; −1 where the logits hold a NaN.
+    """
     nll = nn.functional.cross_entropy(logits, targets, reduction="none")
     # `generate` compares logits of the model's dtype, in which near ties are ties.
     argmax = logits.to(dtype).argmax(-1)
@@ -206,9 +246,15 @@ def _check(
         )
 
 
-def _run_body(body: nn.Module, ids: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Any:
+def _run_body(
+    body: nn.Module,
+    ids: Tensor,
+    mask: Tensor | None,
+    cache: Cache | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> Any:
     """Run the model below the head; the output's first entry is its last states [B, S, D]."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = dict(arguments or {})
     if cache is not None:
         extra[cache_argument(body.forward) or "past_key_values"] = cache
     if mask is not None:

@@ -10,18 +10,29 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longctx.prompts.assembly import frame
 from longctx.prompts.haystacks import encode
+from longctx.scoring.compressed_caches import CompressedCache
 from longctx.scoring.continuations import continue_prompts
+from longctx.scoring.over_cache import say_over_cache
 
 from ...stats.intervals import mean_interval, mean_of_means, wilson
 from .protocol import Measured, Observation, Plan, Summary, Unit
 
-__all__ = ["Answering", "Question", "around", "draft_of", "said_by", "stops_of"]
+__all__ = [
+    "Answering",
+    "Question",
+    "around",
+    "context_end_of",
+    "draft_of",
+    "said_by",
+    "stops_of",
+]
 
 _TEXT = 2000  # characters of an answer that are kept
 
@@ -46,6 +57,8 @@ class Question:
     """The part of the task that it belongs to; empty where there is one."""
     detail: dict[str, Any] = field(default_factory=dict[str, Any])
     """What else there is to know, as JSON."""
+    context_end: int | None = None
+    """Index after the last token of what is asked about; None where that is not known."""
 
 
 def around(
@@ -72,6 +85,16 @@ def draft_of(
     """The tokens of an answer as they follow a text with these ids; none if they join it."""
     full = encode(tokenizer, f"{body} {answer}")
     return full[len(ids) :] if full[: len(ids)] == ids else ()
+
+
+def context_end_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], question: str) -> int:
+    """Index of the first of a prompt's tokens that says what stands after its context.
+
+    A token that joins both belongs to the context.
+    """
+    end = encode(tokenizer, question)
+    pairs = zip(reversed(ids), reversed(end), strict=False)
+    return len(ids) - sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def stops_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -165,6 +188,44 @@ class Answering(ABC):
             for (length, question), said in zip(asked, found.token_ids, strict=True)
         )
         return Measured(observed, found.tokens, found.how)
+
+    def cache_obstacle(self, tokenizer: PreTrainedTokenizerBase, unit: Unit) -> str | None:
+        """A prompt that does not say where its question begins."""
+        asked = (question for _, question in self.questions(tokenizer, unit))
+        if all(0 < (one.context_end or 0) < len(one.input_ids) for one in asked):
+            return None
+        return "its prompts do not say what is context and what is question"
+
+    def measure_over_cache(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        cache: CompressedCache,
+    ) -> Measured:
+        """Generate answers over what the cache keeps of all that stands before the question."""
+        found: list[Observation] = []
+        tokens = largest = 0
+        stop = stops_of(model, tokenizer)
+        for length, question in self.questions(tokenizer, unit):
+            assert question.context_end is not None, "the sweep refuses other tasks"
+
+            def settled(said: Sequence[int], question: Question = question) -> bool:
+                return self.is_settled(question, said_by(tokenizer, said))
+
+            answer = say_over_cache(
+                model,
+                question.input_ids,
+                cache,
+                context_end=question.context_end,
+                new_tokens=question.new_tokens,
+                stop=stop,
+                settled=settled,
+            )
+            tokens += answer.tokens
+            largest = max(largest, answer.cache_bytes)
+            found.append(self._observe(tokenizer, length, question, answer.token_ids))
+        return Measured(tuple(found), tokens, f"contexts in {cache}", cache_bytes=largest)
 
     def _observe(
         self,

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longctx.scoring.compressed_caches import CompressedCache
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Measured", "Observation", "Plan", "Summary", "Task", "Unit"]
+__all__ = ["Measured", "Observation", "OverCache", "Plan", "Summary", "Task", "Unit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class Measured:
     """How prompts or windows were run, such as "shared prefixes"."""
     per_token: pa.Table | None = None
     """A row for each scored token, where the task keeps them."""
+    cache_bytes: int | None = None
+    """Of the largest cache of one prompt, at its end; None where nothing compresses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,4 +146,23 @@ class Task(Protocol):
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:
         """The figure of one cell."""
+        ...
+
+
+@runtime_checkable
+class OverCache(Protocol):
+    """A task that says what of its input is context, and what is read over its compressed cache."""
+
+    def cache_obstacle(self, tokenizer: PreTrainedTokenizerBase, unit: Unit) -> str | None:
+        """Why this unit's inputs cannot be read so, None if they can."""
+        ...
+
+    def measure_over_cache(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        cache: CompressedCache,
+    ) -> Measured:
+        """Run a unit of one length, each input with a cache of its own."""
         ...

@@ -26,6 +26,8 @@ from longctx.prompts.assembly import Prompt
 from longctx.prompts.haystacks import Haystack, decode
 from longctx.reading.question import Question
 from longctx.reading.read import Reading, answer_in_pieces
+from longctx.scoring.compressed_caches import CompressedCache
+from longctx.scoring.over_cache import score_over_cache
 from longctx.scoring.prefix_sharing import score_prompts
 
 from ...stats.intervals import wilson
@@ -176,6 +178,36 @@ class Retrieval(ABC):
             for case, nll, argmax in zip(cases, scores.nll, scores.argmax, strict=True)
         )
         return Measured(found, scores.tokens, scores.how)
+
+    def cache_obstacle(self, tokenizer: PreTrainedTokenizerBase, unit: Unit) -> str | None:
+        """A prompt that does not say where its question begins."""
+        if all(prompt.document is not None for _, _, prompt in self.cases(tokenizer, unit)):
+            return None
+        return "its prompts do not say what is context and what is question"
+
+    def measure_over_cache(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        cache: CompressedCache,
+    ) -> Measured:
+        """Score answers over what the cache keeps of all that stands before the question."""
+        found: list[Observation] = []
+        tokens = largest = 0
+        for length, spec, prompt in self.cases(tokenizer, unit):
+            assert prompt.document is not None, "the sweep refuses other tasks"
+            scores = score_over_cache(
+                model,
+                prompt.input_ids,
+                cache,
+                context_end=prompt.document[1],
+                start=prompt.answer_start,
+            )
+            tokens += scores.tokens
+            largest = max(largest, scores.cache_bytes)
+            found.append(self._observe(tokenizer, length, spec, prompt, scores.nll, scores.argmax))
+        return Measured(tuple(found), tokens, f"contexts in {cache}", cache_bytes=largest)
 
     def measure_in_pieces(
         self,

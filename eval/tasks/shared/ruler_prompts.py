@@ -105,6 +105,8 @@ class Drawn:
     cluster: str
     holds: Callable[[int], bool] = lambda keep: True
     """Whether what is asked for is still the answer with so many characters."""
+    question: str = ""
+    """The end of the message, after its context."""
 
 
 def family_of(part: Part) -> Family:
@@ -189,9 +191,15 @@ def _needles(needles: Needles, length: int, rng: Random, name: str) -> Drawn:
         context = place(hay[:keep] + pad, sentences, depths)
         return text.format(context=context, query=query, type_needle_v=kind)
 
-    prefix = prefix.format(query=query, type_needle_v=kind)
+    asks = {"query": query, "type_needle_v": kind}
+    prefix, question = prefix.format(**asks), _after_context(text).format(**asks)
     most = min(len(hay), _CHARACTERS * length)
-    return Drawn(message, most, prefix, answers, ", ".join(answers), name)
+    return Drawn(message, most, prefix, answers, ", ".join(answers), name, question=question)
+
+
+def _after_context(text: str) -> str:
+    """What a template says after the context."""
+    return text.partition("{context}")[2]
 
 
 def _singular(text: str) -> str:
@@ -263,7 +271,9 @@ def _variables(length: int, rng: Random, name: str) -> Drawn:
         return example + words.text.format(context=context, **asked)
 
     prefix = words.prefix.format(**asked)
-    return Drawn(message, len(hay), prefix, tuple(names), " ".join(names), name)
+    question = _after_context(words.text).format(**asked)
+    answer = " ".join(names)
+    return Drawn(message, len(hay), prefix, tuple(names), answer, name, question=question)
 
 
 def _among_noise(noise: str, sentences: Sequence[str], depths: Sequence[float]) -> str:
@@ -303,7 +313,9 @@ def _common_words(length: int, rng: Random, name: str, size: int) -> Drawn:
         return _is_common(re.split(r" ?\d+\. ", hay[:keep])[1:], common)
 
     answer = _numbered(common)
-    return Drawn(message, len(hay), words.prefix, tuple(common), answer, name, check)
+    question = _after_context(words.text).format(query="")
+    references = tuple(common)
+    return Drawn(message, len(hay), words.prefix, references, answer, name, check, question)
 
 
 def _numbered(words: Sequence[str]) -> str:
@@ -338,7 +350,9 @@ def _coded_words(length: int, rng: Random, name: str, size: int) -> Drawn:
     def check(keep: int) -> bool:
         return _is_common([word for word in hay[:keep].split() if word != "..."], asked)
 
-    return Drawn(message, len(hay), words.prefix, asked, ", ".join(asked), name, check)
+    question = _after_context(words.text).format(query="")
+    answer = ", ".join(asked)
+    return Drawn(message, len(hay), words.prefix, asked, answer, name, check, question)
 
 
 def _documents(name: Literal["squad", "hotpotqa"], length: int, rng: Random) -> Drawn:
@@ -365,4 +379,5 @@ def _documents(name: Literal["squad", "hotpotqa"], length: int, rng: Random) -> 
     def check(keep: int) -> bool:
         return keep >= ends[len(own)]
 
-    return Drawn(message, ends[-1], words.prefix, answers, answers[0], cluster, check)
+    asks = _after_context(words.text).format(query=question)
+    return Drawn(message, ends[-1], words.prefix, answers, answers[0], cluster, check, asks)

@@ -59,6 +59,11 @@ def test_prompt_and_answer_fill_the_length(part: Part, own_words: None) -> None:
         assert len(found.input_ids) + found.new_tokens == length
         assert found.part == part
         texts.add(text)
+        assert found.context_end is not None
+        asked = str(byte_tokenizer().decode(list(found.input_ids[found.context_end :])))
+        assert text.endswith(asked)
+        assert 40 < len(asked) < 400
+        assert not any(reference in asked for reference in found.references)
         again, same = question(part, length)
         assert (again, same) == (found, text)
         _check_answer(part, found, text)
