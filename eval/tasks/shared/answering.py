@@ -7,7 +7,7 @@ decoding (`longctx.scoring.continuations`). An answer ends where its score can n
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,7 @@ from longctx.prompts.haystacks import encode
 from longctx.scoring.continuations import continue_prompts
 
 from ...stats.intervals import mean_interval, mean_of_means, wilson
-from .protocol import Measured, Observation, Plan, Summary, Unit
+from .protocol import Measured, Observation, Plan, Resumable, Summary, UnderWay, Unit
 
 __all__ = ["Answering", "Question", "around", "draft_of", "said_by", "stops_of"]
 
@@ -90,7 +90,7 @@ def said_by(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Answering(ABC):
+class Answering(Resumable):
     """A task whose answers are generated; the value of a cell is the mean of their scores.
 
     Of a task in parts it is the mean over the parts, of which each counts alike.
@@ -134,22 +134,27 @@ class Answering(ABC):
         """The same as the key: a cell's figure depends on nothing else."""
         return self.cache_key()
 
-    def measure(
+    def measure_from(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         unit: Unit,
+        under_way: UnderWay,
         *,
         batch_tokens: int,
         length_invariant: bool,
     ) -> Measured:
-        """Generate and score the answers of a unit."""
+        """Generate and score the answers of a unit that are left."""
         del batch_tokens  # one prompt after the other
         asked = self.questions(tokenizer, unit)
         only = [question for _, question in asked]
+        names = [(length, question.item) for length, question in asked]
 
         def settled(row: int, said: Sequence[int]) -> bool:
             return self.is_settled(only[row], said_by(tokenizer, said))
+
+        def finished(row: int, said: tuple[int, ...] | None, tokens: int) -> None:
+            under_way.add([self._observe(tokenizer, *asked[row], said)], tokens)
 
         found = continue_prompts(
             model,
@@ -159,12 +164,10 @@ class Answering(ABC):
             drafts=[question.draft for question in only],
             settled=settled,
             length_invariant=length_invariant,
+            known=under_way.known(names),
+            finished=finished,
         )
-        observed = tuple(
-            self._observe(tokenizer, length, question, said)
-            for (length, question), said in zip(asked, found.token_ids, strict=True)
-        )
-        return Measured(observed, found.tokens, found.how)
+        return under_way.measured(names, found.how)
 
     def _observe(
         self,
