@@ -40,6 +40,8 @@ class Variant:
     """Digest of what the method puts on this model."""
     reading: Reading | None = None
     """How prompts are read in pieces; None: as a whole."""
+    note: str = ""
+    """What the window does not say of the methods."""
 
     @contextmanager
     def applied(self, model: PreTrainedModel, *, replace: bool) -> Generator[None]:
@@ -166,7 +168,13 @@ def _as_it_came(model: PreTrainedModel) -> Variant:
     factor, claimed = (patch.factor, patch.window) if patch else (None, window(model))
     if patch and patch.below and patch.window:  # whose own factor counts on the window below
         factor = patch.window / patch.rope.length
-    return Variant(_labels_of(model), (), factor, claimed, _invariant(model))
+    notes: list[str] = []
+    below = patch
+    while below is not None:
+        notes.insert(0, below.method.window_note(below.rope))
+        below = below.below
+    said = "; ".join(filter(None, notes))
+    return Variant(_labels_of(model), (), factor, claimed, _invariant(model), note=said)
 
 
 def _labels_of(model: PreTrainedModel) -> str:

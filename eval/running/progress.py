@@ -43,12 +43,17 @@ class Progress:
             speed_estimate_period=600,  # steps take minutes at long lengths
         )
         self._task = self._bar.add_task("", total=total, completed=known)
-        self._known = known
+        self._known, self._shown = known, shown
         self._every = every
         self._ended = Event()
         self._lines = Thread(target=self._say, daemon=True)
         self._says = shown and not self._console.is_terminal
         self._began = time.monotonic()
+
+    def note(self, said: str) -> None:
+        """Print a sentence, if anything is shown."""
+        if self._shown:
+            self._console.print(f"note: {said}", markup=False)
 
     def __enter__(self) -> Progress:
         self._bar.start()

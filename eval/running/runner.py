@@ -39,7 +39,7 @@ from .meter import Meter, cost
 from .progress import Progress
 from .verify import verify
 
-__all__ = ["Job", "Ranks", "SweepRunner", "UnitRunner"]
+__all__ = ["Job", "Ranks", "SweepRunner", "UnitRunner", "notes_before"]
 
 _LONGEST = timedelta(days=7)  # that one process may have to wait for another's last unit
 _Ask: TypeAlias = Callable[..., list[Record]]
@@ -206,6 +206,12 @@ class UnitRunner:
         )
 
 
+def notes_before(jobs: Sequence[Job]) -> list[str]:
+    """What is known before any work is done: of methods, and of the prompts."""
+    methods = [f"{job.variant.label}: {job.variant.note}" for job in jobs if job.variant.note]
+    return list(dict.fromkeys((*methods, *(note for job in jobs for note in job.plan.notes))))
+
+
 @dataclass(frozen=True, slots=True)
 class SweepRunner:
     """A sweep under way."""
@@ -216,7 +222,10 @@ class SweepRunner:
     ranks: Ranks
 
     def measure(self, jobs: Sequence[Job], *, replace: bool, progress: bool) -> None:
-        """Run this process's share of all units, each method put on the model in turn."""
+        """Run this process's share of all units, each method put on the model in turn.
+
+        What a reader must know of methods and prompts is said before.
+        """
         units = [[] if self._adapts(job) else list(job.plan.units) for job in jobs]
         finished = {
             (job.label, place): self.unit_runner.finished(job, unit)
@@ -231,6 +240,8 @@ class SweepRunner:
         total = sum(cost(unit) for job in jobs for unit in job.plan.units)
         number = 0
         with Progress(total, known=known, shown=progress and self.ranks.first) as bar:
+            for note in notes_before(jobs):
+                bar.note(note)
             for turn, (job, those) in enumerate(zip(jobs, units, strict=True)):
                 meter = Meter(bar, job.label, those)
                 with job.variant.applied(self.unit_runner.model, replace=replace):

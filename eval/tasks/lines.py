@@ -26,7 +26,7 @@ from .shared.answering import said_by, stops_of
 from .shared.line_packing import cut, fit
 from .shared.longeval import Case, LongEval, field
 from .shared.protocol import Measured, Observation, UnderWay, Unit
-from .shared.retrieval import PromptSpec, depth_grid, details_of, names_of, turn_of
+from .shared.retrieval import PromptSpec, depth_grid, details_of, names_of, thin_grid, turn_of
 from .shared.vocabulary import names, number
 
 __all__ = ["TASK", "Lines"]
@@ -270,6 +270,10 @@ class Lines(LongEval):
             )
         space = " " if self.free else ""
         return Case(text, self._prefix(name), f"{content}", space, depth=found / len(text))
+
+    def plan_notes(self) -> list[str]:
+        """Whether all depths are reached."""
+        return thin_grid(self.name, self.samples, self.depths)
 
     def _grid(self) -> list[float]:
         return [] if self.depths is None else depth_grid(self.depths, self.samples)

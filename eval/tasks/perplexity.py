@@ -31,7 +31,7 @@ from longctx.prompts.haystacks import bos_of
 from longctx.scoring.batching import score_batches
 from longctx.scoring.token_scores import TokenScores
 
-from ..stats.intervals import mean_interval, perplexity_of
+from ..stats.intervals import mean_interval, perplexity_of, too_few
 from .shared.protocol import Measured, Observation, Plan, Summary, Unit
 from .shared.texts import digest, documents_of, spread, texts_of
 
@@ -314,7 +314,7 @@ class Perplexity:
         if self.stride is None and observations:
             nll = math.fsum(o.detail["prefix_nll"] for o in observations)
             prefix = perplexity_of(nll / sum(o.detail["prefix_targets"] for o in observations))
-        name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
+        name = too_few(documents, "document") or f"t over {documents} documents, 95%"
         low = low if math.isnan(low) else max(low, 0.0)  # no perplexity is below 1
         return Summary(perplexity_of(mean), perplexity_of(low), perplexity_of(high), name, prefix)
 

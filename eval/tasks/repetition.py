@@ -25,7 +25,7 @@ from longctx.generation.registry import parse_decoding
 from longctx.prompts.haystacks import bos_of
 from longctx.scoring.batching import is_out_of_memory, shrinking
 
-from ..stats.intervals import mean_interval
+from ..stats.intervals import mean_interval, too_few
 from .shared.protocol import Measured, Observation, Plan, Resumable, Summary, UnderWay, Unit
 from .shared.repetition_metrics import distinct_n, diversity, loop_onset, rep_l, seq_rep_n, uniq
 from .shared.texts import digest, documents_of, spread, texts_of
@@ -243,8 +243,8 @@ class Repetition(Resumable):
         documents = len(set(clusters))
         if math.isnan(mean):
             return Summary(mean, math.nan, math.nan, "none")
-        if documents < 2:
-            return Summary(mean, math.nan, math.nan, "none: one document")
+        if few := too_few(documents, "document"):
+            return Summary(mean, math.nan, math.nan, few)
         if len(set(shares)) == 1:  # no spread to tell from: not a certainty
             return Summary(mean, math.nan, math.nan, "none: all alike")
         name = f"t over {documents} documents, 95%"

@@ -18,7 +18,7 @@ from longctx.prompts.assembly import frame
 from longctx.prompts.haystacks import encode
 from longctx.scoring.continuations import continue_prompts
 
-from ...stats.intervals import mean_interval, mean_of_means, wilson
+from ...stats.intervals import mean_interval, mean_of_means, too_few, wilson
 from .protocol import Measured, Observation, Plan, Resumable, Summary, UnderWay, Unit
 
 __all__ = ["Answering", "Question", "around", "draft_of", "said_by", "stops_of"]
@@ -208,8 +208,8 @@ class Answering(Resumable):
         mean, low, high = mean_interval(scores, [1.0] * len(scores), clusters)
         if math.isnan(mean):
             return Summary(mean, math.nan, math.nan, "none")
-        if count < 2:
-            return Summary(mean, math.nan, math.nan, "none: one cluster")
+        if few := too_few(count):
+            return Summary(mean, math.nan, math.nan, few)
         if len(set(scores)) == 1:  # no spread to tell from: not a certainty
             return Summary(mean, math.nan, math.nan, "none: all alike")
         return Summary(mean, max(0.0, low), min(1.0, high), f"t over {count} clusters, 95%")

@@ -31,7 +31,15 @@ from longctx.scoring.prefix_sharing import score_prompts
 from ...stats.intervals import wilson
 from .protocol import Measured, Observation, Plan, Resumable, Summary, UnderWay, Unit
 
-__all__ = ["PromptSpec", "Retrieval", "depth_grid", "details_of", "names_of", "turn_of"]
+__all__ = [
+    "PromptSpec",
+    "Retrieval",
+    "depth_grid",
+    "details_of",
+    "names_of",
+    "thin_grid",
+    "turn_of",
+]
 
 _MOST = 10**6  # seeds that a length has to itself
 _PROMPTS = 3  # counted up when the same settings give other prompts: old results are not reused
@@ -60,6 +68,27 @@ def depth_grid(depths: int | None, prompts: int) -> list[float]:
     if n < 3:  # both ends are where it is easiest
         return [(i + 0.5) / n for i in range(n)]
     return [i / (n - 1) for i in range(n)]
+
+
+def thin_grid(name: str, samples: int, depths: int | None, kinds: int = 1) -> list[str]:
+    """Say that there are fewer prompts than depths, in a sentence; nothing if there are enough.
+
+    Args:
+        name: of the task.
+        samples: prompts of a length.
+        depths: that were asked for; None: drawn at random.
+        kinds: of haystack, which take turns.
+    """
+    grid = depth_grid(depths, -(-samples // kinds))
+    if depths is None or len(grid) == depths:
+        return []
+    s = "s" if samples > 1 else ""
+    each = f" and {kinds} kinds of haystack" if kinds > 1 else ""
+    at = ", ".join(f"{depth:.0%}" for depth in grid)
+    return [
+        f"{name}: {samples} prompt{s} a length are too few for {depths} depths{each}: they stand "
+        f"at {at}. Pass samples={depths * kinds} or more, or depths={len(grid)}"
+    ]
 
 
 def turn_of(turn: int, seed: int, grid: Sequence[float], each: int = 1) -> tuple[int, float]:
@@ -139,12 +168,16 @@ class Retrieval(Resumable):
         for length in lengths:
             for index in range(self.samples):
                 self.prompt(tokenizer, length, self.prompt_spec(index, length, longest))
-        everything = range(self.samples)
+        everything, notes = range(self.samples), tuple(self.plan_notes())
         if self.share_lengths and length_invariant:
             spec = self.part(longest, everything, longest).spec
             count = self.samples * len(lengths)
-            return Plan((Unit(tuple(lengths), sum(lengths) * self.samples, spec, count),))
-        return Plan(tuple(self.part(length, everything, longest) for length in lengths))
+            return Plan((Unit(tuple(lengths), sum(lengths) * self.samples, spec, count),), notes)
+        return Plan(tuple(self.part(length, everything, longest) for length in lengths), notes)
+
+    def plan_notes(self) -> list[str]:
+        """What a reader must know of the prompts, in sentences."""
+        return []
 
     def part(self, length: int, indices: Sequence[int], longest: int) -> Unit:
         """The unit of some prompts of one length; `longest` of all matters to shared haystacks."""

@@ -200,7 +200,7 @@ def test_the_summary_weights_by_tokens_and_exponentiates() -> None:
     # Two documents: mean 1.5, standard error 0.5, t(1 df) = 12.706
     assert summary.high == pytest.approx(math.exp(1.5 + 12.7062 * 0.5), rel=1e-4)
     assert summary.low == 1, "no perplexity is below 1"
-    assert summary.interval == "t over 2 documents, 95%"
+    assert summary.interval == "none: two documents, and an interval takes three"
     lone = task.summarise([Observation(9, "0", "a", nll=math.nan, targets=2, detail=detail)])
     assert math.isnan(lone.value)
     assert lone.interval == "none: one document"

@@ -199,7 +199,7 @@ def test_the_summary_by_hand() -> None:
     summary = task.summarise([observation("a", 0.2), observation("b", 0.4)])
     assert summary.value == pytest.approx(0.3)
     assert (summary.low, summary.high) == (0.0, 1.0)  # 0.3 ± 12.7 · 0.1
-    assert summary.interval == "t over 2 documents, 95%"
+    assert summary.interval == "none: two documents, and an interval takes three"
     assert task.summarise([observation("a", 0.2)]).interval == "none: one document"
     assert math.isnan(task.summarise([]).value)
 
