@@ -55,6 +55,10 @@ class Journal:
                 for record in read_records(path, identity):
                     self._parts[record.key].append(record)
 
+    def units(self) -> list[str]:
+        """The units that something is finished of."""
+        return list(self._parts)
+
     def parts(self, key: str) -> Sequence[Record]:
         """What is finished of a unit."""
         return self._parts.get(key, ())

@@ -75,6 +75,9 @@ class Store:
             else:
                 self._own.open("ab").close()  # refuse what cannot be written before any work
             self._journal = Journal(path, self._own, identity)
+            for key in self._journal.units():
+                if self.get(key) is not None:  # killed between its record and this
+                    self._journal.drop(key)
         except Timeout as error:
             raise RunError(
                 f"another sweep is writing to {self._own}: wait for it, or name another folder."
