@@ -137,12 +137,15 @@ def styles(labels: Sequence[str]) -> dict[str, Style]:
         name = name_of(label)
         turn = seen[name] = seen.get(name, -1) + 1
         place = names.index(name)
-        found[label] = _style(place, turn, turn if many else place)
+        if many:  # no two of a family have both dash and marker in common
+            found[label] = _style(place, turn + turn // (len(MARKERS) - 1), turn)
+        else:
+            found[label] = _style(place, turn, place)
     return found
 
 
-def _style(place: int, turn: int, marker: int) -> Style:
-    return Style(place % len(COLOURS), turn % len(DASHES), 1 + marker % (len(MARKERS) - 1))
+def _style(colour: int, dash: int, marker: int) -> Style:
+    return Style(colour % len(COLOURS), dash % len(DASHES), 1 + marker % (len(MARKERS) - 1))
 
 
 def value_chart(sweep: SweepData, task: str, looks: dict[str, Style]) -> Chart:

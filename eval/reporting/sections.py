@@ -128,7 +128,8 @@ def _cell(found: Sequence[Observation] | None) -> dict[str, Any] | None:
         kind = str(observation.detail.get("haystack", "")).partition("@")[0]
         kinds[kind].append(bool(observation.correct))
     by = {kind: [sum(right), len(right)] for kind, right in kinds.items()}
-    return {"n": n, "hits": hits, "value": hits / n, "low": low, "high": high, "by": by}
+    low, high, value = round(low, 4), round(high, 4), round(hits / n, 4)  # there may be thousands
+    return {"n": n, "hits": hits, "value": value, "low": low, "high": high, "by": by}
 
 
 def effective(sweep: SweepData, task: str, method: str) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def geometry(chart: Chart, among: Sequence[Chart]) -> dict[str, Any]:
     return {
         "chart": chart,
         "lines": lines,
+        "front": {line.method: line.style for line in chart.series if not chart.is_back(line)},
         "x_ticks": ticks,
         "y_ticks": [(up(y), chart.written(y)) for y in levels],
         "window": None if chart.window is None else across(chart.window),

@@ -173,13 +173,14 @@ _HIDDEN = (
 
 
 def write_wide_run(
-    folder: Path, *, model: str = "tiny-135M", methods: Sequence[str] = WIDE_METHODS, seed: int = 0
+    folder: Path, *, model: str = "tiny-135M", seed: int = 0, hidden: int = len(_HIDDEN)
 ) -> SweepResult:
-    """Write a folder of as many methods and tasks as one sweep may have: 14 under 14, 5 lengths."""
+    """Write a folder of as many methods and tasks as one sweep may have: 14 of both, 5 lengths."""
     lengths, window, samples = (4096, 8192, 16384, 32768, 65536), 8192, 20
-    hidden: list[Any] = [type(n, (Passkey,), {"name": n})(samples=samples) for n in _HIDDEN]
-    tasks: list[Any] = [*hidden, Ruler(samples=5), Perplexity()]
-    variants = [Variant(label, (), None, window, True) for label in methods]
+    names = _HIDDEN[:hidden]
+    keys: list[Any] = [type(n, (Passkey,), {"name": n})(samples=samples) for n in names]
+    tasks: list[Any] = [*keys, Ruler(samples=5), Perplexity()]
+    variants = [Variant(label, (), None, window, True) for label in WIDE_METHODS]
     random, records = Random(seed), list[Record]()
     for turn, variant in enumerate(variants):
         reach = 8192 * 2 ** (min(turn, 7 + random.random()) * 0.4 - 0.3)
