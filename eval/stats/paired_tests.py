@@ -218,6 +218,7 @@ def cluster_bootstrap(
     sums, sizes = _sums(y, group), _sums(w, group)
     n, whole, size, shares = len(sums), math.fsum(sums), math.fsum(sizes), sums / sizes
     value, tie = whole / size, _TIE * float(np.abs(shares).max())
+    draws = _checked_draws(resamples)
     why = too_few(n) or (f"none: all {n} clusters are alike" if np.ptp(shares) <= tie else "")
     if why:
         return Estimate(value, math.nan, math.nan, why, n, 0, seed)
@@ -230,7 +231,7 @@ def cluster_bootstrap(
         ratio,
         paired=True,
         vectorized=True,
-        n_resamples=_checked_draws(resamples),
+        n_resamples=draws,
         batch=_batch(n),
         confidence_level=confidence,
         method="BCa",
