@@ -42,7 +42,8 @@ class Progress:
             disable=not (shown and self._console.is_terminal),
             speed_estimate_period=600,  # steps take minutes at long lengths
         )
-        self._task = self._bar.add_task("", total=total, completed=known)
+        self._task = self._bar.add_task("", total=total)
+        self._bar.tasks[0].completed = known
         self._known, self._shown = known, shown
         self._every = every
         self._ended = Event()
