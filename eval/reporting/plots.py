@@ -122,9 +122,9 @@ def _mark_window(axes: Axes, window: int | None) -> None:
     axes.axvline(window, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
         " original window",
-        (window, 1),
+        (window, 0.02),
         xycoords=("data", "axes fraction"),
-        va="top",
+        va="bottom",
         rotation=90,
         fontsize=8,
         color="0.35",
