@@ -175,7 +175,18 @@ def _window(
     where: str, kind: Any, entry: dict[str, Any], length: float | None, original: Any
 ) -> Iterator[Finding]:
     factor = entry.get("factor")
-    if length is None or not is_number(original) or not is_number(factor):
+    if length is None or not is_number(factor):
+        return
+    if kind == "dynamic" and (original is None or length == original):
+        yield Finding(
+            "note",
+            where,
+            f"dynamic leaves max_position_embeddings at {length:g}: a longer request is scaled to "
+            f"its own length T, as by NTK with {factor:g}·T/{length:g} − {factor - 1:g}",
+            "nothing in transformers; a server that takes max_position_embeddings for its limit "
+            "must be told a longer one",
+        )
+    if not is_number(original):
         return
     if kind == "dynamic" and length > original:
         yield Finding(

@@ -92,6 +92,11 @@ class Method(Protocol):
         del window
         return None
 
+    def window_note(self, rope: Rope) -> str:
+        """What the window named in the config does not say of the method; empty if it says all."""
+        del rope
+        return ""
+
     def neutral(self, rope: Rope) -> Method | None:
         """The setting that changes nothing, None where there is none."""
         del rope
@@ -126,6 +131,8 @@ class Report:
     checks: tuple[Check, ...]
     below: Report | None = None
     """Of the patch below, where the same `extend` put it on."""
+    note: str = ""
+    """What the window does not say."""
 
     @property
     def ok(self) -> bool:
@@ -134,10 +141,13 @@ class Report:
 
     def __str__(self) -> str:
         where = "plain transformers" if self.plain_loadable else "longctx.load only"
+        before, now = self.original_window, self.window
+        window = f"{before} → {now} tokens" if now != before else f"{now} tokens, as it was"
         lines = [
             *([] if self.below is None else [f"{self.below}"]),
             f"{self.method}",
-            f"  window {self.original_window} → {self.window} tokens; saved checkpoint: {where}",
+            f"  window {window}; saved checkpoint: {where}",
+            *([f"  {self.note}"] if self.note else []),
             *(f"  {'ok  ' if c.ok else 'FAIL'} {c.name}: {c.detail}" for c in self.checks),
         ]
         return "\n".join(lines)
@@ -224,6 +234,7 @@ class Patch:
             plain_loadable=self.method.plain_loadable,
             checks=(*self.method.verify(self.model, self), *self.proven),
             below=self.below.report() if self.joined and self.below else None,
+            note=self.method.window_note(self.rope),
         )
 
     def remove(self) -> None:

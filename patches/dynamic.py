@@ -370,6 +370,16 @@ class Dynamic(Method):
         stretch = f * max(length, rope.length) / rope.length - (f - 1)
         return Frequencies(rope.inv_freq(rope.theta * stretch ** (rope.dim / (rope.dim - 2))))
 
+    def window_note(self, rope: Rope) -> str:
+        """That there is no longest request, and how one is scaled."""
+        f = scale(self.name, self.factor, self.target, rope)
+        length = max(2 * rope.length, int(f * rope.length))
+        stretch = f * length / rope.length - (f - 1)
+        return (
+            f"dynamic leaves the config's window at {rope.length:,} tokens: a longer request is "
+            f"scaled to its own length, whatever that is ({length:,} tokens as by ntk:{stretch:g})"
+        )
+
     def native_rope(self, rope: Rope) -> dict[str, Any]:
         """`rope_type: dynamic`, which reads L from `max_position_embeddings`: it must not grow."""
         f = scale(self.name, self.factor, self.target, rope)

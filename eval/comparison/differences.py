@@ -22,7 +22,7 @@ from scipy import stats
 
 from longctx.errors import RunError
 
-from ..stats.intervals import mean_interval
+from ..stats.intervals import mean_interval, too_few
 from ..stats.paired_tests import mcnemar, paired_bootstrap, sign_flip
 from ..tasks.shared.protocol import Observation
 
@@ -195,8 +195,8 @@ def _t(
         return math.nan, math.nan, "none: no pair differs", 1.0
     mean, low, high = mean_interval(changes, weights, clusters)
     n = len(set(clusters))
-    if n < 2:
-        return math.nan, math.nan, f"none: a single {what.removesuffix('s')}", math.nan
+    if few := too_few(n, what.removesuffix("s")):
+        return math.nan, math.nan, few, math.nan
     error = (high - low) / 2 / float(stats.t.ppf(0.975, n - 1))
     if error <= 1e-12 * abs(mean):
         return math.nan, math.nan, f"none: all {n} {what} differ alike", math.nan

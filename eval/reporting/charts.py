@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..comparison.comparison import ComparedTask, Comparison
 from ..results.reader import SweepData
+from .families import MANY, best_of_each, family_of
 from .palette import COLOURS, DASHES, MARKERS
 from .tables import figure, spread
 
@@ -79,6 +80,14 @@ class Chart:
     """Whether intervals are drawn without being asked for."""
     wide: tuple[tuple[float, float, str], ...] = ()
     """First, last and name of each place that can be pointed at."""
+    front: frozenset[str] | None = None
+    """Methods whose lines stand out among many; None: all."""
+    remark: str = ""
+    """What must be known of it, such as why no intervals are drawn."""
+
+    def is_back(self, line: Series) -> bool:
+        """Whether a line is drawn faintly, behind those that stand out."""
+        return self.front is not None and line.method not in self.front
 
     def written(self, level: float) -> str:
         """A place of the value axis as it is written there."""
@@ -114,28 +123,36 @@ class Chart:
 
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A style for each method, by its name and its turn among the settings of that name."""
-    names = list(dict.fromkeys(label.partition(":")[0] for label in labels if label != "none"))
+    """A style for each method, by its name and its turn among the settings of that name.
+
+    Of many methods a family has a colour, and those of one family differ in markers and dashes.
+    """
+    others = [label for label in dict.fromkeys(labels) if label != "none"]
+    many = len(others) >= MANY
+    name_of = family_of if many else (lambda label: label.partition(":")[0])
+    names = list(dict.fromkeys(map(name_of, others)))
     seen: dict[str, int] = {}
     found: dict[str, Style] = {"none": Style(None, 0, 0)}
-    for label in dict.fromkeys(labels):
-        name = label.partition(":")[0]
-        if label == "none":
-            continue
+    for label in others:
+        name = name_of(label)
         turn = seen[name] = seen.get(name, -1) + 1
         place = names.index(name)
-        found[label] = _style(place, turn)
+        if many:  # no two of a family have both dash and marker in common
+            found[label] = _style(place, turn + turn // (len(MARKERS) - 1), turn)
+        else:
+            found[label] = _style(place, turn, place)
     return found
 
 
-def _style(place: int, turn: int) -> Style:
-    return Style(place % len(COLOURS), turn % len(DASHES), 1 + place % (len(MARKERS) - 1))
+def _style(colour: int, dash: int, marker: int) -> Style:
+    return Style(colour % len(COLOURS), dash % len(DASHES), 1 + marker % (len(MARKERS) - 1))
 
 
 def value_chart(sweep: SweepData, task: str, looks: dict[str, Style]) -> Chart:
     """The value of a task by length, a line per method; what failed is left out."""
     share = sweep.is_share(task)
     series: list[Series] = []
+    missing: dict[str, None] = {}
     for method in sweep.methods:
         rows = [row for row in sweep.cells(task, method) if math.isfinite(row.value)]
         points: list[Point] = []
@@ -143,6 +160,8 @@ def value_chart(sweep: SweepData, task: str, looks: dict[str, Style]) -> Chart:
             text = figure(row, share=share)
             if interval := spread(row, share=share):
                 text += f" ({interval}{'%' if share else ''})"
+            elif row.interval.startswith("none"):
+                missing[f"no interval{row.interval.removeprefix('none')}"] = None
             points.append(Point(row.length, row.value, row.low, row.high, f"{text}, n={row.n}"))
         series.append(Series(method, looks[method], tuple(points)))
     if sweep.is_answered(task):
@@ -151,8 +170,12 @@ def value_chart(sweep: SweepData, task: str, looks: dict[str, Style]) -> Chart:
         label = "share" if sweep.is_higher_better(task) else "share, less is better"
     else:
         label = "perplexity"
-    return _over_lengths(
+    chart = _over_lengths(
         _value_title(sweep, task), label, share, sweep.lengths, sweep.original_window, series
+    )
+    front = best_of_each(sweep, task, sweep.methods) if len(series) > MANY else None
+    return replace(
+        chart, front=None if front is None else frozenset(front), remark="; ".join(missing)
     )
 
 
@@ -167,7 +190,7 @@ def comparison_chart(comparison: Comparison, task: ComparedTask) -> Chart:
             if math.isfinite(row.value)
         ]
         turn, colour = divmod(place - 1, len(COLOURS))
-        style = _style(colour, turn) if place else Style(None, 0, 0)
+        style = _style(colour, turn, colour) if place else Style(None, 0, 0)
         series.append(Series(entry, style, tuple(points)))
     window = comparison.original_window
     return _over_lengths(task.name, task.value, task.share, comparison.lengths, window, series)

@@ -25,8 +25,10 @@ from ..decoding.result import DecodeBench
 from ..results.reader import SWEEP_FILE, SweepData, read_sweep, refuse_other_records
 from ..results.verification import notes_of
 from . import sections
+from .boards import part_boards, reach_board
 from .charts import Chart, position_chart, styles, tokens, value_chart
 from .decoding_section import decoding_section, read_benches
+from .families import MANY, best_of_each, by_family
 from .palette import COLOURS, DASHES, HEAT, MARKERS
 from .svg import geometry
 from .tables import figure, intervals, spread
@@ -137,6 +139,8 @@ def render(sweeps: Sequence[SweepData], benches: Sequence[DecodeBench] = ()) -> 
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     filters: Any = environment.filters  # typed as the ones that jinja2 comes with
     filters.update(figure=figure, spread=spread, tokens=tokens, pretty=_pretty, intervals=intervals)
+    filters["families"] = lambda methods: by_family(methods, str)
+    filters["map_families"] = lambda maps: by_family(maps, lambda each: each["method"])
     names = _names(sweeps)
     looks = styles([method for sweep in sweeps for method in sweep.methods])
     runs = [_run(sweep, name) for sweep, name in zip(sweeps, names, strict=True)]
@@ -163,6 +167,12 @@ def render(sweeps: Sequence[SweepData], benches: Sequence[DecodeBench] = ()) -> 
         tasks=tasks,
         values=values,
         lost=lost,
+        many=MANY,
+        front={
+            name: {t: best_of_each(s, t, s.methods) for t in s.tasks} for name, s in shown.items()
+        },
+        reach={run["name"]: reach_board(shown[run["name"]], run["effective"]) for run in runs},
+        parts={name: part_boards(sweep) for name, sweep in shown.items()},
         looks={m: looks[m] for m in dict.fromkeys(m for s in sweeps for m in s.methods)},
         colours=COLOURS,
         heat=HEAT,

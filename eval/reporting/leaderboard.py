@@ -21,8 +21,8 @@ from longctx.folders import refuse_other_than_file
 
 from ..results.reader import SweepData, read_sweep
 from ..results.sweep_result import Row
-from ..stats.effective_length import pi_length
 from ..stats.intervals import wilson
+from .families import reads_to
 from .html import refuse_other_content
 from .tables import figure, spread
 
@@ -51,6 +51,16 @@ class _Entry:
     reads: _Cell
     far: _Cell
     cells: tuple[_Cell, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """A model as it came, and under the method that makes it read furthest."""
+
+    model: str
+    window: str
+    came: _Entry | None
+    best: _Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +122,25 @@ def render(boards: Sequence[_Board], runs: int) -> str:
     )
     source = resources.files("longctx.eval.reporting").joinpath("leaderboard.html.jinja")
     return environment.from_string(source.read_text(encoding="utf-8")).render(
-        boards=boards, runs=runs
+        boards=boards, runs=runs, standings=_standings(boards)
     )
+
+
+def _standings(boards: Sequence[_Board]) -> list[_Standing]:
+    """The models of the first table of answers, those that read furthest first."""
+    entries = next((board.entries for board in boards if board.answered), ())
+    found: list[_Standing] = []
+    for model in dict.fromkeys(entry.model for entry in entries):
+        own = [entry for entry in entries if entry.model == model]
+        came = next((entry for entry in own if entry.method == "none"), None)
+        best = max(own, key=_rank)
+        found.append(_Standing(model, best.window.text, came, best))
+    return sorted(found, key=lambda one: _rank(one.best), reverse=True)
+
+
+def _rank(entry: _Entry) -> tuple[float, ...]:
+    figures = (entry.reads, entry.far, *reversed(entry.cells))
+    return tuple(-1.0 if math.isnan(cell.sort) else cell.sort for cell in figures)
 
 
 def _boards(sweeps: Sequence[tuple[str, SweepData]]) -> list[_Board]:
@@ -156,7 +183,7 @@ def _entry(run: str, sweep: SweepData, task: str, method: str, lengths: Sequence
         run=run,
         window=_tokens(sweep.original_window),
         claims=_tokens(some.window),
-        reads=_reads(list(rows.values())) if sweep.is_answered(task) else _nothing(),
+        reads=_reads(sweep, task, method) if sweep.is_answered(task) else _nothing(),
         far=_far(list(rows.values())),
         cells=tuple(_figure(rows.get(length), share=share) for length in lengths),
     )
@@ -176,13 +203,13 @@ def _figure(row: Row | None, *, share: bool) -> _Cell:
     return _Cell(figure(row, share=share), spread(row, share=share), row.value)
 
 
-def _reads(rows: Sequence[Row]) -> _Cell:
+def _reads(sweep: SweepData, task: str, method: str) -> _Cell:
     """The longest length up to which at least 80% are found at every tested one."""
-    accuracies = {row.length: row.value for row in rows if not math.isnan(row.value)}
-    reached = pi_length(accuracies, 0.8) if accuracies else None
+    known = [row.length for row in sweep.cells(task, method) if not math.isnan(row.value)]
+    reached = reads_to(sweep, task, method)
     if reached is None:
-        return _Cell(f"< {min(accuracies):,}", "", 0) if accuracies else _nothing()
-    sign = "≥ " if reached == max(accuracies) else ""
+        return _Cell(f"< {min(known):,}", "", 0) if known else _nothing()
+    sign = "≥ " if reached == max(known) else ""
     return _Cell(f"{sign}{reached:,}", "", reached)
 
 

@@ -63,6 +63,7 @@ def draw_sweep(result: SweepResult) -> Figure:
 def _draw_chart(axes: Axes, chart: Chart, title: str | None = None) -> None:
     """Draw a line chart."""
     for line in chart.series:
+        back = chart.is_back(line)
         xs = [point.x for point in line.points]
         colour = INK if line.style.colour is None else COLOURS[line.style.colour].light
         axes.plot(
@@ -71,8 +72,10 @@ def _draw_chart(axes: Axes, chart: Chart, title: str | None = None) -> None:
             color=colour,
             linestyle=DASHES[line.style.dash].matplotlib,
             marker=MARKERS[line.style.marker].matplotlib,
-            markersize=4.5,
-            linewidth=1.6,
+            markersize=3 if back else 4.5,
+            linewidth=0.8 if back else 1.6,
+            alpha=0.4 if back else 1,
+            zorder=2 if back else 3,
             label=line.method,
         )
         if chart.bands:
@@ -82,7 +85,7 @@ def _draw_chart(axes: Axes, chart: Chart, title: str | None = None) -> None:
         axes.set_title(title, fontsize=11, loc="left")
     axes.set_xscale("log", base=2)
     _ticks(axes.xaxis, chart.ticks, [tokens(n) for n in chart.ticks])
-    axes.set_xlabel(chart.x_label)
+    axes.set_xlabel(chart.x_label + (f"\n{chart.remark}" if chart.remark else ""))
     _value_scale(axes, chart)
     _mark_window(axes, chart.window)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
@@ -119,9 +122,9 @@ def _mark_window(axes: Axes, window: int | None) -> None:
     axes.axvline(window, color="0.45", linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
         " original window",
-        (window, 1),
+        (window, 0.02),
         xycoords=("data", "axes fraction"),
-        va="top",
+        va="bottom",
         rotation=90,
         fontsize=8,
         color="0.35",

@@ -16,6 +16,7 @@ from ..results.reader import SweepData
 from ..stats.effective_length import effective_length, pi_length, ruler_length, yarn_length
 from ..stats.intervals import mean_interval, wilson
 from ..tasks.shared.protocol import Observation
+from .families import reads_to, worth
 
 __all__ = [
     "cost",
@@ -39,27 +40,23 @@ def headline(sweep: SweepData) -> dict[str, Any] | None:
     """How far the best method reads, against the model as it came, and at what cost.
 
     "Reads to" is the longest length up to which every tested one has at least 80% of the first
-    answered task. The best reads furthest; of those that do, it finds most keys beyond the original
-    window, then most keys.
+    answered task, or of the first whose answers have scores. The best is by `worth`.
 
     Returns:
-        `task` (whose chart goes with it) and `text`; None where no task has right answers.
+        `task` (whose chart goes with it) and `text`; None where no task has answers.
     """
-    task = next((name for name in sweep.tasks if sweep.is_answered(name)), None)
+    scored = (name for name, task in sweep.tasks.items() if task.figure == "score")
+    task = next((name for name in sweep.tasks if sweep.is_answered(name)), next(scored, None))
     if task is None:
         return None
-    reached = {method: _reads_to(sweep, task, method) for method in sweep.methods}
+    reached = {method: reads_to(sweep, task, method) for method in sweep.methods}
     if not any(reached.values()):
         shortest = sweep.lengths[0]
-        text = f"{sweep.model} finds less than 80% of {task} at {shortest:,} tokens already"
+        has = "finds" if sweep.is_answered(task) else "has"
+        text = f"{sweep.model} {has} less than 80% of {task} at {shortest:,} tokens already"
         return {"task": task, "text": f"{text}{', under every method' * (len(reached) > 1)}."}
 
-    def worth(method: str) -> tuple[float, ...]:
-        rows = sweep.cells(task, method)
-        values = [row.value for row in rows if not math.isnan(row.value)]
-        return reached[method] or 0, sum(row.far_found or 0 for row in rows), sum(values)
-
-    best = max(sweep.methods, key=worth)
+    best = max(sweep.methods, key=lambda method: worth(sweep, task, method))
     row = next(row for row in sweep.cells(task, best) if row.length == reached[best])
     under = "as it came" if best == "none" else f"with {best}"
     text = f"{sweep.model} reads to {row.length:,} tokens {under}: {row.value:.0%} of {row.n}"
@@ -72,11 +69,6 @@ def headline(sweep: SweepData) -> dict[str, Any] | None:
         came = f"{reached['none']:,}" if reached["none"] else f"less than {sweep.lengths[0]:,}"
         text += f" As it came it reads to {came}. {_cost_inside(sweep, best)}"
     return {"task": task, "text": text.strip()}
-
-
-def _reads_to(sweep: SweepData, task: str, method: str) -> int | None:
-    rows = sweep.cells(task, method)
-    return pi_length({row.length: row.value for row in rows if not math.isnan(row.value)}, 0.8)
 
 
 def _cost_inside(sweep: SweepData, method: str) -> str:
@@ -136,7 +128,8 @@ def _cell(found: Sequence[Observation] | None) -> dict[str, Any] | None:
         kind = str(observation.detail.get("haystack", "")).partition("@")[0]
         kinds[kind].append(bool(observation.correct))
     by = {kind: [sum(right), len(right)] for kind, right in kinds.items()}
-    return {"n": n, "hits": hits, "value": hits / n, "low": low, "high": high, "by": by}
+    low, high, value = round(low, 4), round(high, 4), round(hits / n, 4)  # there may be thousands
+    return {"n": n, "hits": hits, "value": value, "low": low, "high": high, "by": by}
 
 
 def effective(sweep: SweepData, task: str, method: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def geometry(chart: Chart, among: Sequence[Chart]) -> dict[str, Any]:
         return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM), 1)
 
     lines: list[dict[str, Any]] = []
-    for line in chart.series:
+    for line in sorted(chart.series, key=chart.is_back, reverse=True):
         spots = [(across(p.x), up(p.y)) for p in line.points]
         sure = [p for p in line.points if math.isfinite(p.low)]
         edge = [(across(p.x), up(p.high)) for p in sure]
@@ -48,6 +48,7 @@ def geometry(chart: Chart, among: Sequence[Chart]) -> dict[str, Any]:
             {
                 "method": line.method,
                 "style": line.style,
+                "back": chart.is_back(line),
                 "spots": spots,
                 "path": _path(spots),
                 "band": _path(edge) + "z" if len(sure) > 1 else "",
@@ -61,6 +62,7 @@ def geometry(chart: Chart, among: Sequence[Chart]) -> dict[str, Any]:
     return {
         "chart": chart,
         "lines": lines,
+        "front": {line.method: line.style for line in chart.series if not chart.is_back(line)},
         "x_ticks": ticks,
         "y_ticks": [(up(y), chart.written(y)) for y in levels],
         "window": None if chart.window is None else across(chart.window),

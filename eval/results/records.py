@@ -30,6 +30,7 @@ __all__ = [
     "load_record",
     "parts_of",
     "read_parts",
+    "read_records",
 ]
 
 _VERSION = 2
@@ -89,29 +90,25 @@ def read_parts(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:
     """
     found: dict[str, Record] = {}
     for part in parts_of(path):
-        for key, record in _read_records(part, identity).items():
+        for key, record in {one.key: one for one in read_records(part, identity)}.items():
             known = found.get(key)
             if known is None or known.failed is not None or record.failed is None:
                 found[key] = record
     return found
 
 
-def _read_records(path: Path, identity: Mapping[str, str]) -> dict[str, Record]:
-    """The records of one file by key, in the order of the file; of several the last counts.
+def read_records(path: Path, identity: Mapping[str, str]) -> list[Record]:
+    """The records of one file in its order.
 
     Raises:
         RunError: it belongs to another model or tokenizer, is not a results file, or is damaged.
         OSError: it cannot be read.
     """
     whole = path.read_bytes().rpartition(b"\n")[0]
-    found: dict[str, Record] = {}
-    for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
-        if number == 1:
-            check_header(path, line, identity)
-        else:
-            record = load_record(line, f"{path}, line {number}")
-            found[record.key] = record
-    return found
+    lines = whole.split(b"\n") if whole else []
+    for line in lines[:1]:
+        check_header(path, line, identity)
+    return [load_record(line, f"{path}, line {n}") for n, line in enumerate(lines[1:], 2)]
 
 
 def check_header(path: Path, line: bytes, identity: Mapping[str, str]) -> None:

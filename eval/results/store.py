@@ -2,7 +2,8 @@
 
 The first line names model and tokenizer. Each further one is a unit of work under the digest of
 all that it depends on; of several under one key the last counts. Failed units are tried again.
-Scores of single tokens lie beside it, a parquet file per unit in the folder `tokens`.
+Scores of single tokens lie beside it, a parquet file per unit in the folder `tokens`, and what is
+finished of a unit under way in NAME.part (`Journal`).
 
 One process writes to a file. Several that share a sweep (`torchrun`) have a file each, named after
 the common one, and read all of them.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,8 @@ from filelock import FileLock, Timeout
 from longctx.errors import RunError
 from longctx.folders import refuse_other_than_file, refuse_other_than_folder
 
+from .append import append_line, drop_cut_line
+from .journal import Journal
 from .records import Record, check_header, dump_record, header_of, load_record, read_parts
 
 if TYPE_CHECKING:
@@ -52,6 +56,7 @@ class Store:
         self.notes: list[str] = []
         self._records: dict[str, Record] = {}
         self._own = path
+        self._journal: Journal | None = None
         if path is None:
             return
         if rank:
@@ -66,9 +71,13 @@ class Store:
             self.reload()
             self._drop_cut_line(self._own)
             if not self._own.exists() or not self._own.stat().st_size:
-                self._append(json.dumps(header_of(identity)))
+                append_line(self._own, json.dumps(header_of(identity)))
             else:
                 self._own.open("ab").close()  # refuse what cannot be written before any work
+            self._journal = Journal(path, self._own, identity)
+            for key in self._journal.units():
+                if self.get(key) is not None:  # killed between its record and this
+                    self._journal.drop(key)
         except Timeout as error:
             raise RunError(
                 f"another sweep is writing to {self._own}: wait for it, or name another folder."
@@ -112,17 +121,46 @@ class Store:
         text = dump_record(record)
         record = load_record(text, "the record")
         self._records[record.key] = record
-        if self.path is not None:
+        if self._own is not None and self._journal is not None:
             try:
                 if per_token is not None:
                     self._write_tokens(record.key, per_token)
-                self._append(text)
+                append_line(self._own, text)
+                self._journal.drop(record.key)
             except OSError as error:
-                raise RunError(
-                    f"cannot write to {self.path.parent}: {error}. Make room; the same call then "
-                    f"goes on from the {len(self._records) - 1} results that are in there."
-                ) from error
+                raise self._no_room(error, len(self._records) - 1) from error
         return record
+
+    def parts(self, key: str) -> Sequence[Record]:
+        """What is finished of a unit that was cut off, as records of some prompts each."""
+        return () if self._journal is None else self._journal.parts(key)
+
+    def put_part(self, record: Record) -> None:
+        """Keep what is finished of a unit under way; it may take a second to reach the disk."""
+        self._on_journal(lambda journal: journal.add(record))
+
+    def flush(self) -> None:
+        """Have all parts on the disk before this returns."""
+        self._on_journal(Journal.flush)
+
+    def drop_parts(self, key: str) -> None:
+        """Forget what is finished of a unit that is measured otherwise now."""
+        self._on_journal(lambda journal: journal.drop(key))
+
+    def _on_journal(self, do: Callable[[Journal], None]) -> None:
+        if self._journal is None:
+            return
+        try:
+            do(self._journal)
+        except OSError as error:
+            raise self._no_room(error, len(self._records)) from error
+
+    def _no_room(self, error: OSError, known: int) -> RunError:
+        assert self.path is not None
+        return RunError(
+            f"cannot write to {self.path.parent}: {error}. Make room; the same call then goes on "
+            f"from the {known} results that are in there."
+        )
 
     def _tokens(self, key: str) -> Path:
         assert self.path is not None
@@ -140,22 +178,13 @@ class Store:
         finally:
             part.unlink(missing_ok=True)
 
-    def _append(self, line: str) -> None:
-        assert self._own is not None
-        with self._own.open("ab") as file:
-            file.write(line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
     def _drop_cut_line(self, path: Path) -> None:
-        """Drop what was being written when a run was cut off: complete lines end in a newline."""
+        """Say so where a line was cut off; refuse a file whose only line is not the header's."""
         data = path.read_bytes() if path.exists() else b""
-        whole, _, cut = data.rpartition(b"\n")
-        if not cut:
-            return
-        if not whole and not json.dumps(header_of(self.identity)).encode().startswith(cut):
-            check_header(path, cut, self.identity)
-        os.truncate(path, len(data) - len(cut))
-        self.notes.append(
-            f"{path}: the last line was cut off ({len(cut)} bytes), dropped and computed again"
-        )
+        header = json.dumps(header_of(self.identity)).encode()
+        if data and b"\n" not in data and not header.startswith(data):
+            check_header(path, data, self.identity)
+        if cut := drop_cut_line(path):
+            self.notes.append(
+                f"{path}: the last line was cut off ({len(cut)} bytes), dropped and computed again"
+            )

@@ -52,6 +52,8 @@ class Variant:
     """How prompts are read in pieces; None: as a whole."""
     cache: CompressedCache | None = None
     """What the contexts of prompts are kept in; None: the full cache."""
+    note: str = ""
+    """What the window does not say of the methods."""
 
     @contextmanager
     def applied(self, model: PreTrainedModel, *, replace: bool) -> Generator[None]:
@@ -266,8 +268,14 @@ def _as_it_came(model: PreTrainedModel) -> Variant:
     factor, claimed = (patch.factor, patch.window) if patch else (None, window(model))
     if patch and patch.below and patch.window:  # whose own factor counts on the window below
         factor = patch.window / patch.rope.length
+    notes: list[str] = []
+    below = patch
+    while below is not None:
+        notes.insert(0, below.method.window_note(below.rope))
+        below = below.below
     labels = " + ".join(map(label, methods_of(model))) or "none"
-    return Variant(labels, (), factor, claimed, _invariant(model))
+    said = "; ".join(filter(None, notes))
+    return Variant(labels, (), factor, claimed, _invariant(model), note=said)
 
 
 def _invariant(model: PreTrainedModel) -> bool:

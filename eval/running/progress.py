@@ -17,7 +17,17 @@ __all__ = ["Progress"]
 class Progress:
     """A bar with the remaining time or, where stderr is not a terminal, a line every 30 seconds."""
 
-    def __init__(self, total: float, *, shown: bool, every: float = 30.0) -> None:
+    def __init__(
+        self, total: float, *, known: float = 0.0, shown: bool, every: float = 30.0
+    ) -> None:
+        """Begin.
+
+        Args:
+            total: of the work, in any unit.
+            known: how much of it was done before, which says nothing of the time that is left.
+            shown: or say nothing.
+            every: seconds between two lines.
+        """
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),
@@ -33,11 +43,18 @@ class Progress:
             speed_estimate_period=600,  # steps take minutes at long lengths
         )
         self._task = self._bar.add_task("", total=total)
+        self._bar.tasks[0].completed = known
+        self._known, self._shown = known, shown
         self._every = every
         self._ended = Event()
         self._lines = Thread(target=self._say, daemon=True)
         self._says = shown and not self._console.is_terminal
         self._began = time.monotonic()
+
+    def note(self, said: str) -> None:
+        """Print a sentence, if anything is shown."""
+        if self._shown:
+            self._console.print(f"note: {said}", markup=False)
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -70,9 +87,10 @@ class Progress:
             task = self._bar.tasks[0]
             share = task.completed / task.total if task.total else 0.0
             elapsed = time.monotonic() - self._began
-            left = f", about {_clock(elapsed / share - elapsed)} left" if share else ""
+            done, rest = task.completed - self._known, task.remaining or 0.0
+            left = f", about {_clock(elapsed * rest / done)} left" if done > 0 else ""
             self._console.print(
-                f"{share:.0%} at {task.description}, {_clock(elapsed)} elapsed{left}", markup=False
+                f"{share:.1%} at {task.description}, {_clock(elapsed)} elapsed{left}", markup=False
             )
 
 

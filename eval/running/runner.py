@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeAlias
 
@@ -25,15 +25,27 @@ from ..results.variants import Variant
 from ..results.verification import Verification
 from ..tasks.shared.adaptive import Adaptive, Verdict, boundary
 from ..tasks.shared.answering import Answering
-from ..tasks.shared.protocol import Measured, Observation, OverCache, Plan, Task, Unit
+from ..tasks.shared.protocol import (
+    Measured,
+    Observation,
+    OverCache,
+    Plan,
+    Resumable,
+    Task,
+    UnderWay,
+    Unit,
+)
 from ..tasks.shared.retrieval import Retrieval
+from .meter import Meter, cost
 from .progress import Progress
 from .verify import verify
 
-__all__ = ["Job", "Ranks", "SweepRunner", "UnitRunner", "cost"]
+__all__ = ["Job", "Ranks", "SweepRunner", "UnitRunner", "notes_before"]
 
 _LONGEST = timedelta(days=7)  # that one process may have to wait for another's last unit
 _Ask: TypeAlias = Callable[..., list[Record]]
+_Told: TypeAlias = Callable[[int], None]
+"""Told how many further prompts of a unit are finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +88,11 @@ class Job:
     task: Task
     plan: Plan
 
+    @property
+    def label(self) -> str:
+        """As the progress has it."""
+        return f"{self.variant.label} {self.task.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class UnitRunner:
@@ -86,32 +103,56 @@ class UnitRunner:
     store: Store
     batch_tokens: int
 
-    def run(self, job: Job, unit: Unit) -> list[Record]:
+    def run(self, job: Job, unit: Unit, told: _Told = lambda finished: None) -> list[Record]:
         """Take a unit from the store, or run it and put it there; the method is in place.
 
-        Several records where a pass over all lengths did not fit and each had its own.
+        What is finished of it is kept as it comes, and an earlier run's is gone on from. Several
+        records where a pass over all lengths did not fit and each had its own.
         """
         known = self.known(job, unit)
         if known:
             return known
-        begin = time.perf_counter()
-        try:
-            found = self._measured(job, unit)
-            failed = None
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            found = Measured((), unit.tokens, "failed")
-            failed = f"out of memory at {max(unit.lengths)} tokens, one prompt at a time"
-        if failed and len(unit.lengths) > 1:
-            return [record for single in unit.by_length() for record in self.run(job, single)]
         record = Record(
             key=self._key(job, unit),
             method=job.variant.label,
             task=job.task.name,
             lengths=unit.lengths,
+            tokens=0,
+            seconds=0.0,
+            how="under way",
+            observations=(),
+        )
+        earlier = self.store.parts(record.key)
+        begin = last = time.perf_counter()
+
+        def add(observations: Sequence[Observation], tokens: int) -> None:
+            nonlocal last
+            seconds, last = time.perf_counter() - last, time.perf_counter()
+            part = replace(
+                record, observations=tuple(observations), tokens=tokens, seconds=round(seconds, 3)
+            )
+            self.store.put_part(part)
+            told(len(observations))
+
+        observed = [one for part in earlier for one in part.observations]
+        under_way = UnderWay(observed, sum(part.tokens for part in earlier), add)
+        try:
+            found = self._measured(job, unit, under_way)
+            failed = None
+        except BaseException as error:
+            self.store.flush()
+            if not is_out_of_memory(error):
+                raise
+            found = Measured((), unit.tokens, "failed")
+            failed = f"out of memory at {max(unit.lengths)} tokens, one prompt at a time"
+        if failed and len(unit.lengths) > 1:
+            self.store.drop_parts(record.key)
+            return [record for single in unit.by_length() for record in self.run(job, single)]
+        seconds = time.perf_counter() - begin + sum(part.seconds for part in earlier)
+        record = replace(
+            record,
             tokens=found.tokens,
-            seconds=round(time.perf_counter() - begin, 3),
+            seconds=round(seconds, 3),
             how=found.how,
             observations=found.observations,
             failed=failed,
@@ -124,21 +165,28 @@ class UnitRunner:
             table = table.add_column(0, "method", pa.repeat(job.variant.label, len(table)))
         return [self.store.put(record, table)]
 
-    def _measured(self, job: Job, unit: Unit) -> Measured:
-        reading, task, cache = job.variant.reading, job.task, job.variant.cache
+    def _measured(self, job: Job, unit: Unit, under_way: UnderWay) -> Measured:
+        reading, task, inputs = job.variant.reading, job.task, (self.model, self.tokenizer, unit)
+        cache = job.variant.cache
         if cache is not None:
             assert isinstance(task, OverCache), "the sweep refuses other tasks"
-            return task.measure_over_cache(self.model, self.tokenizer, unit, cache)
+            return task.measure_over_cache(*inputs, cache)
         if reading is not None:
             assert isinstance(task, Retrieval)
-            return task.measure_in_pieces(self.model, self.tokenizer, unit, reading)
-        return task.measure(
-            self.model,
-            self.tokenizer,
-            unit,
-            batch_tokens=self.batch_tokens,
-            length_invariant=job.variant.length_invariant,
-        )
+            return task.measure_in_pieces(*inputs, under_way, reading)
+        batch_tokens, invariant = self.batch_tokens, job.variant.length_invariant
+        # A task may measure in a way of its own, although what it derives from is resumable.
+        if isinstance(task, Resumable) and type(task).measure is Resumable.measure:
+            return task.measure_from(
+                *inputs, under_way, batch_tokens=batch_tokens, length_invariant=invariant
+            )
+        return task.measure(*inputs, batch_tokens=batch_tokens, length_invariant=invariant)
+
+    def finished(self, job: Job, unit: Unit) -> int:
+        """How many prompts of a unit were finished by earlier runs."""
+        if self.known(job, unit):
+            return unit.prompts
+        return sum(len(part.observations) for part in self.store.parts(self._key(job, unit)))
 
     def recorded(self, job: Job, unit: Unit) -> list[Record]:
         """The records of a unit that was run, failed ones too."""
@@ -164,9 +212,10 @@ class UnitRunner:
         )
 
 
-def cost(units: Iterable[Unit]) -> float:
-    """Time to expect, up to a factor: attention grows with the length, the rest does not."""
-    return sum(unit.tokens * (1 + max(unit.lengths) / 8192) for unit in units)
+def notes_before(jobs: Sequence[Job]) -> list[str]:
+    """What is known before any work is done: of methods, and of the prompts."""
+    methods = [f"{job.variant.label}: {job.variant.note}" for job in jobs if job.variant.note]
+    return list(dict.fromkeys((*methods, *(note for job in jobs for note in job.plan.notes))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,25 +228,47 @@ class SweepRunner:
     ranks: Ranks
 
     def measure(self, jobs: Sequence[Job], *, replace: bool, progress: bool) -> None:
-        """Run this process's share of all units, each method put on the model in turn."""
-        total = sum(cost(job.plan.units) for job in jobs)
+        """Run this process's share of all units, each method put on the model in turn.
+
+        What a reader must know of methods and prompts is said before.
+        """
+        units = [[] if self._adapts(job) else list(job.plan.units) for job in jobs]
+        finished = {
+            (job.label, place): self.unit_runner.finished(job, unit)
+            for job, those in zip(jobs, units, strict=True)
+            for place, unit in enumerate(those)
+        }
+        known = sum(
+            cost(unit) * finished[job.label, place] / unit.prompts
+            for job, those in zip(jobs, units, strict=True)
+            for place, unit in enumerate(those)
+        )
+        total = sum(cost(unit) for job in jobs for unit in job.plan.units)
         number = 0
-        with Progress(total, shown=progress and self.ranks.first) as bar:
-            for turn, job in enumerate(jobs):
+        with Progress(total, known=known, shown=progress and self.ranks.first) as bar:
+            for note in notes_before(jobs):
+                bar.note(note)
+            for turn, (job, those) in enumerate(zip(jobs, units, strict=True)):
+                meter = Meter(bar, job.label, those)
                 with job.variant.applied(self.unit_runner.model, replace=replace):
                     # Where each step depends on the last, whole jobs are shared out.
                     if self._adapts(job):
-                        bar.at(f"{job.variant.label} {job.task.name}")
+
+                        def ask(job: Job, unit: Unit, meter: Meter = meter) -> list[Record]:
+                            meter.begin(unit)
+                            found = self.unit_runner.run(job, unit, meter.add)
+                            meter.end()
+                            return found
+
                         if self.ranks.mine(turn):
-                            self._walk(job, self.unit_runner.run)
-                        bar.advance(cost(job.plan.units))
-                        continue
-                    for unit in job.plan.units:
-                        bar.at(f"{job.variant.label} {job.task.name} {max(unit.lengths)}")
+                            self._walk(job, ask)
+                        meter.fill(job.plan.units)
+                    for place, unit in enumerate(those):
+                        meter.begin(unit, finished[job.label, place])
                         if self.ranks.mine(number):
-                            self.unit_runner.run(job, unit)
+                            self.unit_runner.run(job, unit, meter.add)
                         number += 1
-                        bar.advance(cost((unit,)))
+                        meter.end()
 
     def collect(self, job: Job) -> tuple[list[Record], list[str]]:
         """All records of a job, whichever process made them, and what is to be said of them."""

@@ -33,7 +33,7 @@ from ..tasks.shared.protocol import OverCache, Plan, Task
 from ..tasks.shared.registry import available_tasks, parse_task
 from ..tasks.shared.retrieval import Retrieval
 from .lengths import parse_lengths
-from .runner import Job, Ranks, SweepRunner, UnitRunner
+from .runner import Job, Ranks, SweepRunner, UnitRunner, notes_before
 
 __all__ = ["sweep"]
 
@@ -149,7 +149,7 @@ def sweep(
     trained = original_window(model)
     notes = [
         *store.notes,
-        *(note for plan in plans.values() for note in plan.notes),
+        *notes_before(jobs),
         *(note for _, said in collected.values() for note in said),
         *notes_of(verified),
         *_notes_on_caches(variants, verify),

@@ -24,6 +24,7 @@ from scipy import optimize, special, stats
 
 from longctx.errors import DataError
 
+from .intervals import too_few
 from .paired_tests import Floats, Indices, check_clusters, check_numbers
 
 __all__ = ["EffectiveLength", "effective_length", "pi_length", "ruler_length", "yarn_length"]
@@ -275,8 +276,8 @@ def _limit(
     if group is None:
         return float(stats.chi2.ppf(confidence, 1)), f"profile likelihood, {confidence:.0%}"
     clusters = int(group.max()) + 1
-    if clusters < 2:
-        return math.inf, "none: one cluster"
+    if few := too_few(clusters):
+        return math.inf, few
     factor = len(y) / len(set(zip(which.tolist(), group.tolist(), strict=True)))
     if best.fall and best.between is None and math.isfinite(best.x):
         apart = best.x - curve.x

@@ -1,4 +1,10 @@
-"""Intervals for the cells of a sweep, at 95% unless said otherwise."""
+"""Intervals for the cells of a sweep, at 95% unless said otherwise.
+
+An interval over clusters takes three of them (`LEAST`). How clusters differ is estimated from
+themselves, and from two it hardly is: the t of one degree of freedom is 12.7, so that a 95%
+interval over two documents is on average 5.2 times as wide as if their spread were known, "1 to
+1,693" for a perplexity of 40. From three it is 1.9 times as wide, from five 1.3 times.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +15,33 @@ from typing import TypeVar
 from scipy import stats
 
 __all__ = [
+    "LEAST",
     "clustered_wilson",
     "jackknife_interval",
     "mean_interval",
     "mean_of_means",
     "perplexity_of",
+    "too_few",
     "wilson",
 ]
 
 T = TypeVar("T")
 NAN = math.nan
+LEAST = 3
+"""Clusters from which there is an interval over them."""
+
+
+def too_few(clusters: int, what: str = "cluster") -> str:
+    """Say why so few clusters have no interval; empty where they are enough.
+
+    >>> too_few(1), too_few(2, "document"), too_few(3)
+    ('none: one cluster', 'none: two documents, and an interval takes three', '')
+    """
+    if clusters >= LEAST:
+        return ""
+    return (
+        f"none: two {what}s, and an interval takes three" if clusters == 2 else f"none: one {what}"
+    )
 
 
 def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -48,7 +71,7 @@ def clustered_wilson(
     The number of trials is divided by the design effect, which is how many times larger the
     variance over clusters is than that of independent trials (1 at least), and by (t/z)², since a
     variance over few clusters is itself uncertain. Where all trials agree nothing shows how they
-    hang together: there, those of one unit count as one. The interval is NaN for a single cluster.
+    hang together: there, those of one unit count as one. It is NaN below `LEAST` clusters.
 
     Args:
         hits: of each trial.
@@ -87,13 +110,13 @@ def jackknife_interval(
 
     For statistics that are not means, such as an entropy. With θᵢ without cluster i of n, the
     variance is (n−1)/n · Σ (θᵢ − θ̄)², on n − 1 degrees of freedom. The interval is of what the
-    statistic gives for so many items, not for more. It is NaN for a single cluster.
+    statistic gives for so many items, not for more. It is NaN below `LEAST` clusters.
 
     Source: Tukey 1958; Heltshe & Forrester 1983, Biometrics 39, 1-11, for numbers of kinds.
     """
     whole = statistic([item for items in clusters.values() for item in items])
     n = len(clusters)
-    if n < 2:
+    if n < LEAST:
         return whole, NAN, NAN
     without = [
         statistic([item for other, items in clusters.items() if other != name for item in items])
@@ -115,13 +138,13 @@ def mean_interval(
 
     With the sums y and w of each of n clusters and the ratio r, the variance of r is
     n/(n−1) · Σ (y − r·w)² / (Σ w)² (linearisation, Cochran 1977, section 6.3), on n − 1 degrees of
-    freedom. The interval is NaN for a single cluster, which says nothing about others.
+    freedom. The interval is NaN below `LEAST` clusters.
     """
     whole = math.fsum(weights)
     if not whole:
         return NAN, NAN, NAN
     mean, n = math.fsum(totals) / whole, len(set(clusters))
-    if n < 2 or math.isnan(mean):
+    if n < LEAST or math.isnan(mean):
         return mean, NAN, NAN
     reach = float(stats.t.ppf((1 + confidence) / 2, n - 1))
     reach *= math.sqrt(_variance(totals, weights, clusters))
@@ -159,7 +182,8 @@ def mean_of_means(
     be 0, as if the part were known for certain. So each part's spread is taken with two clusters
     more, one of zeros and one of ones, of average size: what Agresti & Coull (1998) do for a share.
 
-    The interval is NaN where any part has fewer than two clusters.
+    The interval is NaN where any part has fewer than two clusters. Two are enough here: with those
+    that are added their spread has three degrees of freedom, and that of other parts more.
 
     >>> [round(x, 2) for x in mean_of_means([1, 1, 0, 1, 0, 0], list("abcdef"), list("xxxyyy"))]
     [0.5, 0.0, 1.0]

@@ -104,8 +104,9 @@ def key_tokens(
 def long_ppl(tokens: pd.DataFrame, keys: pd.DataFrame) -> pd.DataFrame:
     """Perplexity over the key tokens, a row for each method and length.
 
-    Columns: method, length, value, low, high (t over documents, 95%; NaN where one document holds
-    all keys), keys, documents, targets (all that were scored) and share (keys of those targets).
+    Columns: method, length, value, low, high (t over documents, 95%; NaN where fewer than three
+    hold all keys), keys, documents, targets (all that were scored) and share (keys of those
+    targets).
 
     Args:
         tokens: from `SweepResult.per_token`; of other models too, if their tokenizer is the same.

@@ -19,6 +19,8 @@ from scipy import stats
 
 from longctx.errors import DataError
 
+from .intervals import too_few
+
 __all__ = [
     "Estimate",
     "McNemar",
@@ -192,7 +194,7 @@ def cluster_bootstrap(
     Source: Efron 1987, with the jackknife over clusters. Assumes independent clusters of one
     population. From few of them it is too narrow, as every bootstrap is (95% covered 87% with 8,
     92% with 20, 94% with 60, simulated): `stats.mean_interval` (t over clusters) is safer there.
-    There is no interval from one cluster or from clusters that are all alike.
+    There is no interval from one cluster, from two, or from clusters that are all alike.
 
     Args:
         totals: per observation: 1 or 0 for an answer, NLL summed over its targets in nats, …
@@ -216,8 +218,9 @@ def cluster_bootstrap(
     sums, sizes = _sums(y, group), _sums(w, group)
     n, whole, size, shares = len(sums), math.fsum(sums), math.fsum(sizes), sums / sizes
     value, tie = whole / size, _TIE * float(np.abs(shares).max())
-    if n < 2 or np.ptp(shares) <= tie:
-        why = "none: one cluster" if n < 2 else f"none: all {n} clusters are alike"
+    draws = _checked_draws(resamples)
+    why = too_few(n) or (f"none: all {n} clusters are alike" if np.ptp(shares) <= tie else "")
+    if why:
         return Estimate(value, math.nan, math.nan, why, n, 0, seed)
 
     def ratio(sums: Floats, sizes: Floats, axis: int) -> Floats:
@@ -228,7 +231,7 @@ def cluster_bootstrap(
         ratio,
         paired=True,
         vectorized=True,
-        n_resamples=_checked_draws(resamples),
+        n_resamples=draws,
         batch=_batch(n),
         confidence_level=confidence,
         method="BCa",

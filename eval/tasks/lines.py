@@ -25,8 +25,8 @@ from longctx.scoring.continuations import continue_prompts
 from .shared.answering import said_by, stops_of
 from .shared.line_packing import cut, fit
 from .shared.longeval import Case, LongEval, field
-from .shared.protocol import Measured, Observation, Unit
-from .shared.retrieval import PromptSpec, depth_grid, details_of, turn_of
+from .shared.protocol import Measured, Observation, UnderWay, Unit
+from .shared.retrieval import PromptSpec, depth_grid, details_of, names_of, thin_grid, turn_of
 from .shared.vocabulary import names, number
 
 __all__ = ["TASK", "Lines"]
@@ -118,11 +118,12 @@ class Lines(LongEval):
         key = LongEval.cache_key(self)
         return key if self.free else {name: key[name] for name in key if name != "free"}
 
-    def measure(
+    def measure_from(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         unit: Unit,
+        under_way: UnderWay,
         *,
         batch_tokens: int,
         length_invariant: bool,
@@ -130,9 +131,13 @@ class Lines(LongEval):
         """Score the contents of a unit's prompts, or let the model answer freely."""
         how: Any = {"batch_tokens": batch_tokens, "length_invariant": length_invariant}
         if not self.free:
-            return LongEval.measure(self, model, tokenizer, unit, **how)
+            return LongEval.measure_from(self, model, tokenizer, unit, under_way, **how)
         cases = self.cases(tokenizer, unit)
-        prompts = [prompt for _, _, prompt in cases]
+        prompts, asked = [prompt for _, _, prompt in cases], names_of(cases)
+
+        def finished(row: int, said: tuple[int, ...] | None, tokens: int) -> None:
+            under_way.add([self._answered(tokenizer, *cases[row], said)], tokens)
+
         found = continue_prompts(
             model,
             [prompt.input_ids[: prompt.answer_start] for prompt in prompts],
@@ -140,20 +145,30 @@ class Lines(LongEval):
             stop=stops_of(model, tokenizer),
             drafts=[prompt.answer_ids for prompt in prompts],
             length_invariant=length_invariant,
+            known=under_way.known(asked),
+            finished=finished,
         )
-        observed: list[Observation] = []
-        for (length, spec, prompt), said in zip(cases, found.token_ids, strict=True):
-            detail = {**details_of(length, spec, prompt), "new_tokens": _FREE}
-            correct = None
-            if said is not None:
-                text = said_by(tokenizer, said)
-                numbers = re.findall(r"\d+", text)
-                correct = bool(numbers) and int(numbers[-1]) == int(prompt.key)
-                detail |= {"said": text, "said_ids": list(said)}
-            nll = math.nan if said is None else 0.0
-            cluster = self.cluster(spec, prompt)
-            observed.append(Observation(length, str(spec.index), cluster, nll, 0, correct, detail))
-        return Measured(tuple(observed), found.tokens, f"generated, {found.how}")
+        return under_way.measured(asked, f"generated, {found.how}")
+
+    def _answered(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        spec: PromptSpec,
+        prompt: Prompt,
+        said: tuple[int, ...] | None,
+    ) -> Observation:
+        """A free answer, of which the last number counts."""
+        detail = {**details_of(length, spec, prompt), "new_tokens": _FREE}
+        correct = None
+        if said is not None:
+            text = said_by(tokenizer, said)
+            numbers = re.findall(r"\d+", text)
+            correct = bool(numbers) and int(numbers[-1]) == int(prompt.key)
+            detail |= {"said": text, "said_ids": list(said)}
+        nll = math.nan if said is None else 0.0
+        cluster = self.cluster(spec, prompt)
+        return Observation(length, str(spec.index), cluster, nll, 0, correct, detail)
 
     def prompt_spec(self, index: int, length: int, longest: int | None) -> PromptSpec:
         """A line at each depth of one record, then the next record."""
@@ -255,6 +270,10 @@ class Lines(LongEval):
             )
         space = " " if self.free else ""
         return Case(text, self._prefix(name), f"{content}", space, depth=found / len(text))
+
+    def plan_notes(self) -> list[str]:
+        """Whether all depths are reached."""
+        return thin_grid(self.name, self.samples, self.depths)
 
     def _grid(self) -> list[float]:
         return [] if self.depths is None else depth_grid(self.depths, self.samples)

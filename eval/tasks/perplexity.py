@@ -32,7 +32,7 @@ from longctx.scoring.compressed_caches import CompressedCache
 from longctx.scoring.over_cache import score_over_cache
 from longctx.scoring.token_scores import TokenScores
 
-from ..stats.intervals import mean_interval, perplexity_of
+from ..stats.intervals import mean_interval, perplexity_of, too_few
 from .shared.protocol import Measured, Observation, Plan, Summary, Unit
 from .shared.sliding import score_last
 from .shared.texts import bos_before, digest, documents_of, place_windows, texts_of
@@ -329,7 +329,7 @@ class Perplexity:
         """Exponential of the token-weighted mean NLL and of its interval's ends, or their mean."""
         clusters = [o.cluster for o in observations]
         documents = len(set(clusters))
-        name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
+        name = too_few(documents, "document") or f"t over {documents} documents, 95%"
         whole = [(o.nll, o.targets) for o in observations]
         figures = self._averaged(whole, clusters)
         prefix = None

@@ -142,7 +142,7 @@ class Questions(Answering):
             )
             if chosen:
                 tokens = sum(min(sizes[i], length) for i in chosen)
-                units.append(Unit((length,), tokens, {"prompts": chosen}))
+                units.append(Unit((length,), tokens, {"prompts": chosen}, len(chosen)))
                 self.questions(tokenizer, units[-1])
         if beyond and self.longer == "leave_out":
             notes.append(

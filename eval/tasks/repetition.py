@@ -25,8 +25,8 @@ from longctx.generation.registry import parse_decoding
 from longctx.prompts.haystacks import bos_of
 from longctx.scoring.batching import is_out_of_memory, shrinking
 
-from ..stats.intervals import mean_interval
-from .shared.protocol import Measured, Observation, Plan, Summary, Unit
+from ..stats.intervals import mean_interval, too_few
+from .shared.protocol import Measured, Observation, Plan, Resumable, Summary, UnderWay, Unit
 from .shared.repetition_metrics import distinct_n, diversity, loop_onset, rep_l, seq_rep_n, uniq
 from .shared.texts import digest, documents_of, spread, texts_of
 
@@ -42,7 +42,7 @@ _Said: TypeAlias = tuple[tuple[int, ...], str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Repetition:
+class Repetition(Resumable):
     """Repetition in continuations; the value of a cell is the mean seq-rep-4, a share.
 
     The observations carry no NLL: that of a model's own words says how sure it is of itself, and
@@ -130,39 +130,45 @@ class Repetition:
             )
         windows = [[name, start + size - self.new_tokens] for name, start in places]
         note = f"repetition: {short} of {len(sizes)} documents, below {size} tokens, are left out"
+        count = len(windows)
         units = [
-            Unit((length,), (length + self.new_tokens) * len(windows), {"windows": windows})
+            Unit((length,), (length + self.new_tokens) * count, {"windows": windows}, count)
             for length in lengths
         ]
         return Plan(tuple(units), (note,) if short else ())
 
-    def measure(
+    def measure_from(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         unit: Unit,
+        under_way: UnderWay,
         *,
         batch_tokens: int,
         length_invariant: bool,
     ) -> Measured:
-        """Generate the continuations of one length."""
+        """Generate the continuations of one length that are left."""
         del length_invariant
         (length,) = unit.lengths
         documents, bos = documents_of(tokenizer, texts_of(self.text)), bos_of(tokenizer)
         windows: list[_Window] = [(name, end) for name, end in unit.spec["windows"]]
         prompts = [[*bos, *documents[name][end - length + len(bos) : end]] for name, end in windows]
 
-        def run(first: int, last: int) -> list[Observation]:
+        names = [(length, _item(window)) for window in windows]
+        known = set(under_way.known(names))
+
+        def run(first: int, last: int) -> None:
+            if known.issuperset(range(first, last)):
+                return
             said = self._said(model, tokenizer, prompts[first:last], first)
-            return [
+            found = [
                 self._observe(tokenizer, length, window, documents[window[0]], tokens, stopped)
                 for window, (tokens, stopped) in zip(windows[first:last], said, strict=True)
             ]
+            under_way.add(found, sum(length + one.detail["tokens"] for one in found))
 
-        size = max(1, batch_tokens // (length + self.new_tokens))
-        found = [o for part in shrinking(len(windows), size, run) for o in part]
-        tokens = sum(length + o.detail["tokens"] for o in found)
-        return Measured(tuple(found), tokens, "generated")
+        shrinking(len(windows), max(1, batch_tokens // (length + self.new_tokens)), run)
+        return under_way.measured(names, "generated")
 
     def _said(
         self,
@@ -227,7 +233,7 @@ class Repetition:
         if onset is not None:  # left out where there is none: a recorded null is read as NaN
             detail["loop_onset"] = onset
         nll = math.nan if stopped is None else 0.0
-        return Observation(length, f"{name}@{end}", name, nll, targets=0, detail=detail)
+        return Observation(length, _item(window), name, nll, targets=0, detail=detail)
 
     def summarise(self, observations: Sequence[Observation]) -> Summary:
         """The mean seq-rep-4, every continuation counting alike."""
@@ -237,12 +243,17 @@ class Repetition:
         documents = len(set(clusters))
         if math.isnan(mean):
             return Summary(mean, math.nan, math.nan, "none")
-        if documents < 2:
-            return Summary(mean, math.nan, math.nan, "none: one document")
+        if few := too_few(documents, "document"):
+            return Summary(mean, math.nan, math.nan, few)
         if len(set(shares)) == 1:  # no spread to tell from: not a certainty
             return Summary(mean, math.nan, math.nan, "none: all alike")
         name = f"t over {documents} documents, 95%"
         return Summary(mean, max(0.0, low), min(1.0, high), name)
+
+
+def _item(window: _Window) -> str:
+    """Names a window's observation."""
+    return f"{window[0]}@{window[1]}"
 
 
 TASK = Repetition

@@ -109,7 +109,7 @@ class Ruler(Answering):
         numbers = list(range(self.samples))
         turns = [numbers[first : first + _TURN] for first in range(0, len(numbers), _TURN)]
         units = [
-            Unit((length,), length * len(turn), {"part": part, "prompts": turn})
+            Unit((length,), length * len(turn), {"part": part, "prompts": turn}, len(turn), part)
             for turn in turns
             for part in self.parts
             for length in lengths

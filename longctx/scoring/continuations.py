@@ -11,9 +11,9 @@ continuation ends as soon as the caller says that what it asks of it is settled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +26,11 @@ from .greedy import neutral
 from .prefix_tree import CALL, Node, Walk, causal_attention, cost_of, grow, obstacle
 from .token_scores import score
 
-__all__ = ["Continuations", "continue_prompts"]
+__all__ = ["Continuations", "Said", "continue_prompts"]
+
+Said: TypeAlias = Callable[[int, tuple[int, ...] | None, int], None]
+"""Told of a prompt by its number: what was said after it, as `Continuations` has it, and the tokens
+that were forwarded since it was last told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,8 @@ class Continuations:
     """What was said after each prompt."""
 
     token_ids: tuple[tuple[int, ...] | None, ...]
-    """Without the token that ended it; None where the logits held a NaN."""
+    """Without the token that ended it; None where the logits held a NaN, and for prompts that were
+    passed over."""
     tokens: int
     """Forwarded: of prompts, drafts and what was said."""
     how: str
@@ -50,6 +55,8 @@ def continue_prompts(
     drafts: Sequence[Sequence[int]] | None = None,
     settled: Callable[[int, Sequence[int]], bool] | None = None,
     length_invariant: bool = True,
+    known: Iterable[int] = (),
+    finished: Said | None = None,
 ) -> Continuations:
     """Say what greedy decoding says after each prompt, one prompt at a time.
 
@@ -63,6 +70,9 @@ def continue_prompts(
             after each token; True ends the continuation there.
         length_invariant: whether a token's logits are the same in a longer input. If not, nothing
             is shared or drafted.
+        known: numbers of prompts that an earlier call with the same arguments was `finished` with,
+            and that are passed over.
+        finished: called as prompts come to their end.
 
     Raises:
         DataError: an empty prompt, or no tokens to say.
@@ -71,27 +81,46 @@ def continue_prompts(
     if any(len(prompt) == 0 for prompt in prompts) or any(new < 1 for new in new_tokens):
         raise DataError("expected prompts of at least one token, and one to be said after each.")
     ended = settled or (lambda row, said: False)
+    sheet = _Sheet(len(prompts), set(known), finished)
     why = "length-dependent method" if not length_invariant else obstacle(model)
     if why is None and prompts:
         drafts = [[]] * len(prompts) if drafts is None else drafts
         tree, how = grow(prompts, list(map(len, prompts))), "shared prefixes"
         if cost_of(tree, prompts) >= sum(len(prompt) + CALL for prompt in prompts):
             tree, how = Node(0, 0, 0, (), tuple(range(len(prompts)))), "whole prompts (cheaper)"
-        walk = _Continuing(model, prompts, drafts, list(new_tokens), stop, ended)
+        walk = _Continuing(model, prompts, drafts, list(new_tokens), stop, ended, sheet)
         try:
             with causal_attention(model), torch.no_grad(), evaluating(model):
                 walk.visit(tree)
-            return Continuations(tuple(walk.said), walk.tokens, how)
+            return sheet.continuations(how)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         why = "no memory for a cache"
-    said = [
-        _generate(model, prompt, new, stop, lambda tokens, row=row: ended(row, tokens))
-        for row, (prompt, new) in enumerate(zip(prompts, new_tokens, strict=True))
-    ]
-    tokens = sum(map(len, prompts)) + sum(len(one or ()) for one in said)
-    return Continuations(tuple(said), tokens, f"whole prompts ({why})")
+    for row, (prompt, new) in enumerate(zip(prompts, new_tokens, strict=True)):
+        if row not in sheet.done:
+            said = _generate(model, prompt, new, stop, lambda tokens, row=row: ended(row, tokens))
+            sheet.put(row, said, len(prompt) + len(said or ()))
+    return sheet.continuations(f"whole prompts ({why})")
+
+
+class _Sheet:
+    """What was said after all prompts, as it comes."""
+
+    def __init__(self, count: int, done: set[int], finished: Said | None) -> None:
+        self.done, self._finished = done, finished
+        self._said: list[tuple[int, ...] | None] = [None] * count
+        self._tokens = 0
+
+    def put(self, row: int, said: tuple[int, ...] | None, tokens: int) -> None:
+        self._said[row] = said
+        self.done.add(row)
+        self._tokens += tokens
+        if self._finished is not None:
+            self._finished(row, said, tokens)
+
+    def continuations(self, how: str) -> Continuations:
+        return Continuations(tuple(self._said), self._tokens, how)
 
 
 class _Continuing(Walk):
@@ -105,16 +134,20 @@ class _Continuing(Walk):
         new_tokens: Sequence[int],
         stop: Container[int],
         settled: Callable[[int, Sequence[int]], bool],
+        sheet: _Sheet,
     ) -> None:
-        super().__init__(model, prompts)
+        super().__init__(model, prompts, sheet.done)
         self._drafts, self._new, self._stop, self._settled = drafts, new_tokens, stop, settled
-        self.said: list[tuple[int, ...] | None] = [None] * len(prompts)
+        self._sheet, self._told = sheet, 0
 
     def end(self, rows: Sequence[int], done: int) -> None:
         """One prompt after the other: each is said to another end."""
         for row in rows:
+            if row in self._sheet.done:
+                continue
             said = self._begin(row, done)
-            self.said[row] = None if said is None else tuple(said)
+            tokens, self._told = self.tokens - self._told, self.tokens
+            self._sheet.put(row, None if said is None else tuple(said), tokens)
 
     def _begin(self, row: int, done: int) -> list[int] | None:
         prompt, cache = self.prompts[row], self.fork()

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -44,6 +45,13 @@ class Node:
     branches: tuple[Node, ...]
     leaves: tuple[int, ...]
     """Prompts that share nothing further."""
+
+    @property
+    def rows(self) -> Iterator[int]:
+        """All prompts that it is a beginning of."""
+        yield from self.leaves
+        for branch in self.branches:
+            yield from branch.rows
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
@@ -104,12 +112,21 @@ class _FullCache(DynamicCache):
 
 
 class Walk(ABC):
-    """A walk through the tree with one cache."""
+    """A walk through the tree with one cache.
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
-        self.model, self.prompts = model, prompts
+    It may be taken up where an earlier one was cut off: what leads to the prompts that are left is
+    then run again, in the same pieces, so that all scores are those of one walk.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        finished: AbstractSet[int] = frozenset(),
+    ) -> None:
+        self.model, self.prompts, self.finished = model, prompts, finished
         self.tokens = 0
-        """Forwarded."""
+        """Forwarded, without what an earlier walk had forwarded already."""
         self._cache = _FullCache(config=text_config(model))
 
     @abstractmethod
@@ -117,12 +134,16 @@ class Walk(ABC):
         """Run what prompts of one length have after their first `done` tokens, which they share."""
 
     def visit(self, node: Node) -> None:
-        """Run a node and all below it."""
+        """Run a node and all below it that is not finished."""
+        rows = set(node.rows)
+        if rows <= self.finished:
+            return
         own = node.end - node.begin
         if own:
             ids = torch.tensor([self.prompts[node.row][node.begin : node.end]])
             prefill(self.model, ids, self._cache)
-            self.tokens += own
+            if rows.isdisjoint(self.finished):
+                self.tokens += own
         for rows in by_length(node.leaves, self.prompts):
             self.end(rows, node.end)
         for branch in node.branches:

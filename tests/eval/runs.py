@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ import pyarrow as pa
 
 from longctx.eval import Observation, Passkey, Perplexity, Summary, SweepResult, Task
 from longctx.eval.reporting.files import write_sweep
-from longctx.eval.results.records import Record
+from longctx.eval.results.records import Record, dump_record, header_of
 from longctx.eval.results.store import Store
 from longctx.eval.results.sweep_result import rows_of
 from longctx.eval.results.variants import Variant
 from longctx.eval.results.verification import Verification
+from longctx.eval.tasks.ruler import Ruler
+from longctx.eval.tasks.shared.ruler_prompts import PARTS
 
 IDENTITY = {"model": "0123456789abcdef", "tokenizer": "fedcba9876543210"}
 WINDOW = 512
@@ -156,3 +159,90 @@ def _text(
     name = f"text-{method.replace(':', '')}-{document}"
     record = Record(name, method, "perplexity", lengths, longest, 0.7, "one pass", found)
     return store.put(record, table)
+
+
+WIDE_METHODS = (
+    "none", "linear:8", "ntk:8", "ntk_by_parts:8", "yarn:8", "llama3:8", "resonance:8",
+    "dynamic:8", "dual_chunk:factor=8", "dual_chunk:factor=8,log_n=True", "rerope:factor=8",
+    "self_extend:factor=8", "sink_window:window=252", "yarn:2 + dual_chunk:factor=4,log_n=True",
+)  # fmt: skip
+_HIDDEN = (
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",
+    "niah_multikey_3", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1",
+)  # fmt: skip
+
+
+def write_wide_run(
+    folder: Path, *, model: str = "tiny-135M", seed: int = 0, hidden: int = len(_HIDDEN)
+) -> SweepResult:
+    """Write a folder of as many methods and tasks as one sweep may have: 14 of both, 5 lengths."""
+    lengths, window, samples = (4096, 8192, 16384, 32768, 65536), 8192, 20
+    names = _HIDDEN[:hidden]
+    keys: list[Any] = [type(n, (Passkey,), {"name": n})(samples=samples) for n in names]
+    tasks: list[Any] = [*keys, Ruler(samples=5), Perplexity()]
+    variants = [Variant(label, (), None, window, True) for label in WIDE_METHODS]
+    random, records = Random(seed), list[Record]()
+    for turn, variant in enumerate(variants):
+        reach = 8192 * 2 ** (min(turn, 7 + random.random()) * 0.4 - 0.3)
+
+        def right(length: int, hard: float, reach: float = reach) -> bool:
+            logit = 3 - 2 * hard - 2.5 * math.log2(length / reach)
+            return random.random() < 1 / (1 + math.exp(-logit))
+
+        for number, task in enumerate(tasks):
+            for length in lengths:
+                if task.name == "perplexity":
+                    found = [
+                        Observation(
+                            length, f"{d}@0", d, 128 * (2.5 + random.random() * 0.3), 128,
+                            detail={"prefix_nll": 2.6 * length, "prefix_targets": length},
+                        )
+                        for d in "abcdefgh"
+                    ]  # fmt: skip
+                elif task.name == "ruler":
+                    found = [
+                        Observation(
+                            length, f"{part}/{i}", f"{part}/{i}", 0.0, 0,
+                            detail={"part": part, "score": float(right(length, k / 8)), "key": "k"},
+                        )
+                        for k, part in enumerate(PARTS)
+                        for i in range(5)
+                    ]  # fmt: skip
+                else:
+                    found = [
+                        Observation(
+                            length, str(i), f"h{i}", 0.5, 5, hit := right(length, number / 8),
+                            {"key": "84621", "depth": i % 10 / 9, "wanted_depth": i % 10 / 9,
+                             "haystack": "grass" if i % 2 else "manual@17", "seed": i,
+                             "argmax": "84621" if hit else "80000"},
+                        )
+                        for i in range(samples)
+                    ]  # fmt: skip
+                records.append(
+                    Record(
+                        f"{turn}-{task.name}-{length}", variant.label, task.name, (length,),
+                        length * 12, length / 800, "shared prefixes", tuple(found),
+                    )
+                )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(header_of(IDENTITY)), *map(dump_record, records)]
+    (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
+    result = SweepResult(
+        model=model,
+        identity=IDENTITY,
+        original_window=window,
+        lengths=lengths,
+        tasks=tuple(tasks),
+        variants=tuple(variants),
+        rows=tuple(
+            row
+            for variant in variants
+            for task in tasks
+            for row in rows_of(variant, task, lengths, _of(records, variant.label, task))
+        ),
+        records=tuple(records),
+        notes=(),
+        results=folder / "results.jsonl",
+    )
+    write_sweep(result, folder)
+    return result

@@ -7,7 +7,7 @@ decoding (`longctx.scoring.continuations`). An answer ends where its score can n
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -21,8 +21,8 @@ from longctx.scoring.compressed_caches import CompressedCache
 from longctx.scoring.continuations import continue_prompts
 from longctx.scoring.over_cache import say_over_cache
 
-from ...stats.intervals import mean_interval, mean_of_means, wilson
-from .protocol import Measured, Observation, Plan, Summary, Unit
+from ...stats.intervals import mean_interval, mean_of_means, too_few, wilson
+from .protocol import Measured, Observation, Plan, Resumable, Summary, UnderWay, Unit
 
 __all__ = [
     "Answering",
@@ -113,7 +113,7 @@ def said_by(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Answering(ABC):
+class Answering(Resumable):
     """A task whose answers are generated; the value of a cell is the mean of their scores.
 
     Of a task in parts it is the mean over the parts, of which each counts alike.
@@ -157,22 +157,27 @@ class Answering(ABC):
         """The same as the key: a cell's figure depends on nothing else."""
         return self.cache_key()
 
-    def measure(
+    def measure_from(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         unit: Unit,
+        under_way: UnderWay,
         *,
         batch_tokens: int,
         length_invariant: bool,
     ) -> Measured:
-        """Generate and score the answers of a unit."""
+        """Generate and score the answers of a unit that are left."""
         del batch_tokens  # one prompt after the other
         asked = self.questions(tokenizer, unit)
         only = [question for _, question in asked]
+        names = [(length, question.item) for length, question in asked]
 
         def settled(row: int, said: Sequence[int]) -> bool:
             return self.is_settled(only[row], said_by(tokenizer, said))
+
+        def finished(row: int, said: tuple[int, ...] | None, tokens: int) -> None:
+            under_way.add([self._observe(tokenizer, *asked[row], said)], tokens)
 
         found = continue_prompts(
             model,
@@ -182,12 +187,10 @@ class Answering(ABC):
             drafts=[question.draft for question in only],
             settled=settled,
             length_invariant=length_invariant,
+            known=under_way.known(names),
+            finished=finished,
         )
-        observed = tuple(
-            self._observe(tokenizer, length, question, said)
-            for (length, question), said in zip(asked, found.token_ids, strict=True)
-        )
-        return Measured(observed, found.tokens, found.how)
+        return under_way.measured(names, found.how)
 
     def cache_obstacle(self, tokenizer: PreTrainedTokenizerBase, unit: Unit) -> str | None:
         """A prompt that does not say where its question begins."""
@@ -266,8 +269,8 @@ class Answering(ABC):
         mean, low, high = mean_interval(scores, [1.0] * len(scores), clusters)
         if math.isnan(mean):
             return Summary(mean, math.nan, math.nan, "none")
-        if count < 2:
-            return Summary(mean, math.nan, math.nan, "none: one cluster")
+        if few := too_few(count):
+            return Summary(mean, math.nan, math.nan, few)
         if len(set(scores)) == 1:  # no spread to tell from: not a certainty
             return Summary(mean, math.nan, math.nan, "none: all alike")
         return Summary(mean, max(0.0, low), min(1.0, high), f"t over {count} clusters, 95%")

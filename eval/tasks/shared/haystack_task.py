@@ -14,7 +14,7 @@ from longctx.errors import DataError
 from longctx.prompts.assembly import Prompt, assemble
 from longctx.prompts.haystacks import Grass, Haystack
 
-from .retrieval import PromptSpec, Retrieval, depth_grid, turn_of
+from .retrieval import PromptSpec, Retrieval, depth_grid, thin_grid, turn_of
 from .texts import digest, texts_of
 
 __all__ = ["HaystackTask"]
@@ -63,6 +63,10 @@ class HaystackTask(Retrieval):
             digest("\f".join(h.documents)) for h in self._haystacks() if not isinstance(h, Grass)
         ]
         return {**Retrieval.cache_key(self), "text": texts}
+
+    def plan_notes(self) -> list[str]:
+        """Whether all depths are reached."""
+        return thin_grid(self.name, self.samples, self.depths, len(self._haystacks()))
 
     def prompt_spec(self, index: int, length: int, longest: int | None) -> PromptSpec:
         """The kinds of haystack alternate; each goes through all depths."""

@@ -107,7 +107,7 @@ class LongEval(Retrieval):
             )
             if chosen:
                 tokens = sum(sizes[i] for i in chosen)
-                units.append(Unit((length,), tokens, {"prompts": chosen}))
+                units.append(Unit((length,), tokens, {"prompts": chosen}, len(chosen)))
         return Plan(tuple(units), tuple(notes))
 
     @property

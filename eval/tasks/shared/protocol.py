@@ -1,13 +1,15 @@
 """What the sweep asks of a task: one file in this folder each, all by this protocol.
 
-A task plans units of work, each recorded and resumed as a whole, and measures one at a time. What
-it measures are observations: a prompt, or a document read to one length. A cell of the table is
-the summary of the observations of one method, task and length.
+A task plans units of work and measures one at a time. A unit is recorded as a whole; a task that
+is `Resumable` can also be told which of a unit's prompts are finished, and goes on from there. What
+it measures are observations: a prompt, or a document read to one length. A cell of the table is the
+summary of the observations of one method, task and length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -18,7 +20,10 @@ from longctx.scoring.compressed_caches import CompressedCache
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Measured", "Observation", "OverCache", "Plan", "Summary", "Task", "Unit"]
+__all__ = [
+    "Measured", "Observation", "OverCache", "Plan", "Resumable", "Summary", "Task", "UnderWay",
+    "Unit",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +36,15 @@ class Unit:
     """Tokens to forward at most, for the time that remains."""
     spec: dict[str, Any] = field(default_factory=dict[str, Any])
     """What sets its inputs apart from those of other units of the task, as JSON."""
+    prompts: int = 1
+    """Observations that it gives if it is measured prompt by prompt, for the progress."""
+    part: str = ""
+    """The part of the task that it belongs to, for the progress."""
 
     def by_length(self) -> list[Unit]:
         """The same work one length at a time: the way out when one pass over all does not fit."""
-        return [Unit((length,), length, self.spec) for length in self.lengths]
+        each = max(1, self.prompts // len(self.lengths))
+        return [Unit((length,), length, self.spec, each, self.part) for length in self.lengths]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,46 @@ class Measured:
     """A row for each scored token, where the task keeps them."""
     cache_bytes: int | None = None
     """Of the largest cache of one prompt, at its end; None where nothing compresses it."""
+
+
+class UnderWay:
+    """What is finished of a unit: by an earlier run that was cut off, and as it goes on.
+
+    A prompt goes by its length and by its item, as its observation has them.
+    """
+
+    def __init__(
+        self,
+        observations: Iterable[Observation] = (),
+        tokens: int = 0,
+        added: Callable[[Sequence[Observation], int], None] | None = None,
+    ) -> None:
+        """Begin where an earlier run ended.
+
+        Args:
+            observations: of prompts that are finished.
+            tokens: that were forwarded for them.
+            added: told of each further observation, and of the tokens it took.
+        """
+        self.tokens = tokens
+        """Forwarded in all."""
+        self._found = {(one.length, one.item): one for one in observations}
+        self._added = added
+
+    def known(self, prompts: Sequence[tuple[int, str]]) -> list[int]:
+        """The places of those prompts that are finished."""
+        return [place for place, prompt in enumerate(prompts) if prompt in self._found]
+
+    def add(self, observations: Sequence[Observation], tokens: int) -> None:
+        """Take what is finished now, and the tokens that were forwarded since the last time."""
+        self._found |= {(one.length, one.item): one for one in observations}
+        self.tokens += tokens
+        if self._added is not None:
+            self._added(observations, tokens)
+
+    def measured(self, prompts: Sequence[tuple[int, str]], how: str) -> Measured:
+        """The observations of all prompts of a unit, in this order."""
+        return Measured(tuple(self._found[prompt] for prompt in prompts), self.tokens, how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,3 +216,38 @@ class OverCache(Protocol):
     ) -> Measured:
         """Run a unit of one length, each input with a cache of its own."""
         ...
+
+
+class Resumable(ABC):
+    """A task that goes on within a unit, at the prompt where it was cut off."""
+
+    __slots__ = ()
+
+    def measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        *,
+        batch_tokens: int,
+        length_invariant: bool,
+    ) -> Measured:
+        """Run a unit from its first prompt."""
+        how: Any = {"batch_tokens": batch_tokens, "length_invariant": length_invariant}
+        return self.measure_from(model, tokenizer, unit, UnderWay(), **how)
+
+    @abstractmethod
+    def measure_from(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unit: Unit,
+        under_way: UnderWay,
+        *,
+        batch_tokens: int,
+        length_invariant: bool,
+    ) -> Measured:
+        """Run those prompts of a unit that are not finished, and add each that is then.
+
+        What it gives is what a run gives that was not cut off, to the last bit.
+        """

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -31,9 +31,17 @@ from longctx.scoring.over_cache import score_over_cache
 from longctx.scoring.prefix_sharing import score_prompts
 
 from ...stats.intervals import wilson
-from .protocol import Measured, Observation, Plan, Summary, Unit
+from .protocol import Measured, Observation, Plan, Resumable, Summary, UnderWay, Unit
 
-__all__ = ["PromptSpec", "Retrieval", "depth_grid", "details_of", "turn_of"]
+__all__ = [
+    "PromptSpec",
+    "Retrieval",
+    "depth_grid",
+    "details_of",
+    "names_of",
+    "thin_grid",
+    "turn_of",
+]
 
 _MOST = 10**6  # seeds that a length has to itself
 _PROMPTS = 3  # counted up when the same settings give other prompts: old results are not reused
@@ -64,6 +72,27 @@ def depth_grid(depths: int | None, prompts: int) -> list[float]:
     return [i / (n - 1) for i in range(n)]
 
 
+def thin_grid(name: str, samples: int, depths: int | None, kinds: int = 1) -> list[str]:
+    """Say that there are fewer prompts than depths, in a sentence; nothing if there are enough.
+
+    Args:
+        name: of the task.
+        samples: prompts of a length.
+        depths: that were asked for; None: drawn at random.
+        kinds: of haystack, which take turns.
+    """
+    grid = depth_grid(depths, -(-samples // kinds))
+    if depths is None or len(grid) == depths:
+        return []
+    s = "s" if samples > 1 else ""
+    each = f" and {kinds} kinds of haystack" if kinds > 1 else ""
+    at = ", ".join(f"{depth:.0%}" for depth in grid)
+    return [
+        f"{name}: {samples} prompt{s} a length are too few for {depths} depths{each}: they stand "
+        f"at {at}. Pass samples={depths * kinds} or more, or depths={len(grid)}"
+    ]
+
+
 def turn_of(turn: int, seed: int, grid: Sequence[float], each: int = 1) -> tuple[int, float]:
     """The haystack and depth of one prompt: all depths of `grid` in turn, then all of them again.
 
@@ -77,7 +106,7 @@ def turn_of(turn: int, seed: int, grid: Sequence[float], each: int = 1) -> tuple
 
 
 @dataclass(frozen=True, slots=True)
-class Retrieval(ABC):
+class Retrieval(Resumable):
     """A task with one right answer per prompt; the value of a cell is the share found."""
 
     samples: int = 20
@@ -88,8 +117,8 @@ class Retrieval(ABC):
     """Put the prompt into the tokenizer's chat template; None: if it has one."""
     share_lengths: bool = False
     """Let all lengths share their keys and haystacks, whose beginnings are then run once for all:
-    cheaper, but lengths are no longer independent of each other, and an interruption loses all of
-    them. Otherwise each length draws its own."""
+    cheaper, but lengths are no longer independent of each other. Otherwise each length draws its
+    own."""
 
     name: ClassVar[str]
     scale: ClassVar[Literal["share", "perplexity"]] = "share"
@@ -141,43 +170,59 @@ class Retrieval(ABC):
         for length in lengths:
             for index in range(self.samples):
                 self.prompt(tokenizer, length, self.prompt_spec(index, length, longest))
-        everything = range(self.samples)
+        everything, notes = range(self.samples), tuple(self.plan_notes())
         if self.share_lengths and length_invariant:
-            whole = self.part(longest, everything, longest)
-            return Plan((Unit(tuple(lengths), sum(lengths) * self.samples, whole.spec),))
-        return Plan(tuple(self.part(length, everything, longest) for length in lengths))
+            spec = self.part(longest, everything, longest).spec
+            count = self.samples * len(lengths)
+            return Plan((Unit(tuple(lengths), sum(lengths) * self.samples, spec, count),), notes)
+        return Plan(tuple(self.part(length, everything, longest) for length in lengths), notes)
+
+    def plan_notes(self) -> list[str]:
+        """What a reader must know of the prompts, in sentences."""
+        return []
 
     def part(self, length: int, indices: Sequence[int], longest: int) -> Unit:
         """The unit of some prompts of one length; `longest` of all matters to shared haystacks."""
         spec: dict[str, Any] = {"prompts": list(indices)}
         if self.share_lengths:
             spec["longest"] = longest
-        return Unit((length,), length * len(indices), spec)
+        return Unit((length,), length * len(indices), spec, len(indices))
 
-    def measure(
+    def measure_from(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         unit: Unit,
+        under_way: UnderWay,
         *,
         batch_tokens: int,
         length_invariant: bool,
     ) -> Measured:
-        """Score the answers of a unit's prompts."""
+        """Score the answers of those of a unit's prompts that are left."""
         cases = self.cases(tokenizer, unit)
         prompts = [prompt for _, _, prompt in cases]
+        names = names_of(cases)
+
+        def finished(
+            rows: Sequence[int],
+            nll: Sequence[torch.Tensor],
+            argmax: Sequence[torch.Tensor],
+            tokens: int,
+        ) -> None:
+            scored = zip(rows, nll, argmax, strict=True)
+            found = [self._observe(tokenizer, *cases[row], *scores) for row, *scores in scored]
+            under_way.add(found, tokens)
+
         scores = score_prompts(
             model,
             [prompt.input_ids for prompt in prompts],
             [prompt.answer_start for prompt in prompts],
             batch_tokens=batch_tokens,
             length_invariant=length_invariant,
+            known=under_way.known(names),
+            finished=finished,
         )
-        found = tuple(
-            self._observe(tokenizer, *case, nll, argmax)
-            for case, nll, argmax in zip(cases, scores.nll, scores.argmax, strict=True)
-        )
-        return Measured(found, scores.tokens, scores.how)
+        return under_way.measured(names, scores.how)
 
     def cache_obstacle(self, tokenizer: PreTrainedTokenizerBase, unit: Unit) -> str | None:
         """A prompt that does not say where its question begins."""
@@ -214,6 +259,7 @@ class Retrieval(ABC):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         unit: Unit,
+        under_way: UnderWay,
         reading: Reading,
     ) -> Measured:
         """Generate the answers of a unit's prompts, whose documents are read in pieces.
@@ -221,9 +267,12 @@ class Retrieval(ABC):
         Right is an answer that begins with the key's tokens. No NLL is known. All prompts say what
         their document is.
         """
-        found: list[Observation] = []
-        tokens = 0
-        for length, spec, prompt in self.cases(tokenizer, unit):
+        cases = self.cases(tokenizer, unit)
+        names = names_of(cases)
+        known = set(under_way.known(names))
+        for row, (length, spec, prompt) in enumerate(cases):
+            if row in known:
+                continue
             assert prompt.document is not None, "the sweep refuses other tasks"
             first, last = prompt.document
             question = Question(
@@ -237,16 +286,14 @@ class Retrieval(ABC):
                 reading,
                 max_new_tokens=len(prompt.answer_ids),
             )
-            tokens += sum(piece.tokens + question.size for piece in answer.pieces)
+            tokens = sum(piece.tokens + question.size for piece in answer.pieces)
             said = list(answer.token_ids)
             correct = said == list(prompt.answer_ids)
             detail = {**details_of(length, spec, prompt), "said": answer.text}
-            found.append(
-                Observation(
-                    length, str(spec.index), self.cluster(spec, prompt), 0.0, 0, correct, detail
-                )
-            )
-        return Measured(tuple(found), tokens, "read in pieces, generated")
+            cluster = self.cluster(spec, prompt)
+            found = Observation(length, str(spec.index), cluster, 0.0, 0, correct, detail)
+            under_way.add([found], tokens)
+        return under_way.measured(names, "read in pieces, generated")
 
     def cases(
         self, tokenizer: PreTrainedTokenizerBase, unit: Unit
@@ -297,6 +344,11 @@ class Retrieval(ABC):
         return Observation(
             length, str(spec.index), self.cluster(spec, prompt), total, len(said), correct, detail
         )
+
+
+def names_of(cases: Sequence[tuple[int, PromptSpec, Prompt]]) -> list[tuple[int, str]]:
+    """Length and item of each prompt, as its observation has them."""
+    return [(length, str(spec.index)) for length, spec, _ in cases]
 
 
 def details_of(length: int, spec: PromptSpec, prompt: Prompt) -> dict[str, Any]:

@@ -99,8 +99,9 @@ def test_depths_add_up_to_the_rows_with_wilson_intervals(page: _Page) -> None:
             assert sum(cell["n"] for cell in cells) == row["n"]
             assert sum(cell["hits"] for cell in cells) == pytest.approx(row["value"] * row["n"])
             for cell in cells:
-                assert (cell["low"], cell["high"]) == wilson(cell["hits"], cell["n"])
-    assert any("95% interval" in str(cell["aria-label"]) for cell in page.having("data-hits"))
+                low, high = wilson(cell["hits"], cell["n"])
+                assert (cell["low"], cell["high"]) == (round(low, 4), round(high, 4))
+    assert all("–" in str(cell["data-spread"]) for cell in page.having("data-hits"))
 
 
 def test_random_depths_are_gathered_into_tenths(tmp_path: Path) -> None:

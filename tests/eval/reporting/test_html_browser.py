@@ -15,7 +15,7 @@ from longctx.eval.reporting.html import write_html
 from longctx.eval.reporting.leaderboard import write_leaderboard
 
 from ..benches import DECODINGS, write_bench
-from ..runs import write_run
+from ..runs import WIDE_METHODS, write_run, write_wide_run
 
 pytestmark = pytest.mark.browser
 
@@ -176,7 +176,7 @@ def test_a_leaderboard_is_sorted_and_filtered(browser: Any, report: Path) -> Non
         page.goto(board.as_uri())
         wide, shown = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
         assert wide <= shown
-        table = page.locator("table").first
+        table = page.locator("table[data-better]").first
         head = table.locator("thead th", has_text="method")
         head.locator("button").click()
         assert head.get_attribute("aria-sort") == "ascending"
@@ -208,3 +208,43 @@ def test_decodings_are_points_with_tips_and_the_table_fits(tab: _Tab) -> None:
         "all => [Math.max(...all.map(t => t.scrollWidth)), all[0].parentElement.clientWidth]"
     )
     assert wide <= shown
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide")
+    write_wide_run(folder / "run")
+    write_html([folder / "run"], folder / "report.html")
+    return folder / "report.html"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "width", "height", "most"),
+    [("light", 1400, 900, 8_500), ("dark", 390, 844, 12_000)],
+)
+def test_14_methods_and_14_tasks_stay_short(
+    browser: Any, wide: Path, scheme: str, width: int, height: int, most: int
+) -> None:
+    assert wide.stat().st_size < 3_600_000
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page.set_default_timeout(120_000)
+    page.goto(wide.as_uri())
+    root = "document.documentElement"
+    tall, across = page.evaluate(f"[{root}.scrollHeight, {root}.scrollWidth]")
+    assert tall < most
+    assert across <= width
+    for first in (".lead", ".first svg", ".first .legend"):  # on the first screen
+        box = page.locator(first).first.bounding_box()
+        assert box["y"] + box["height"] < height
+    assert page.locator(".first > figure g:not(.back)").count() == 4  # none, and 3 families
+    reach = page.locator('[data-board$="|reach"]')
+    assert reach.locator("tbody tr:not(.family)").count() == len(WIDE_METHODS)
+    held, own = reach.evaluate("t => [t.parentElement.clientWidth, t.scrollWidth]")
+    assert held <= width
+    assert (own > held) == (width == 390), "it scrolls within itself"
+    page.locator("details:not([open]) > summary").evaluate_all("all => all.map(s => s.click())")
+    assert page.evaluate(f"{root}.scrollWidth") <= width
+    cell = reach.locator("td[tabindex]").nth(3)
+    cell.click()
+    assert page.locator("#tip").inner_text() == cell.get_attribute("aria-label")
+    page.close()

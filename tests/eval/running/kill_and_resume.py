@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from longctx.eval import Passkey, Perplexity, sweep
+from longctx.eval.results import journal
 from longctx.prompts.passkey_prompts import SHORT
 
 from ..conftest import byte_model, byte_tokenizer
@@ -25,7 +26,7 @@ from ..conftest import byte_model, byte_tokenizer
 def run(folder: Path, texts: str) -> list[Any]:
     """Sweep into a folder; returns the rows without their times."""
     tasks = [
-        Passkey(samples=4, depths=2, wording=SHORT, text=(texts,)),
+        Passkey(samples=6, depths=3, wording=SHORT, text=(texts,)),
         Perplexity(last=64, windows=3, text=(texts,)),
     ]
     result = sweep(
@@ -35,6 +36,7 @@ def run(folder: Path, texts: str) -> list[Any]:
         (300, 500, 700),
         methods=["none", "yarn:2", "dynamic:2"],
         results=folder / "results.jsonl",
+        batch_tokens=700,  # one prompt or two at a time
         progress=False,
     )
     return [repr(row).replace(f"seconds={row.seconds}", "") for row in result.rows]
@@ -46,10 +48,12 @@ def records(folder: Path) -> list[Any]:
     return sorted(({**line, "seconds": 0} for line in lines), key=lambda line: line.get("key", ""))
 
 
-def count(folder: Path) -> int:
-    """Whole lines that a results file has by now."""
-    path = folder / "results.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def count(folder: Path, name: str = "results.jsonl") -> int:
+    """Whole lines that a file has by now."""
+    try:
+        return (folder / name).read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
 
 
 def main(root: Path, texts: str, kills: int) -> None:
@@ -57,7 +61,8 @@ def main(root: Path, texts: str, kills: int) -> None:
     rows = run(root / "whole", texts)
     wanted = records(root / "whole")
     tables = sorted((root / "whole" / "tokens").iterdir())
-    random, halfway = Random(0), 0
+    random, halfway, within = Random(0), 0, 0
+    journal._EVERY = 0.0  # pyright: ignore[reportPrivateUsage]
     for number in range(kills):
         folder = root / str(number)
         child = os.fork()
@@ -68,17 +73,25 @@ def main(root: Path, texts: str, kills: int) -> None:
         after = random.randrange(len(wanted) - 1)
         while count(folder) < after:
             time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.03))
+        part = "results.jsonl.part"
+        if number % 2:  # in the middle of a cell, if there is still one to come
+            while count(folder, part) < 3 and count(folder) < len(wanted):
+                time.sleep(0.0005)
+        else:
+            time.sleep(random.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         halfway += 1 < count(folder) < len(wanted)
+        within += count(folder, part) > 1
         assert run(folder, texts) == rows, number
         assert records(folder) == wanted, number  # no unit twice: at most one was lost
         for table in tables:
             assert pq.read_table(folder / "tokens" / table.name).equals(pq.read_table(table))  # pyright: ignore[reportUnknownMemberType]
         assert len(list((folder / "tokens").iterdir())) == len(tables), number
-    print(f"{kills} kills, {halfway} of them halfway")
+        assert not (folder / part).exists()
+    print(f"{kills} kills, {halfway} of them halfway, {within} within a cell")
     assert halfway >= kills // 2
+    assert within
 
 
 if __name__ == "__main__":

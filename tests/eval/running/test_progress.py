@@ -15,7 +15,7 @@ def test_lines_come_while_a_step_takes_long(capsys: pytest.CaptureFixture[str]) 
         progress.advance(1.0)
         time.sleep(0.2)
     shown = capsys.readouterr().err
-    assert shown.count("25% at yarn:8 passkey 4096, 0:00:00 elapsed, about 0:00:0") > 1
+    assert shown.count("25.0% at yarn:8 passkey 4096, 0:00:00 elapsed, about 0:00:0") > 1
 
 
 @pytest.mark.parametrize(("shown", "every"), [(False, 0.01), (True, 30.0)])

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from longctx.eval.stats.intervals import (
+    LEAST,
     clustered_wilson,
     jackknife_interval,
     mean_interval,
@@ -49,18 +50,29 @@ def test_a_cluster_counts_once() -> None:
 
 
 def test_the_mean_is_weighted_by_tokens() -> None:
-    mean, low, high = mean_interval([10.0, 90.0], [10.0, 30.0], ["a", "b"])
+    mean, low, high = mean_interval([10.0, 90.0, 50.0], [10.0, 30.0, 20.0], list("abc"))
     assert mean == 2.5
     assert low < 2.5 < high
 
 
-def test_one_cluster_has_no_interval_and_nothing_no_mean() -> None:
-    mean, low, high = mean_interval([3.0, 5.0], [1.0, 1.0], ["a", "a"])
-    assert mean == 4.0
-    assert math.isnan(low)
-    assert math.isnan(high)
+def test_below_three_clusters_there_is_no_interval_and_of_nothing_no_mean() -> None:
+    for clusters in (["a", "a"], ["a", "b"]):
+        mean, low, high = mean_interval([3.0, 5.0], [1.0, 1.0], clusters)
+        assert mean == 4.0
+        assert math.isnan(low)
+        assert math.isnan(high)
     assert all(map(math.isnan, mean_interval([], [], [])))
     assert all(map(math.isnan, mean_interval([1.0, math.nan], [1.0, 1.0], ["a", "b"])))
+
+
+def test_how_much_wider_few_clusters_make_an_interval() -> None:
+    """Half of an interval over n normal values, on average, against that of a known spread."""
+
+    def ratio(n: int) -> float:
+        mean_of_s = math.sqrt(2 / (n - 1)) * math.gamma(n / 2) / math.gamma((n - 1) / 2)
+        return float(stats.t.ppf(0.975, n - 1) * mean_of_s / stats.norm.ppf(0.975))
+
+    assert [round(ratio(n), 1) for n in (2, LEAST, 5)] == [5.2, 1.9, 1.3]
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:

@@ -212,9 +212,13 @@ def test_a_wider_confidence_is_wider() -> None:
 def test_nll_is_weighted_by_tokens() -> None:
     # documents of 100 and 300 tokens: +10 and +90 nats make +0.25 nats a token, not the mean of
     # +0.1 and +0.3
-    found = paired_bootstrap([200.0, 700.0], [210.0, 790.0], ["a", "b"], weights=[100, 300])
+    before, after = [200.0, 700.0], [210.0, 790.0]
+    found = paired_bootstrap(before, after, ["a", "b"], weights=[100, 300])
     assert found.value == pytest.approx(0.25)
-    assert 0.1 <= found.low < found.high <= 0.3
+    assert math.isnan(found.low)
+    assert found.interval == "none: two clusters, and an interval takes three"
+    more = paired_bootstrap([*before, 400.0], [*after, 440.0], list("abc"), weights=[100, 300, 200])
+    assert 0.1 <= more.low < more.value < more.high <= 0.3
 
 
 def test_what_is_common_to_both_drops_out() -> None:

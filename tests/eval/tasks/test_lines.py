@@ -144,9 +144,13 @@ def test_the_last_number_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [prompt.key for *_, prompt in task.cases(tokenizer, unit)]
     texts = [f"It is {keys[0]}.", f"{keys[1]} or 12", "none", f"12, no: <{keys[3]}>, I think"]
     said = tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-    monkeypatch.setattr(
-        "longctx.eval.tasks.lines.continue_prompts", lambda *_, **__: Continuations(said, 9, "so")
-    )
+
+    def continued(*_: Any, finished: Any, **__: Any) -> Continuations:
+        for row, tokens in enumerate(said):
+            finished(row, tokens, 2)
+        return Continuations(said, 8, "so")
+
+    monkeypatch.setattr("longctx.eval.tasks.lines.continue_prompts", continued)
     how: Any = {"batch_tokens": 1, "length_invariant": True}
     found = task.measure(byte_model(), tokenizer, unit, **how).observations
     assert [one.correct for one in found] == [True, False, False, True]

@@ -195,13 +195,14 @@ def test_the_summary_weights_by_tokens_and_exponentiates() -> None:
     summary = task.summarise([
         Observation(9, "0", "a", nll=2.0, targets=2, detail=detail),
         Observation(9, "1", "b", nll=4.0, targets=2, detail=detail),
+        Observation(9, "2", "c", nll=6.0, targets=2, detail=detail),
     ])  # fmt: skip
-    assert summary.value == pytest.approx(math.exp(1.5))
+    assert summary.value == pytest.approx(math.exp(2))
     assert summary.prefix == pytest.approx(math.exp(1.5))
-    # Two documents: mean 1.5, standard error 0.5, t(1 df) = 12.706
-    assert summary.high == pytest.approx(math.exp(1.5 + 12.7062 * 0.5), rel=1e-4)
+    # Three documents: mean 2, standard error 1/√3, t(2 df) = 4.303
+    assert summary.high == pytest.approx(math.exp(2 + 4.30265 / math.sqrt(3)), rel=1e-4)
     assert summary.low == 1, "no perplexity is below 1"
-    assert summary.interval == "t over 2 documents, 95%"
+    assert summary.interval == "t over 3 documents, 95%"
     lone = task.summarise([Observation(9, "0", "a", nll=math.nan, targets=2, detail=detail)])
     assert math.isnan(lone.value)
     assert lone.interval == "none: one document"

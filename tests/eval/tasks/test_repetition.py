@@ -196,10 +196,13 @@ def test_the_summary_by_hand() -> None:
         return Observation(9, cluster, cluster, 0.0, 0, detail={"seq_rep_4": share})
 
     task = Repetition()
-    summary = task.summarise([observation("a", 0.2), observation("b", 0.4)])
-    assert summary.value == pytest.approx(0.3)
-    assert (summary.low, summary.high) == (0.0, 1.0)  # 0.3 ± 12.7 · 0.1
-    assert summary.interval == "t over 2 documents, 95%"
+    two = [observation("a", 0.2), observation("b", 0.4)]
+    summary = task.summarise([*two, observation("c", 0.6)])
+    assert summary.value == pytest.approx(0.4)
+    assert summary.low == 0.0
+    assert summary.high == pytest.approx(0.4 + 4.30265 * 0.2 / math.sqrt(3))
+    assert summary.interval == "t over 3 documents, 95%"
+    assert task.summarise(two).interval == "none: two documents, and an interval takes three"
     assert task.summarise([observation("a", 0.2)]).interval == "none: one document"
     assert math.isnan(task.summarise([]).value)
 
