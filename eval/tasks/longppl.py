@@ -36,7 +36,7 @@ from longctx.fingerprint import json_digest, tokenizer_digest
 from longctx.registry import parse_methods
 from longctx.scoring.batching import score_batches
 
-from ..stats.intervals import mean_interval, perplexity_of
+from ..stats.intervals import mean_interval, perplexity_of, too_few
 from .shared.key_tokens import Alignment, Evaluator, KeyRule, evaluator_of, offsets_of
 from .shared.protocol import Measured, Observation, Plan, Summary, Unit
 from .shared.texts import bos_before, digest, documents_of, place_windows, texts_of
@@ -260,7 +260,7 @@ class LongPpl:
             [o.nll for o in having], [o.targets for o in having], [o.cluster for o in having]
         )
         documents = len({o.cluster for o in having})
-        name = f"t over {documents} documents, 95%" if documents > 1 else "none: one document"
+        name = too_few(documents, "document") or f"t over {documents} documents, 95%"
         low = low if math.isnan(low) else max(low, 0.0)  # no perplexity is below 1
         return Summary(perplexity_of(mean), perplexity_of(low), perplexity_of(high), name, prefix)
 

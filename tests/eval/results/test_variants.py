@@ -83,7 +83,7 @@ def test_methods_on_top_of_each_other_are_one_variant(model: Any) -> None:
     assert record is not None
     assert [one["name"] for one in record["methods"]] == ["yarn", "dual_chunk"]
     assert record["effect"] != yarn.effect
-    with pytest.raises(MethodError, match="holds its rotary slot"):
+    with pytest.raises(MethodError, match="yarn holds the rotary slot already"):
         variants_of(model, ["yarn:2+linear:2"], replace=False)
     assert model_digest(model) == before
 

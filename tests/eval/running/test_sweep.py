@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused_before_any_work(
 
     with pytest.raises(RunError, match=r"unknown task 'paskey'; did you mean 'passkey'\?"):
         run([task, "paskey"])
-    with pytest.raises(RunError, match="no task to sweep: pass some of lines, multi_key"):
+    with pytest.raises(RunError, match="no task to sweep: pass some of lines, longppl, multi_key"):
         run([])
     with pytest.raises(RunError, match="'perplexity' is asked for twice"):
         run(["perplexity", Perplexity(last=5)])

@@ -68,13 +68,13 @@ def test_keys_and_figure_are_the_papers(
 ) -> None:
     """With bos=False this is what the authors' code computes for one text."""
     task = LongPpl(
-        evaluator, short=20, step=8, alpha=0.2, beta=-6.0, windows=2, bos=bos, text=texts
+        evaluator, short=20, step=8, alpha=0.2, beta=-6.0, windows=3, bos=bos, text=texts
     )
     model, tokenizer = byte_model(), byte_tokenizer()
     result = sweep(model, tokenizer, [task], LENGTHS, methods=["none", "yarn:2"], progress=False)
     other, _ = longctx.load(evaluator)
     before = [] if bos is False else [1]
-    files = sorted(Path(texts[0]).iterdir())[:2]
+    files = sorted(Path(texts[0]).iterdir())[:3]
     sums: dict[int, tuple[float, int]] = dict.fromkeys(LENGTHS, (0.0, 0))
     for file in files:
         ids = byte_tokenizer(bos=False)(file.read_text())["input_ids"][: 160 - len(before)]
@@ -95,11 +95,11 @@ def test_keys_and_figure_are_the_papers(
         assert row.value == pytest.approx(math.exp(total / count), rel=1e-5)
         assert row.targets == count == result.row("yarn:2", "longppl", length).targets
         assert row.low < row.value < row.high
-        assert row.interval == "t over 2 documents, 95%"
+        assert row.interval == "t over 3 documents, 95%"
     rows = [row for row in result.rows if row.method == "none"]
     counts = ", ".join(f"{row.targets} before {row.length}" for row in rows)
     assert task.remarks(result.rows) == [f"key tokens: {counts}"]
-    assert compare({"sweep": result}).rows[-1].paired == 2
+    assert compare({"sweep": result}).rows[-1].paired == 3
 
 
 def test_another_tokenizer_goes_by_characters(texts: tuple[str, ...]) -> None:

@@ -303,9 +303,10 @@ def test_perplexities_are_averaged_if_so_asked() -> None:
     summary = task.summarise([
         Observation(9, "0", "a", nll=2.0, targets=2, detail={"prefix_nll": 6, "prefix_targets": 4}),
         Observation(9, "1", "b", nll=4.0, targets=2, detail={"prefix_nll": 4, "prefix_targets": 4}),
+        Observation(9, "2", "c", nll=2.0, targets=2, detail={"prefix_nll": 6, "prefix_targets": 4}),
     ])  # fmt: skip
-    assert summary.value == pytest.approx((math.e + math.e**2) / 2)
-    assert summary.prefix == pytest.approx((math.exp(1.5) + math.e) / 2)
+    assert summary.value == pytest.approx((2 * math.e + math.e**2) / 3)
+    assert summary.prefix == pytest.approx((2 * math.exp(1.5) + math.e) / 3)
     assert summary.low == 1
     assert "mean over windows of exp(mean NLL)" in task.estimand
     assert "average" not in task.cache_key()
