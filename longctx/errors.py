@@ -5,6 +5,7 @@
         ├── MethodError       an unknown method or field, an impossible factor, a slot that is taken
         ├── ModelError        a model type, configuration or checkpoint that cannot be worked with
         ├── DataError         prompts, haystacks, documents or conversations that do not fit
+        │   └── TooShortError a length that has no room for what must stand in it
         └── RunError          an output folder, a results file or a setting of a run
 
 Every message names the value, what was expected, and the next step.
@@ -22,6 +23,7 @@ __all__ = [
     "MethodError",
     "ModelError",
     "RunError",
+    "TooShortError",
     "nearest",
     "printable",
 ]
@@ -59,6 +61,10 @@ class ModelError(LongctxError):
 
 class DataError(LongctxError):
     """Texts, prompts or conversations do not fit what is asked of them."""
+
+
+class TooShortError(DataError):
+    """A length has no room for what must stand in it."""
 
 
 class RunError(LongctxError):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DataError
+from ..errors import DataError, TooShortError
 from .haystacks import Grass, Haystack, decode, encode, tokenise
 from .rendering import render_chat
 
@@ -96,8 +96,9 @@ def assemble(
         shorter: ends the advice for a length that is too short: how to make the sentences shorter.
 
     Raises:
-        DataError: a length below the minimum (named), a haystack that is too short for the
-            length, a tokenizer that does not round-trip the key.
+        TooShortError: a length below the minimum (named).
+        DataError: a haystack that is too short for the length, a tokenizer that does not
+            round-trip the key.
     """
     head, tail = frame(tokenizer, intro, question, answer_prefix, chat)
     tail_ids, answer_ids = answer_after(tokenizer, tail, key)
@@ -105,7 +106,7 @@ def assemble(
     room = length - len(head) - len(tail_ids) - len(answer_ids)
     size = room - sum(len(form.in_line) for form in forms)
     if size < 0:
-        raise DataError(
+        raise TooShortError(
             f"length={length} is too short for this prompt; it needs at least {length - size} "
             f"tokens before any haystack. Ask for a longer one{shorter}."
         )

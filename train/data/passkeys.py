@@ -13,6 +13,7 @@ from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
+from longctx.errors import TooShortError
 from longctx.prompts.haystacks import Grass, Texts
 from longctx.prompts.passkey_prompts import CLASSIC, SHORT, Prompt, passkey
 
@@ -20,7 +21,7 @@ from .tokenize import IGNORED
 
 __all__ = ["Passkeys"]
 
-_SHORTEST = 64  # tokens that any of the prompts fits in
+_SHORTEST = 64  # tokens that a prompt fits in with most tokenizers
 FILLERS = (
     Grass("The river is long. The road is dry. The lamp is lit. Up we walk. Down and up again."),
     Grass("The bread is warm. The cup is full. The door is shut. In we come. Out and in again."),
@@ -54,7 +55,8 @@ class Passkeys:
         """Draw a prompt of exactly `length` tokens, the answer included.
 
         Raises:
-            DataError: too short for the sentences (about 50 tokens) or too long for the texts.
+            TooShortError: too short for the sentences (about 50 tokens).
+            DataError: too long for the texts.
         """
         roomy = length >= self.roomy
         # The ends as often as all between: the farthest keys are the hardest, and the rarest.
@@ -72,9 +74,17 @@ class Passkeys:
         )
 
     def document(self, tokens: int, rng: Random) -> tuple[list[int], list[int]]:
-        """Draw a prompt of up to `tokens` tokens and its labels."""
+        """Draw a prompt of up to `tokens` tokens and its labels.
+
+        Raises:
+            TooShortError: no prompt has so few.
+        """
+        fewer = tokens
         if rng.random() < self.shorter and tokens > _SHORTEST:
-            tokens = round(_SHORTEST * (tokens / _SHORTEST) ** rng.random())
-        prompt = self.prompt(tokens, rng)
+            fewer = round(_SHORTEST * (tokens / _SHORTEST) ** rng.random())
+        try:
+            prompt = self.prompt(fewer, rng)
+        except TooShortError:  # a tokenizer or chat template that takes more than most
+            prompt = self.prompt(tokens, rng)
         ids = list(prompt.input_ids)
         return ids, [IGNORED] * prompt.answer_start + ids[prompt.answer_start :]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import torch.utils.data
 
-from longctx.errors import DataError, RunError
+from longctx.errors import DataError, RunError, TooShortError
 
 from ..positions import Positions
 from .tokenize import IGNORED
@@ -169,7 +169,12 @@ class Mixture(TrainDataset):
         slot = index * (self.row_tokens // limit)
         while (room := self.row_tokens - len(ids)) >= max(limit // 2, 2):
             kind = self._kinds[(slot + len(lengths)) % _PERIOD]
-            more, learnt = self.sources[kind].source.document(min(limit, room), rng)
+            try:
+                more, learnt = self.sources[kind].source.document(min(limit, room), rng)
+            except TooShortError:
+                if not lengths:
+                    raise
+                break  # the rest of the row stays empty
             if not 0 < len(more) <= room or len(more) != len(learnt):
                 raise DataError(
                     f"source {self.sources[kind].name} gave {len(more)} tokens and {len(learnt)} "

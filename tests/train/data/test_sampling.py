@@ -8,7 +8,7 @@ from random import Random
 import pytest
 from datasets import Dataset
 
-from longctx.errors import DataError, RunError
+from longctx.errors import DataError, RunError, TooShortError
 from longctx.prompts.haystacks import Grass, Texts, held_in
 from longctx.prompts.passkey_prompts import split_of
 from longctx.train.data.passkeys import Passkeys
@@ -156,3 +156,26 @@ def test_passkeys_may_also_hide_in_filler_sentences() -> None:
     drawn = {str(tokenizer.decode(source.document(128, Random(n))[0]))[5:30] for n in range(20)}
     assert len(drawn) > 3  # several fillers, none of them the evaluation's
     assert not any("grass" in text for text in drawn)
+
+
+@pytest.mark.parametrize("times", [5, 9])
+def test_where_a_tokenizer_takes_more_the_prompts_are_longer_and_rows_end_sooner(
+    times: int,
+) -> None:
+    """Such lengths came by chance, and ended a training long after its start."""
+    from longctx import load
+
+    _, tokenizer = load("demo")
+    tokenizer.chat_template = "You say. " * times + "{{ messages[0].content }}"
+    source = Passkeys(tokenizer, held_in(), shorter=1.0)
+    with pytest.raises(TooShortError, match=r"length=64 is too short .* at least \d+ tokens"):
+        source.document(64, Random(0))
+    sizes = [len(source.document(256, Random(n))[0]) for n in range(20)]
+    assert min(sizes) > 64
+    assert len(set(sizes)) > 5
+    keys = [MixtureWeight("keys", source, 1)]
+    rows = Mixture(keys, rows=20, rows_per_step=1, row_tokens=256, positions=FullLength())
+    assert all(64 < len(rows[n]["input_ids"]) <= 256 for n in range(20))
+    short = Mixture(keys, rows=1, rows_per_step=1, row_tokens=64, positions=FullLength())
+    with pytest.raises(TooShortError):
+        short[0]
