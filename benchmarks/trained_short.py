@@ -18,6 +18,7 @@ from pathlib import Path
 
 import longctx
 from longctx.eval import Passkey, sweep
+from longctx.patch import patch_of
 from longctx.train.recipes import EMBEDDED, Recipe
 from longctx.train.run import Run
 
@@ -28,6 +29,7 @@ PROMPTS = 100
 SHORT, LONG = (256, 512, 1_024, 2_048), (4_096, 8_192, 16_384)
 TASK = Passkey(samples=PROMPTS, seed=11, chat=False)
 REMAPPED = "dual_chunk:factor=64,log_n=True"
+SHIPPED = {"demo": 0, "demo-tuned": 4_000_000}  # tokens of training
 _TRAINING = replace(EMBEDDED.training, max_steps=200, learning_rate=1e-3)
 
 
@@ -40,8 +42,9 @@ class Reader:
     name: str
     """Its folder in RUNS, or a model that ships with longctx."""
     recipe: Recipe | None
-    read: str
-    """The method put on it to be read; "none" leaves the one that it was trained under."""
+    read: str | None
+    """The method put on it to be read; "none" leaves the one that it was trained under, and None
+    takes that off."""
     said: str
     """The same, in the table."""
     lengths: tuple[int, ...]
@@ -51,7 +54,9 @@ def readers() -> Iterator[Reader]:
     """All rows of the table."""
     yield Reader("not at all", "demo", None, "none", "as it is", SHORT)
     yield Reader("not at all", "demo", None, REMAPPED, f"`{REMAPPED}`", SHORT + LONG)
-    yield Reader("`linear:8` (`demo-tuned`)", "demo-tuned", None, "none", "its own method", SHORT)
+    yield Reader(
+        "`linear:8` (`demo-tuned`)", "demo-tuned", None, "none", "its own method", SHORT + LONG
+    )
     on_top = "dual_chunk:factor=8,log_n=True"
     yield Reader(
         "`linear:8` (`demo-tuned`)", "demo-tuned", None, on_top, f"`{on_top}` on top", SHORT + LONG
@@ -68,6 +73,7 @@ def readers() -> Iterator[Reader]:
         under = replace(plain, method=REMAPPED, max_length=512, training=replace(own, batch_size=8))
         rows = f"rows of 512 under `{REMAPPED}`"
         yield Reader(rows, f"under{seed}", under, "none", "the same", SHORT + LONG)
+        yield Reader(rows, f"under{seed}", under, None, "no method", SHORT)
         pose = replace(EMBEDDED, positions="pose", window=512, training=training)
         rows = "`linear:8`, PoSE on 512 tokens"
         yield Reader(rows, f"pose{seed}", pose, "none", "its own method", SHORT)
@@ -76,7 +82,7 @@ def readers() -> Iterator[Reader]:
 def trained(reader: Reader, runs: Path) -> tuple[str | Path, int, float]:
     """The model of a row, trained now if it is not there, its tokens and minutes of training."""
     if reader.recipe is None:
-        return reader.name, 0, math.nan
+        return reader.name, SHIPPED[reader.name], math.nan
     folder = runs / reader.name
     if not (folder / "model").exists():
         model, tokenizer = longctx.load("demo")
@@ -94,7 +100,13 @@ def main() -> None:
     for reader in readers():
         source, tokens, minutes = trained(reader, runs)
         model, tokenizer = longctx.load(source)
-        results = runs / f"{reader.name}-read" / "results.jsonl"
+        kept = "read"
+        if reader.read is None:
+            kept = "read-plain"
+            patch = patch_of(model)
+            assert patch is not None
+            patch.remove()
+        results = runs / f"{reader.name}-{kept}" / "results.jsonl"
         results.parent.mkdir(parents=True, exist_ok=True)
         found = sweep(
             model, tokenizer, TASK, reader.lengths, methods=[reader.read], results=results
@@ -116,9 +128,9 @@ def main() -> None:
         "python -m benchmarks.trained_short",
         [{"trained": t, "read under": r, **row} for (t, r), row in table.items()],
         f"Keys found of {PROMPTS}, by tokens of the prompt; three seeds of training where three "
-        "figures stand. far: keys that end 256 tokens or more back from the answer (2,048 for "
-        "`demo-tuned`), at all lengths together. Tokens and minutes are of training, the minutes "
-        "beside other work. Two fifths of a training hide keys of its own in text.",
+        "figures stand. far: keys that end 256 tokens or more back from the answer, at all lengths "
+        "together. Tokens and minutes are of training, the minutes beside other work. Two fifths "
+        "of a training hide keys of its own in text.",
     )
 
 

@@ -103,7 +103,7 @@ def main() -> None:
         "A CPU second is one of all threads together, and does not count what other processes do "
         f"meanwhile. Update by update TRL takes {median(ratios):.2f} times the CPU time (median of "
         f"{len(ratios)}; {min(ratios):.2f} to {max(ratios):.2f}). Losses are those of the first "
-        "turn, whose rows come in another order for each.",
+        "turn.",
     )
 
 
