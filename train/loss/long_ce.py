@@ -119,9 +119,11 @@ class LongCE:
         for first in range(0, len(found), at_once):
             part = found[first : first + at_once]
             # Whatever stands after a window is seen by nothing that is scored.
-            ids, positions = (
-                torch.stack([_padded(x[row, start:stop], size) for row, start, stop in part])
-                for x in (input_ids, position_ids)
+            ids = torch.stack(
+                [_padded(input_ids[row, start:stop], size) for row, start, stop in part]
+            )
+            positions = torch.stack(
+                [_continued(position_ids[row, start:stop], size) for row, start, stop in part]
             )
             output: Any = body(
                 input_ids=ids,
@@ -195,6 +197,12 @@ class LongCE:
 
 def _padded(part: Tensor, size: int) -> Tensor:
     return functional.pad(part, (0, size - len(part)))
+
+
+def _continued(positions: Tensor, size: int) -> Tensor:
+    """Positions that go on one by one: some methods take no others, not even of padding."""
+    steps = torch.arange(1, size - len(positions) + 1, device=positions.device)
+    return torch.cat([positions, positions[-1] + steps])
 
 
 def _nats(model: PreTrainedModel, head: Head, states: Tensor, targets: Tensor) -> Tensor:

@@ -102,6 +102,21 @@ def test_packed_documents_are_kept_apart(positions: Any) -> None:
     assert found == pytest.approx(wanted, rel=1e-9)
 
 
+@pytest.mark.parametrize("method", ["yarn:2+log_n", "dual_chunk:factor=2,log_n=True"])
+def test_methods_that_look_at_positions_see_consecutive_ones(method: str) -> None:
+    """Padding behind a window once stood before its beginning, and log_n made it NaN."""
+    model: Any = build("llama", initializer_range=0.3, max_position_embeddings=16).double()
+    longctx.extend(model, method)
+    batch = batch_of(0, 1, 2, 3)
+    wanted = naive(model, batch, SETTINGS).item()
+    extra = {"labels": batch["labels"], "document_ids": batch["document_ids"], "count": ONE}
+    with packed_attention(model) as packed:
+        loss_forward = LossForward.on(model, Losses(long_ce=SETTINGS))
+        found = model(**packed.inputs(batch), **extra).item()
+        loss_forward.remove()
+    assert found == pytest.approx(wanted, rel=1e-9)
+
+
 def test_no_longer_context_is_plain_cross_entropy() -> None:
     model: Any = build("llama")
     batch = batch_of(1, 3)
