@@ -89,8 +89,9 @@ class Progress:
             elapsed = time.monotonic() - self._began
             done, rest = task.completed - self._known, task.remaining or 0.0
             left = f", about {_clock(elapsed * rest / done)} left" if done > 0 else ""
+            where = f" at {task.description}" if task.description else ""
             self._console.print(
-                f"{share:.1%} at {task.description}, {_clock(elapsed)} elapsed{left}", markup=False
+                f"{share:.1%}{where}, {_clock(elapsed)} elapsed{left}", markup=False
             )
 
 

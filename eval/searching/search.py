@@ -127,6 +127,7 @@ def search(
             return loss
 
         evolution = Evolution(known, factor, population=settings.population, seed=settings.seed)
+        bar.at("divisors of known methods")
         for candidate in _first(evolution.candidates(), settings.evaluations):
             evolution.tell(candidate, judge(candidate, settings.seed))
             best = evolution.losses[evolution.best(1)[0]]
