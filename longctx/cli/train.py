@@ -56,8 +56,8 @@ class Train:
 
     A recipe gives every setting that you leave out: longchat (positions condensed by 8, all
     weights), yarn-pose (short windows on long positions), longlora (LoRA, norms, embeddings,
-    S²-Attn), alibi, uptrain (a converted model learns from its original, --teacher). The same
-    command runs under torchrun or accelerate launch.
+    S²-Attn), alibi, embedded (the embedded model to 2,048 tokens), uptrain (a converted model
+    learns from its original, --teacher). The same command runs under torchrun or accelerate launch.
 
     Examples:
         longctx train MODEL --method linear:8 --data chats.json --max-length 16384 \

@@ -5,9 +5,8 @@
     found.ok
 
 Log-probabilities of the same token ids are compared token by token, by the largest and the median
-difference. The mean says nothing: two checkpoints that differ by 2.1 at one token differed by 0.006
-in the mean. Where the server differs, models that it may compute instead are tried: the unextended
-one, other temperatures, the same in bfloat16.
+difference; in the mean one wrong token is lost. Where the server differs, models that it may
+compute instead are tried: the unextended one, other temperatures, the same in bfloat16.
 """
 
 from __future__ import annotations

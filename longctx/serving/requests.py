@@ -37,6 +37,7 @@ _IDLE: Mapping[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
+    "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -73,7 +74,6 @@ class _Request(Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: _StreamOptions | None = None
     user: str | None = None
     metadata: Any = None
-    store: bool = False
 
 
 class _Completion(_Request, forbid_unknown_fields=True, kw_only=True):
