@@ -17,8 +17,8 @@ from pathlib import Path
 
 from longctx.files import write_whole
 from longctx.folders import refuse_other_than_file
+from longctx.json_lines import JsonLines
 
-from .append import append_line, drop_cut_line
 from .records import Record, dump_record, header_of, load_record, read_records
 
 __all__ = ["Journal"]
@@ -46,8 +46,8 @@ class Journal:
         self._parts: dict[str, list[Record]] = defaultdict(list)
         self._waiting: Record | None = None
         self._written = time.monotonic()
+        self._file: JsonLines | None = None
         refuse_other_than_file(self._path)
-        drop_cut_line(self._path)
         several = f"{escape(results.stem)}.*of*{results.suffix}.part"
         for path in (results.with_name(f"{results.name}.part"), *results.parent.glob(several)):
             if path.exists():
@@ -64,7 +64,11 @@ class Journal:
         return self._parts.get(key, ())
 
     def add(self, part: Record) -> None:
-        """Keep further prompts of the unit that is under way (OSError)."""
+        """Keep further prompts of the unit that is under way.
+
+        Raises:
+            RunError: the disk refuses.
+        """
         before = self._waiting
         if before is not None and before.key == part.key:
             part = dataclasses.replace(
@@ -78,26 +82,35 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added (OSError)."""
+        """Write what was added.
+
+        Raises:
+            RunError: the disk refuses.
+        """
         part, self._waiting = self._waiting, None
         self._written = time.monotonic()
         if part is None:
             return
         text = dump_record(part)
         self._parts[part.key].append(load_record(text, "the record"))
-        if not self._path.exists() or not self._path.stat().st_size:
-            append_line(self._path, self._header)
-        append_line(self._path, text)
+        if self._file is None:
+            self._file = JsonLines(self._path, first=self._header, holds="results")
+            if not self._file.lines:
+                self._file.append(self._header)
+        self._file.append(text)
 
     def drop(self, key: str) -> None:
         """Forget the parts of a unit that is complete, or that is measured otherwise (OSError)."""
         self._waiting = None
         if self._parts.pop(key, None) is None or not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines[1:] if json.loads(line)["key"] != key]
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        header, *records = self._path.read_bytes().rpartition(b"\n")[0].splitlines()
+        kept = [line for line in records if json.loads(line)["key"] != key]
         if kept:
-            text = "".join(f"{line}\n" for line in (lines[0], *kept))
-            write_whole(self._path, lambda part: part.write_text(text, encoding="utf-8"))
+            text = b"".join(line + b"\n" for line in (header, *kept))
+            write_whole(self._path, lambda part: part.write_bytes(text))
         else:
             self._path.unlink()

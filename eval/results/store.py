@@ -14,18 +14,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
 from longctx.errors import RunError
-from longctx.folders import refuse_other_than_file, refuse_other_than_folder
+from longctx.json_lines import JsonLines
 
-from .append import append_line, drop_cut_line
 from .journal import Journal
-from .records import Record, check_header, dump_record, header_of, load_record, read_parts
+from .records import Record, dump_record, header_of, load_record, read_parts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,46 +52,39 @@ class Store:
         self.identity = identity
         self.notes: list[str] = []
         self._records: dict[str, Record] = {}
-        self._own = path
+        self._own: JsonLines | None = None
         self._journal: Journal | None = None
         if path is None:
             return
-        if rank:
-            self._own = path.with_name(f"{path.stem}.{rank}of{ranks}{path.suffix}")
-        assert self._own is not None
-        refuse_other_than_folder(path.parent)
-        refuse_other_than_file(self._own)  # opening a FIFO would wait for its reader
-        self._lock = FileLock(self._own.with_name(f".{self._own.name}.lock"))
+        own = path.with_name(f"{path.stem}.{rank}of{ranks}{path.suffix}") if rank else path
+        header = json.dumps(header_of(identity))
+        self._own = JsonLines(own, first=header, holds="results")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
             self.reload()
-            self._drop_cut_line(self._own)
-            if not self._own.exists() or not self._own.stat().st_size:
-                append_line(self._own, json.dumps(header_of(identity)))
-            else:
-                self._own.open("ab").close()  # refuse what cannot be written before any work
-            self._journal = Journal(path, self._own, identity)
+            if not self._own.lines:
+                self._own.append(header)
+            if cut := self._own.cut:
+                self.notes.append(
+                    f"{own}: the last line was cut off ({len(cut)} bytes), dropped and computed "
+                    "again"
+                )
+            self._journal = Journal(path, own, identity)
             for key in self._journal.units():
                 if self.get(key) is not None:  # killed between its record and this
                     self._journal.drop(key)
-        except Timeout as error:
-            raise RunError(
-                f"another sweep is writing to {self._own}: wait for it, or name another folder."
-            ) from error
         except OSError as error:
-            self._lock.release()
+            self._own.close()
             raise RunError(
                 f"cannot open the results file {path}: {error}; name another."
             ) from error
         except RunError:
-            self._lock.release()
+            self._own.close()
             raise
 
     def close(self) -> None:
         """Let others write."""
-        if self.path is not None:
-            self._lock.release()
+        if self._own is not None:
+            self._own.close()
 
     def reload(self) -> None:
         """Read what all processes have written."""
@@ -125,7 +115,7 @@ class Store:
             try:
                 if per_token is not None:
                     self._write_tokens(record.key, per_token)
-                append_line(self._own, text)
+                self._own.append(text)
                 self._journal.drop(record.key)
             except OSError as error:
                 raise self._no_room(error, len(self._records) - 1) from error
@@ -137,21 +127,20 @@ class Store:
 
     def put_part(self, record: Record) -> None:
         """Keep what is finished of a unit under way; it may take a second to reach the disk."""
-        self._on_journal(lambda journal: journal.add(record))
+        if self._journal is not None:
+            self._journal.add(record)
 
     def flush(self) -> None:
         """Have all parts on the disk before this returns."""
-        self._on_journal(Journal.flush)
+        if self._journal is not None:
+            self._journal.flush()
 
     def drop_parts(self, key: str) -> None:
         """Forget what is finished of a unit that is measured otherwise now."""
-        self._on_journal(lambda journal: journal.drop(key))
-
-    def _on_journal(self, do: Callable[[Journal], None]) -> None:
         if self._journal is None:
             return
         try:
-            do(self._journal)
+            self._journal.drop(key)
         except OSError as error:
             raise self._no_room(error, len(self._records)) from error
 
@@ -177,14 +166,3 @@ class Store:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-
-    def _drop_cut_line(self, path: Path) -> None:
-        """Say so where a line was cut off; refuse a file whose only line is not the header's."""
-        data = path.read_bytes() if path.exists() else b""
-        header = json.dumps(header_of(self.identity)).encode()
-        if data and b"\n" not in data and not header.startswith(data):
-            check_header(path, data, self.identity)
-        if cut := drop_cut_line(path):
-            self.notes.append(
-                f"{path}: the last line was cut off ({len(cut)} bytes), dropped and computed again"
-            )

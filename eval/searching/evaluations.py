@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from longctx.errors import RunError
 from longctx.fingerprint import json_digest
-from longctx.folders import refuse_other_than_file, refuse_other_than_folder
+from longctx.json_lines import JsonLines
 
 from .evolution import Divisors
 
@@ -33,24 +30,15 @@ class Evaluations:
     """
 
     def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
-        self._path = path
         self._losses: dict[str, float] = {}
+        self._file: JsonLines | None = None
         if path is None:
             return
-        refuse_other_than_folder(path.parent)
-        refuse_other_than_file(path)
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+        self._file = JsonLines(path, first='{"search"', holds="evaluations")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise RunError(f"another search writes to {path}: wait, or name another.") from error
-        except OSError as error:
-            raise RunError(f"cannot write to {path}: {error}. Name another --out.") from error
-        try:
-            self._read(path, json.loads(json.dumps(header)))
+            self._read(self._file, json.loads(json.dumps(header)))
         except BaseException:
-            self._lock.release()
+            self._file.close()
             raise
 
     def __enter__(self) -> Evaluations:
@@ -62,8 +50,8 @@ class Evaluations:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._path is not None:
-            self._lock.release()
+        if self._file is not None:
+            self._file.close()
 
     def get(self, candidate: Divisors, prompts: str) -> float | None:
         """The loss on these prompts, None where it is not known."""
@@ -77,43 +65,26 @@ class Evaluations:
         """
         key = _key(candidate, prompts)
         self._losses[key] = loss
-        self._append(
-            {
+        if self._file is not None:
+            entry = {
                 "key": key,
                 "prompts": prompts,
                 "divisors": candidate.values,
                 "attention_factor": candidate.attention_factor,
                 "loss": loss if math.isfinite(loss) else None,
             }
-        )
+            self._file.append(json.dumps(entry))
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        if self._path is None:
+    def _read(self, file: JsonLines, header: dict[str, Any]) -> None:
+        if not file.lines:
+            file.append(json.dumps({"search": header}))
             return
-        try:
-            with self._path.open("ab") as file:
-                file.write(json.dumps(entry).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise RunError(
-                f"cannot write to {self._path}: {error}. Make room; the same command then goes on."
-            ) from error
-
-    def _read(self, path: Path, header: dict[str, Any]) -> None:
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]  # a last line without an end was cut off
-        if not whole:
-            if data and not data.startswith(b'{"search"'):
-                raise RunError(f"{path} is not a file of evaluations: name another --out.")
-            path.write_bytes(b"")
-            self._append({"search": header})
-            return
-        first, *rest = whole.splitlines()
+        path = file.path
+        first, *rest = file.lines
         try:
             made: Any = json.loads(first)["search"]
             found = [json.loads(line) for line in rest]
-            losses = {one["key"]: _loss(one["loss"]) for one in found}
+            self._losses = {one["key"]: _loss(one["loss"]) for one in found}
         except (ValueError, RecursionError, TypeError, KeyError) as error:
             raise RunError(
                 f"{path} is damaged, or not a file of evaluations ({error!r}): name another --out."
@@ -125,9 +96,6 @@ class Evaluations:
                 f"{path} is of a search with {key}={kinds[0].get(key)!r}, this one has "
                 f"{header.get(key)!r}: name another --out."
             )
-        if len(whole) < len(data):
-            os.truncate(path, len(whole))
-        self._losses = losses
 
 
 def _loss(value: Any) -> float:

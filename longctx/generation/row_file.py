@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..errors import RunError
-from ..folders import refuse_other_than_file
+from ..json_lines import JsonLines
 
 __all__ = ["RowFile"]
 
@@ -29,22 +27,21 @@ class RowFile:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], prompts: list[str]) -> None:
-        refuse_other_than_file(path)
-        self._path = path
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._prompts = prompts
+        self._file = JsonLines(path, first='{"row": 0, ', holds="generated rows")
+        self._lines = self._file.lines
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
-        except OSError as error:
-            raise RunError(f"cannot write to {path}: {error}. Name another.") from error
-        try:
-            self._lock()
-            self.done = self._read()
-            """Rows that are there."""
+            for index, line in enumerate(self._lines):
+                self._check(index, line)
         except BaseException:
             self._file.close()
             raise
+
+    @property
+    def done(self) -> int:
+        """Rows that are there."""
+        return len(self._lines)
 
     def __enter__(self) -> RowFile:
         return self
@@ -64,17 +61,9 @@ class RowFile:
             RunError: the disk refuses.
         """
         known = {"row": self.done, "prompt_digest": self._prompts[self.done]}
-        line = json.dumps({**known, **row, "settings": self._settings}) + "\n"
-        try:
-            self._file.write(line.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise RunError(
-                f"cannot write to {self._path}: {error}. Make room; the same command then goes on "
-                f"after the {self.done} rows that are there."
-            ) from error
-        self.done += 1
+        line = json.dumps({**known, **row, "settings": self._settings})
+        self._file.append(line)
+        self._lines.append(line.encode())
 
     def tokens(self) -> list[list[int]]:
         """The token ids of all rows that are there.
@@ -82,40 +71,16 @@ class RowFile:
         Raises:
             RunError: a row without them.
         """
-        self._file.seek(0)
         found: list[list[int]] = []
-        for number, line in enumerate(self._file.read().splitlines(), 1):
+        for number, line in enumerate(self._lines, 1):
             ids: Any = json.loads(line).get("token_ids")
             if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-                raise RunError(f"{self._path}:{number} holds no token_ids: name another file.")
+                raise RunError(f"{self._file.path}:{number} holds no token_ids: name another file.")
             found.append(ids)
         return found
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(
-                f"another process writes to {self._path}: wait for it, or name another."
-            ) from error
-        except OSError:  # a file system without locks
-            return
-
-    def _read(self) -> int:
-        self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        lines = whole.splitlines()
-        for index, line in enumerate(lines):
-            self._check(index, line)
-        if len(whole) < len(text):
-            if not lines and not text.startswith(b'{"row": 0, '):
-                raise RunError(f"{self._path} is not a file of generated rows: name another.")
-            self._file.truncate(len(whole))
-        return len(lines)
-
     def _check(self, index: int, line: bytes) -> None:
-        where = f"{self._path}:{index + 1}"
+        where = f"{self._file.path}:{index + 1}"
         try:
             row: Any = json.loads(line)
             made, number, digest = row["settings"], row["row"], row["prompt_digest"]

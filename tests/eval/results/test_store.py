@@ -100,12 +100,18 @@ def test_results_of_another_model_are_refused(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["my notes", "a\nb", '{"a": 1}\n', '{"longctx": "results", "version": 9}\n']
+    ("first", "message"),
+    [
+        ("my notes", "is not a file of results"),
+        ("a\nb", "line 1: .* It is not a results file of this release"),
+        ('{"a": 1}\n', "line 1: .* It is not a results file of this release"),
+        ('{"longctx": "results", "version": 9}\n', "line 1: .* It is not a results file"),
+    ],
 )
-def test_other_files_are_refused_and_kept(tmp_path: Path, first: str) -> None:
+def test_other_files_are_refused_and_kept(tmp_path: Path, first: str, message: str) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(first)
-    with pytest.raises(RunError, match=r"line 1: .* It is not a results file of this release"):
+    with pytest.raises(RunError, match=message):
         Store(path, IDENTITY)
     assert path.read_text() == first
 
@@ -152,7 +158,7 @@ def test_a_full_disk_is_said_and_loses_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunError, match=r"No space left on device.*goes on from the 1 results"):
+    with pytest.raises(RunError, match=r"No space left on device.*goes on after the 2 lines"):
         store.put(record("b"))
     monkeypatch.undo()
     store.close()
@@ -162,7 +168,7 @@ def test_a_full_disk_is_said_and_loses_nothing(
 def test_a_second_writer_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     first = Store(path, IDENTITY)
-    with pytest.raises(RunError, match=r"another sweep is writing to .*name another folder"):
+    with pytest.raises(RunError, match=r"another process writes to .*name another"):
         Store(path, IDENTITY)
     first.put(record())
     first.close()
