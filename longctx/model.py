@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config_windows import WINDOW_KEYS
 from .errors import ModelError
+from .quiet import without_messages
 from .rope import YARN_EXTRAS, Rope, ScaledRotary, carried_entries, frequencies_of
 
 __all__ = [
@@ -196,7 +197,8 @@ def refusal(config: PreTrainedConfig, entry: dict[str, Any], length: int) -> str
     trial.max_position_embeddings = length
     trial.rope_parameters = with_rope_entry(config, entry)
     try:
-        trial.validate_rope()
+        with without_messages("transformers.modeling_rope_utils", "long_mscale"):  # vLLM's keys
+            trial.validate_rope()
     except (ValueError, KeyError, TypeError) as error:
         return str(error)
     return None

@@ -28,7 +28,6 @@ from longctx.fingerprint import identity_of, json_digest
 from longctx.model import rope_of
 from longctx.patch import Method, patch_of
 from longctx.prompts.haystacks import held_in
-from longctx.quiet import without_messages
 
 from ..running.progress import Progress
 from ..tasks.shared.texts import texts_of
@@ -112,7 +111,6 @@ def search(
     with (
         Evaluations(path, header) as evaluations,
         Progress(steps, shown=progress) as bar,
-        without_messages("transformers.modeling_rope_utils", "long_mscale"),  # of each candidate
     ):
 
         def judge(candidate: Divisors, seed: int) -> float:
