@@ -91,7 +91,8 @@ def test_prompts_are_of_the_training_split(tokenizer: Any) -> None:
     prompts = key_prompts(tokenizer, 1024, 14, text=text, seed=0)
     assert {split_of(prompt.key) for prompt in prompts} == {"train"}
     assert {len(prompt.input_ids) for prompt in prompts} == {1024}
-    assert {prompt.haystack.partition("@")[0] for prompt in prompts} == {"grass", "lines"}
+    stretches = [p.haystack for p in prompts if p.haystack != "grass"]
+    assert len(set(stretches)) == len(stretches) == 10  # each of its own: none is learnt by heart
     others = key_prompts(tokenizer, 1024, 14, text=text, seed=1)
     assert not {p.input_ids for p in prompts} & {p.input_ids for p in others}
 
