@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMAND", "Search"]
 
+_NEARLY_ALL = 0.05  # nats per token of a key, which is a probability of 95%
+
 
 @dataclass(frozen=True, slots=True)
 class Search:
@@ -95,6 +97,13 @@ class Search:
             f"Loss on the finalists' prompts: {found.loss:.3f} ({known}), in nats per token of the "
             f"key.\n--method longrope:@{path}"
         )
+        best, least = min(found.known_losses.items(), key=lambda item: item[1])
+        if least < _NEARLY_ALL:
+            print(
+                f"note: {best} says nearly all keys of these prompts as it is ({least:.3f} nats): "
+                "there was little to find. Text that the model was not trained on (--text) or a "
+                "longer target tells more."
+            )
         return self._report(model, tokenizer, found, lengths[0]) if self.report_samples else 0
 
     def _report(

@@ -231,7 +231,9 @@ def test_the_command_searches_reports_and_says_how_to_use_it(
     out = tmp_path / "search"
     command = ["search", "demo", "--target", "512", "--report-samples", "2", "--out", str(out)]
     assert main([*command, *quick]) == 0
-    assert f"longrope:@{out / 'longrope.json'}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"longrope:@{out / 'longrope.json'}" in said
+    assert "note: yarn says nearly all keys of these prompts" in said  # of text that it has learnt
     assert json.loads((out / "longrope.json").read_text())["search"]["evaluations"] == 6
     assert main([*command, *quick]) == 2
     assert "--overwrite" in capsys.readouterr().err
