@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ from ..tasks.shared.protocol import OverCache, Plan, Task
 from ..tasks.shared.registry import available_tasks, parse_task
 from ..tasks.shared.retrieval import Retrieval
 from .lengths import parse_lengths
+from .progress import Progress
 from .runner import Job, Ranks, SweepRunner, UnitRunner, notes_before
 
 __all__ = ["sweep"]
@@ -113,7 +115,7 @@ def sweep(
     own = variants_of(model, methods, replace=replace)
     variants = with_caches(model, own, caches, replace=replace)
     invariants = {variant.length_invariant for variant in variants}
-    plans = _plans(chosen, tokenizer, sizes, invariants)
+    plans = _plans(chosen, tokenizer, sizes, invariants, progress=progress and Ranks.here().first)
     _refuse_reading(variants, chosen, tokenizer, sizes)
     _refuse_over_cache(variants, chosen, tokenizer, plans)
     jobs = [
@@ -211,18 +213,22 @@ def _plans(
     tokenizer: PreTrainedTokenizerBase,
     lengths: Sequence[int],
     invariants: set[bool],
+    *,
+    progress: bool,
 ) -> dict[tuple[str, bool], Plan]:
     """The work by task and by whether its method is length-invariant; all that is wrong at once."""
     found: dict[tuple[str, bool], Plan] = {}
     wrong: dict[str, None] = {}
-    for task in tasks:
-        for invariant in invariants:
+    with Progress(len(tasks) * len(invariants), shown=progress) as bar:
+        for task, invariant in product(tasks, invariants):
+            bar.at(f"prompts of {task.name}")  # thousands of long ones take minutes to build
             try:
                 plan = task.plan(tokenizer, lengths, length_invariant=invariant)
             except DataError as error:
                 wrong[f"task {task.name}: {error}"] = None
             else:
                 found[task.name, invariant] = plan
+            bar.advance(1)
     if wrong:
         raise DataError("\n".join(wrong))
     return found
