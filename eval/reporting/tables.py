@@ -173,7 +173,10 @@ def _sweep_table(result: SweepResult, task: Task, parts: Sequence[Row]) -> Rende
     if beyond:
         lines.append(Text("* beyond the window that the model claims", style="dim"))
     if far:
-        said = f"far keys: found of those that end {result.original_window:,} tokens or more back"
+        said = (
+            f"far keys: found of those that end {result.original_window:,} tokens or more back "
+            "(Wilson 95%, as if they were independent)"
+        )
         lines.append(Text(said, style="dim"))
     if cached:
         said = f"cache MiB: held for one prompt of {max(result.lengths):,} tokens, at its end"

@@ -30,7 +30,7 @@ from longctx.scoring.compressed_caches import CompressedCache
 from longctx.scoring.over_cache import score_over_cache
 from longctx.scoring.prefix_sharing import score_prompts
 
-from ...stats.intervals import wilson
+from ...stats.intervals import LEAST, clustered_wilson, wilson
 from .protocol import Measured, Observation, Plan, Resumable, Summary, UnderWay, Unit
 
 __all__ = [
@@ -312,13 +312,17 @@ class Retrieval(Resumable):
         answers = [o.correct for o in observations]
         if not answers or None in answers:
             return Summary(math.nan, math.nan, math.nan, "none")
-        hits = sum(map(bool, answers))
-        haystacks = len({o.detail.get("haystack", o.cluster) for o in observations})
+        found, clusters = [bool(each) for each in answers], [o.cluster for o in observations]
+        count = len(set(clusters))
+        if LEAST <= count < len(found):
+            share = clustered_wilson(found, clusters, range(len(found)))
+            name = f"Wilson 95%, with the design effect of {len(found)} prompts in {count} clusters"
+            return Summary(*share, name)
         name = "Wilson 95%"
-        if haystacks < len(answers):
-            several = f"{haystacks} haystack{'s' * (haystacks > 1)}"
-            name += f", as if its {len(answers)} prompts from {several} were independent"
-        return Summary(hits / len(answers), *wilson(hits, len(answers)), name)
+        if count < min(len(found), LEAST):
+            several = f"{count} cluster{'s' * (count > 1)}"
+            name += f", as if its {len(found)} prompts in {several} were independent"
+        return Summary(sum(found) / len(found), *wilson(sum(found), len(found)), name)
 
     def cluster(self, spec: PromptSpec, prompt: Prompt) -> str:
         """What the prompt has in common with others, so that they are not independent."""

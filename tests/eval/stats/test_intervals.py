@@ -132,6 +132,24 @@ def test_shares_of_clusters_are_covered_where_wilson_is_not(share: float) -> Non
     assert plain / 300 < 0.85
 
 
+def test_shares_of_the_default_cell_of_keys_are_covered_where_wilson_is_not() -> None:
+    """50 prompts in repeated sentences, all found, and ten in each of five stretches of text."""
+    rng = np.random.default_rng(2)
+    clusters = [*(f"text/{i // 10}" for i in range(50)), *(f"grass/{i}" for i in range(50))]
+    covered = plain = 0
+    for _ in range(400):
+        level = rng.beta(0.7 * 7 / 3, 0.3 * 7 / 3, size=5).repeat(
+            10
+        )  # correlation 0.3 in a stretch
+        hits = [*(rng.random(50) < level).tolist(), *[True] * 50]
+        _, low, high = clustered_wilson(hits, clusters, range(100))
+        covered += low <= 0.85 <= high
+        low, high = wilson(sum(hits), 100)
+        plain += low <= 0.85 <= high
+    assert covered / 400 > 0.9
+    assert plain / 400 < 0.75
+
+
 def test_the_jackknife_of_a_mean_is_the_t_interval() -> None:
     values = {"a": [1.0], "b": [4.0], "c": [2.5], "d": [7.0]}
     found = jackknife_interval(lambda items: sum(items) / len(items), values)

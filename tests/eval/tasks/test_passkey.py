@@ -11,6 +11,7 @@ import torch
 
 from longctx.errors import DataError
 from longctx.eval import Observation, Passkey
+from longctx.eval.stats.intervals import wilson
 from longctx.prompts.passkey_prompts import SHORT, Prompt, split_of
 
 from ..conftest import byte_model, byte_tokenizer
@@ -121,10 +122,34 @@ def test_real_text_comes_from_several_places(
     assert len({(spec.haystack_seed, spec.depth) for spec in specs}) == samples
 
 
-def test_grass_counts_as_one_haystack(model: Any) -> None:
-    observations = observe(dataclasses.replace(TASK, samples=3), model)
-    name = TASK.summarise(observations).interval
-    assert name == "Wilson 95%, as if its 3 prompts from 1 haystack were independent"
+@pytest.mark.parametrize(
+    ("clusters", "name"),
+    [
+        (["a"] * 4, "Wilson 95%, as if its 4 prompts in 1 cluster were independent"),
+        (["a", "a", "b", "b"], "Wilson 95%, as if its 4 prompts in 2 clusters were independent"),
+        (["a", "a", "b", "c"], "Wilson 95%, with the design effect of 4 prompts in 3 clusters"),
+        (["a", "b", "c", "d"], "Wilson 95%"),
+    ],
+)
+def test_the_interval_says_what_hangs_together(clusters: list[str], name: str) -> None:
+    found = [Observation(LENGTH, str(i), c, 0.0, 1, i % 2 == 0) for i, c in enumerate(clusters)]
+    summary = TASK.summarise(found)
+    assert (summary.value, summary.interval) == (0.5, name)
+
+
+def test_prompts_of_a_stretch_that_differs_from_others_widen_the_interval() -> None:
+    grass = [Observation(LENGTH, f"g{i}", f"grass/{i}", 0.0, 1, True) for i in range(50)]
+    shares = {"a": 10, "b": 9, "c": 4, "d": 3, "e": 8}
+    text = [
+        Observation(LENGTH, f"{name}{i}", name, 0.0, 1, i < hits)
+        for name, hits in shares.items()
+        for i in range(10)
+    ]
+    summary = TASK.summarise([*grass, *text])
+    low, high = wilson(84, 100)
+    assert summary.value == pytest.approx(0.84)
+    assert summary.low < low - 0.05
+    assert summary.high > high + 0.02
 
 
 def test_random_depths_differ_and_are_the_same_again(model: Any) -> None:
