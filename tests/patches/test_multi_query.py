@@ -139,6 +139,17 @@ def test_alike_heads_make_a_group() -> None:
     assert grouped(likeness, 3) == [[0, 5], [1, 4], [2, 3]]
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_heads_that_say_nothing_are_joined_too(heads: int) -> None:
+    model = build("llama", num_key_value_heads=4)
+    for layer in model.model.layers:
+        for name in ("k_proj", "v_proj"):
+            getattr(layer.self_attn, name).weight.data[: 16 * heads] = 0
+    report = longctx.convert(model, MultiQuery(2), calibration=READ).report()
+    assert "nan" not in str(report)
+    assert ("keys 0%" in str(report)) == (heads == 4)
+
+
 def test_a_model_of_one_group_for_each_head_is_refused_by_what_there_is() -> None:
     model = build("llama", num_key_value_heads=4)
     for kv_heads in (3, 4, 8):
