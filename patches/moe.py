@@ -80,6 +80,8 @@ class Moe(Conversion):
                 raise MethodError(
                     f"{self.name}: {field}={getattr(self, field)!r}: expected {least} or more."
                 )
+        if self.seed >= 2**63:
+            raise MethodError(f"{self.name}: seed={self.seed}: expected less than 2**63.")
         if self.active > self.experts:
             raise MethodError(
                 f"{self.name}: active={self.active} of experts={self.experts}: expected as many at "

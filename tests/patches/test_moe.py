@@ -145,6 +145,8 @@ def test_what_is_refused() -> None:
         Moe(experts=2, active=3)
     with pytest.raises(MethodError, match="experts=1: expected 2 or more"):
         Moe(experts=1)
+    with pytest.raises(MethodError, match="seed=9223372036854775808: expected less"):
+        Moe(seed=2**63)
     with pytest.raises(MethodError, match="family='x'"):
         Moe(family="x")  # pyright: ignore[reportArgumentType]
     with pytest.raises(MethodError, match="moe reads no text"):
