@@ -77,15 +77,16 @@ class HedgehogAttention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast only v has been cast
         if mask is not None and mask.shape[-1] < k.shape[2]:  # a static cache, empty at its end
             k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
-        out, past = attend_linearly(
-            *(q, k, v),
-            features=(self.of_query, self.of_key),
-            gate=None if self.gate is None else self.gate.sigmoid(),
-            window=self.window,
-            scaling=scaling,
-            numbers=row_numbers(q, k, mask),
-            past=None if layer is None else layer.past,
-        )
+        with torch.autocast(q.device.type, enabled=False):  # sums over a long text stay float32
+            out, past = attend_linearly(
+                *(q, k, v),
+                features=(self.of_query, self.of_key),
+                gate=None if self.gate is None else self.gate.sigmoid(),
+                window=self.window,
+                scaling=scaling,
+                numbers=row_numbers(q, k, mask),
+                past=None if layer is None else layer.past,
+            )
         if layer is not None:
             layer.keep(past)
         return out

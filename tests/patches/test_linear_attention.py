@@ -204,6 +204,17 @@ def test_it_is_taught_by_its_original(tmp_path: Path) -> None:
         pass
 
 
+def test_sums_are_float32_under_autocast() -> None:
+    rule = HedgehogAttention(2, 1, 16, 8, 32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 256, 16, generator=generator) for h in (2, 1, 1))
+    half = [x.bfloat16() for x in (q, k, v)]
+    settings: dict[str, Any] = {"mask": None, "positions": None, "scaling": 0.25}
+    wanted = rule(*half, **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rule(q, k, half[2], **settings), wanted)
+
+
 def test_packed_documents_do_not_see_each_other() -> None:
     model = made().model
     places = torch.cat([torch.arange(25), torch.arange(35)])[None].expand(2, -1)
