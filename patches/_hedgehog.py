@@ -177,7 +177,7 @@ class Fitting:
             some = torch.randperm(len(wanted), generator=self.generator)[:rows].to(wanted.device)
             q, k, v = (x[some] for x in given)
             out = rule(q, k, v, mask=None, positions=None, scaling=scaling)
-            loss = (out - wanted[some]).square().sum() / wanted[some].square().sum()
+            loss = _share_missed(out, wanted[some])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -188,7 +188,12 @@ def _missed(
 ) -> float:
     q, k, v = given
     out = rule(q, k, v, mask=None, positions=None, scaling=scaling)
-    return float((out - wanted.float()).square().sum() / wanted.float().square().sum())
+    return float(_share_missed(out, wanted.float()))
+
+
+def _share_missed(out: Tensor, wanted: Tensor) -> Tensor:
+    energy = wanted.square().sum().clamp(min=torch.finfo(wanted.dtype).tiny)  # 0 of a dead layer
+    return (out - wanted).square().sum() / energy
 
 
 @torch.no_grad()

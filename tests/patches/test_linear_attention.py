@@ -157,6 +157,13 @@ def test_transfer_brings_the_outputs_nearer_and_says_so() -> None:
     assert "experimental" in text
 
 
+def test_a_layer_that_says_nothing_is_fitted_to_that() -> None:
+    model = build("llama")
+    model.model.layers[0].self_attn.v_proj.weight.data.zero_()
+    report = longctx.convert(model, LinearAttention(window=8, steps=1), calibration=READ).report()
+    assert "layer 0: misses 0% of the outputs (0% unfitted)" in str(report)
+
+
 def test_the_layers_that_keys_need_are_found() -> None:
     """An answer's NLL with one layer replaced, as it is measured by hand."""
     model, tokenizer = longctx.load("demo")
