@@ -203,6 +203,15 @@ def test_what_convert_refuses(tmp_path: Path) -> None:
     assert longctx.patch_of(made.model) is None
 
 
+def test_a_cache_that_fails_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise IndexError("no such layer")
+
+    monkeypatch.setattr("longctx.converting.DynamicCache.update", failing)
+    with pytest.raises(IndexError, match="no such layer"):
+        longctx.convert(build("llama"), MultiQuery(1), calibration=READ)
+
+
 def test_biases_in_float64_lose_nothing() -> None:
     """Many heads and a bias on all projections, in double precision."""
     torch.manual_seed(2)
