@@ -100,7 +100,7 @@ def head_layers(model: PreTrainedModel, who: str) -> list[HeadLayer]:
             what = f"no linear {', '.join(odd)} (it has {', '.join(parts)})"
         elif own or strange:
             what = f"{', '.join([*own, *strange])} beside its projections"
-        elif kv_heads is None or config.num_key_value_heads != kv_heads:
+        elif kv_heads is None:
             what = "no num_key_value_heads in its config"
         else:
             dim = module.q_proj.out_features // heads
