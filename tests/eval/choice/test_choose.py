@@ -194,5 +194,13 @@ def test_a_command_line_that_cannot_be(
 def test_training_is_of_as_many_tokens_as_were_asked_for() -> None:
     from longctx.cli.auto import Auto
 
-    said = Auto("demo", "256k", tokens="20M")._training(262_144, 4.0, 20_000_000)  # pyright: ignore[reportPrivateUsage]
+    said = Auto("demo", "256k", tokens="20M")._training(262_144, 20_000_000)  # pyright: ignore[reportPrivateUsage]
     assert "--max-steps 76 --batch-size 1 " in said
+    assert "--method linear:target=262144 " in said
+
+
+def test_the_command_for_reading_has_all_that_was_measured() -> None:
+    from longctx.cli.auto import Auto
+
+    said = Auto("demo", "1k")._command("read:map,chunk=100,overlap=20")  # pyright: ignore[reportPrivateUsage]
+    assert "--combine map --chunk 100 --overlap 20 --batch-size 8" in said
