@@ -36,7 +36,8 @@ def difference(value: float, p: float) -> Difference:
 
 
 def finalist(label: str, found: int, **changes: Any) -> Finalist:
-    one = Finalist(label, found, 80, 0.0, 1.0, None, None, 1.0, plain=False, in_pieces=False)
+    gain = None if label == "none" else difference(0.5, 0.001)
+    one = Finalist(label, found, 80, 0.0, 1.0, None, gain, None, 1.0, plain=False, in_pieces=False)
     return dataclasses.replace(one, **changes)
 
 
@@ -65,9 +66,23 @@ def test_what_plain_transformers_loads_is_preferred_among_equals() -> None:
 
 def test_nothing_is_recommended_that_does_not_read_further() -> None:
     none = finalist("none", 20, behind=difference(-0.02, 0.5), plain=True)
-    method, reason = recommend([finalist("yarn:4", 22, plain=True), none])
+    yarn = finalist("yarn:4", 22, plain=True, gain=difference(0.02, 0.5))
+    method, reason = recommend([yarn, none])
     assert method == "none"
     assert "train it" in reason
+
+
+def test_one_that_is_not_told_from_the_best_has_to_read_further_too() -> None:
+    best = finalist("dual_chunk:4", 30)
+    between = finalist("yarn:4", 24, plain=True, behind=difference(-0.08, 0.06))
+    none = finalist("none", 20, behind=difference(-0.12, 0.001), plain=True)
+    assert recommend([best, between, none])[0] == "yarn:4"
+    unsure = dataclasses.replace(between, gain=difference(0.05, 0.2))
+    method, reason = recommend([best, unsure, none])
+    assert method == "dual_chunk:4"
+    assert "not told apart from it: yarn:4" in reason
+    worse = dataclasses.replace(between, found=0, gain=difference(-0.25, 0.001))
+    assert recommend([best, worse, none])[0] == "dual_chunk:4"
 
 
 def test_a_choice_is_measured_printed_and_written(
@@ -104,7 +119,7 @@ def test_a_choice_is_measured_printed_and_written(
 def test_the_best_of_several_has_to_beat_the_model_by_more() -> None:
     """The best is picked by the prompts that it is then compared on."""
     close = finalist("none", 20, behind=difference(-0.1, 0.02), plain=True)
-    best = finalist("yarn:4", 28, plain=True)
+    best = finalist("yarn:4", 28, plain=True, gain=difference(0.1, 0.02))
     others = [finalist(f"ntk:{n}", 21, behind=difference(-0.09, 0.03)) for n in (2, 4, 8)]
     assert recommend([best, close])[0] == "yarn:4"
     assert recommend([best, *others, close])[0] == "none"
