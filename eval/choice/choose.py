@@ -379,9 +379,11 @@ def recommend(finalists: Sequence[Finalist]) -> tuple[str, str]:
         one for one in contenders if one.gain and one.gain.value > 0 and one.gain.p_value < level
     ]
     if not fit:
+        few = all(one.gain is None or one.gain.smallest_p >= level for one in finalists)
         return "none", (
             f"no candidate was shown to find more keys than the model as it came ({none.found} of "
-            f"{none.asked}; the best, {best.label}, {best.found}): train it, or ask more prompts."
+            f"{none.asked}; the best, {best.label}, {best.found}): "
+            + ("so few prompts cannot show it, ask more." if few else "train it, or ask more.")
         )
     taken = min(fit, key=lambda one: (not one.plain, one.in_pieces, one.costs, -one.found))
     said = f"it finds {taken.found} of {taken.asked} keys beyond the old window"
