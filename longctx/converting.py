@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from .attention.layers import attention_in_use
 from .attention.state_cache import StateLayer
 from .conversion import Calibration, Conversion, ConversionReport, Converted, recorded
-from .errors import DataError, LongctxError, MethodError, ModelError
+from .errors import DataError, MethodError, ModelError
 from .model import evaluating, text_config, unwrapped, window
 from .patch import Check, Method, patch_of
 from .prompts.assembly import Prompt
@@ -235,13 +235,12 @@ def _checks(made: PreTrainedModel, method: Conversion, off: float) -> Sequence[C
     ids = _ids(made, method.same_within + _PROOF)
     whole = made(input_ids=ids, use_cache=False).logits.float()
     cached = _cached(made, ids)
-    checks = [Check("logits finite", bool(whole.isfinite().all()), f"{whole.numel():,} of them")]
-    if cached is not None:
-        apart = float((cached - whole[:, -cached.shape[1] :]).abs().max() / whole.abs().max())
-        limit = 1e-3 if _tolerance(made) == _EXACT else 0.1
-        checks.append(
-            Check("cached as uncached", apart <= limit, f"to {apart:.1e} of the largest logit")
-        )
+    apart = float((cached - whole[:, -cached.shape[1] :]).abs().max() / whole.abs().max())
+    limit = 1e-3 if _tolerance(made) == _EXACT else 0.1
+    checks = [
+        Check("logits finite", bool(whole.isfinite().all()), f"{whole.numel():,} of them"),
+        Check("cached as uncached", apart <= limit, f"to {apart:.1e} of the largest logit"),
+    ]
     if method.exact:
         detail = f"to {off:.1e} of the largest logit"
         checks.append(Check("logits of the original", off <= _tolerance(made), detail))
@@ -256,17 +255,12 @@ def _ids(model: PreTrainedModel, tokens: int = _PROOF) -> Tensor:
     return ids.to(next(model.parameters()).device)
 
 
-def _cached(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
-    """Logits of the last tokens, read after a cache of those before; None without such a cache."""
-    try:
-        cache = DynamicCache(config=model.config)
-        last = _PROOF - _CACHED
-        model(input_ids=ids[:, :-last], past_key_values=cache, use_cache=True)
-        return model(input_ids=ids[:, -last:], past_key_values=cache, use_cache=True).logits
-    except LongctxError:
-        raise
-    except Exception:  # some families have caches of their own
-        return None
+def _cached(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits of the last tokens, read after a cache of those before."""
+    cache = DynamicCache(config=model.config)
+    last = _PROOF - _CACHED
+    model(input_ids=ids[:, :-last], past_key_values=cache, use_cache=True)
+    return model(input_ids=ids[:, -last:], past_key_values=cache, use_cache=True).logits
 
 
 def _cache_bytes(model: PreTrainedModel) -> tuple[int, int]:

@@ -77,15 +77,16 @@ class HedgehogAttention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast only v has been cast
         if mask is not None and mask.shape[-1] < k.shape[2]:  # a static cache, empty at its end
             k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
-        out, past = attend_linearly(
-            *(q, k, v),
-            features=(self.of_query, self.of_key),
-            gate=None if self.gate is None else self.gate.sigmoid(),
-            window=self.window,
-            scaling=scaling,
-            numbers=row_numbers(q, k, mask),
-            past=None if layer is None else layer.past,
-        )
+        with torch.autocast(q.device.type, enabled=False):  # sums over a long text stay float32
+            out, past = attend_linearly(
+                *(q, k, v),
+                features=(self.of_query, self.of_key),
+                gate=None if self.gate is None else self.gate.sigmoid(),
+                window=self.window,
+                scaling=scaling,
+                numbers=row_numbers(q, k, mask),
+                past=None if layer is None else layer.past,
+            )
         if layer is not None:
             layer.keep(past)
         return out
@@ -176,7 +177,7 @@ class Fitting:
             some = torch.randperm(len(wanted), generator=self.generator)[:rows].to(wanted.device)
             q, k, v = (x[some] for x in given)
             out = rule(q, k, v, mask=None, positions=None, scaling=scaling)
-            loss = (out - wanted[some]).square().sum() / wanted[some].square().sum()
+            loss = _share_missed(out, wanted[some])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -187,7 +188,12 @@ def _missed(
 ) -> float:
     q, k, v = given
     out = rule(q, k, v, mask=None, positions=None, scaling=scaling)
-    return float((out - wanted.float()).square().sum() / wanted.float().square().sum())
+    return float(_share_missed(out, wanted.float()))
+
+
+def _share_missed(out: Tensor, wanted: Tensor) -> Tensor:
+    energy = wanted.square().sum().clamp(min=torch.finfo(wanted.dtype).tiny)  # 0 of a dead layer
+    return (out - wanted).square().sum() / energy
 
 
 @torch.no_grad()

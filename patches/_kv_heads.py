@@ -100,7 +100,7 @@ def head_layers(model: PreTrainedModel, who: str) -> list[HeadLayer]:
             what = f"no linear {', '.join(odd)} (it has {', '.join(parts)})"
         elif own or strange:
             what = f"{', '.join([*own, *strange])} beside its projections"
-        elif kv_heads is None or config.num_key_value_heads != kv_heads:
+        elif kv_heads is None:
             what = "no num_key_value_heads in its config"
         else:
             dim = module.q_proj.out_features // heads
@@ -168,7 +168,8 @@ def residual(vectors: Tensor, turns: Tensor, groups: Sequence[Sequence[int]]) ->
     """
     turned = torch.einsum("knd,ked->kne", vectors, turns)
     lost = sum(float((turned[g] - turned[g].mean(0)).square().sum()) for g in map(list, groups))
-    return lost / float(vectors.square().sum())
+    energy = float(vectors.square().sum())
+    return lost / energy if energy else 0.0
 
 
 def _to_mean(heads: Tensor, planes: Planes | None) -> Tensor:
@@ -207,8 +208,9 @@ def _likeness(heads: Tensor, planes: Planes | None) -> Tensor:
     for k in range(len(heads)):
         for other in range(k):
             product = products[k, other]
-            shared = float((_turn(product, planes).T * product).sum() / (size[k] * size[other]))
-            found[k, other] = found[other, k] = shared
+            both = float(size[k] * size[other])
+            shared = float((_turn(product, planes).T * product).sum())
+            found[k, other] = found[other, k] = shared / both if both else 0.0
     return found
 
 

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from longctx.attention.layers import attention_layers
 from longctx.conversion import Calibration, Conversion
 from longctx.errors import MethodError, ModelError
 from longctx.patch import Check
@@ -79,6 +80,8 @@ class Moe(Conversion):
                 raise MethodError(
                     f"{self.name}: {field}={getattr(self, field)!r}: expected {least} or more."
                 )
+        if self.seed >= 2**63:
+            raise MethodError(f"{self.name}: seed={self.seed}: expected less than 2**63.")
         if self.active > self.experts:
             raise MethodError(
                 f"{self.name}: active={self.active} of experts={self.experts}: expected as many at "
@@ -133,6 +136,13 @@ class Moe(Conversion):
                 f"{self.name}: a {model.config.model_type!r} model is not a {family!r} model of "
                 f"one expert: {error} Leave family=auto, or take another family."
             ) from error
+        seen, sees = ([layer.window for layer in attention_layers(x)] for x in (model, made))
+        if seen != sees:  # longer windows than the proof is would hide it
+            raise ModelError(
+                f"{self.name}: layers of this {model.config.model_type!r} model see the last "
+                f"{_listed(seen)} tokens, and those of {family!r} would see {_listed(sees)}: leave "
+                "family=auto, or convert another model."
+            )
         return made, [Check("family", True, f"{model.config.model_type} → {family}")]
 
     def _family(self, model: PreTrainedModel) -> Family:
@@ -154,15 +164,11 @@ class Moe(Conversion):
         said = {key: value for key, value in own.items() if key in there}
         heads = int(own["num_attention_heads"])
         said["head_dim"] = int(own.get("head_dim") or own["hidden_size"] // heads)
-        sliding = own.get("sliding_window")
-        types = set(own.get("layer_types") or ())
-        if sliding and family == "qwen3_moe" and types != {"full_attention"}:
-            raise ModelError(
-                f"{self.name}: layers of this {own['model_type']!r} model slide over {sliding} "
-                "tokens and others do not, which Qwen3-MoE cannot say."
-            )
         if family == "mixtral":
-            said |= {"sliding_window": sliding, "num_local_experts": self.experts}
+            said |= {
+                "sliding_window": own.get("sliding_window"),
+                "num_local_experts": self.experts,
+            }
         else:
             inner = int(own["intermediate_size"])
             said |= {
@@ -179,6 +185,10 @@ class Moe(Conversion):
             said.pop("shared_expert_intermediate_size", None)
         said["num_experts_per_tok"] = self.active
         return AutoConfig.for_model(family, **said, dtype=model.dtype)
+
+
+def _listed(windows: Sequence[int | None]) -> str:
+    return ", ".join("all" if window is None else f"{window:,}" for window in windows)
 
 
 def _dense_mlps(model: PreTrainedModel) -> list[str]:

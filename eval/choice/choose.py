@@ -53,6 +53,8 @@ class Finalist:
     high: float
     behind: Difference | None
     """Share found minus that of the best, on the same prompts; None for the best itself."""
+    gain: Difference | None
+    """Share found minus that of the model as it came, on the same prompts; None for that itself."""
     perplexity: Difference | None
     """NLL per token inside the old window, minus that of the model as it came; None where it reads
     in pieces and changes nothing there, and for the model as it came."""
@@ -110,9 +112,9 @@ def choose(
 ) -> Choice:
     """Choose a method for `model` at `target` tokens.
 
-    One is recommended only where the best finds more keys than the model as it came, at a level of
-    5% divided by the candidates compared (Bonferroni), since the best is picked by the same
-    prompts. Most keys count first. Of the candidates that cannot be told from the best, one that
+    One is recommended only if it was shown to find more keys than the model as it came, at a level
+    of 5% divided by the candidates compared (Bonferroni), since the best is picked by the same
+    prompts. Most keys count first. Of such candidates that cannot be told from the best, one that
     plain transformers loads is preferred to one that `longctx.load` restores, and this to reading
     in pieces; then one without a shown cost inside the old window; then the one with most keys.
 
@@ -329,6 +331,7 @@ def _finalists(
             whole.append(variant)
     order = sorted(whole, key=lambda v: counted[v.label].share, reverse=True)
     best = _observed(keys, order[0].label, beyond)
+    unchanged = _observed(keys, "none", beyond)
     came = _observed(inside, "none", inside.lengths)
     found: list[Finalist] = []
     for variant in order:
@@ -344,6 +347,7 @@ def _finalists(
                 low=count.interval[0],
                 high=count.interval[1],
                 behind=None if same else pooled_answers(pair(best, own)),
+                gain=None if variant.label == "none" else pooled_answers(pair(unchanged, own)),
                 perplexity=nll(pair(came, text)) if text and variant.label != "none" else None,
                 seconds=sum(row.seconds for row in keys.rows if row.method == variant.label),
                 plain=_plain(variant),
@@ -367,16 +371,21 @@ def _plain(variant: Variant) -> bool:
 def recommend(finalists: Sequence[Finalist]) -> tuple[str, str]:
     """The method to take, and why."""
     best = finalists[0]
-    contenders = [one for one in finalists if one.contends]
     none = next(one for one in finalists if one.label == "none")
     # The best of several is picked by the same prompts: each of them has had its chance.
     level = _LEVEL / max(1, len(finalists) - 1)
-    if none.behind is None or not none.behind.p_value < level:
+    contenders = [one for one in finalists if one.contends]
+    fit = [
+        one for one in contenders if one.gain and one.gain.value > 0 and one.gain.p_value < level
+    ]
+    if not fit:
+        few = all(one.gain is None or one.gain.smallest_p >= level for one in finalists)
         return "none", (
             f"no candidate was shown to find more keys than the model as it came ({none.found} of "
-            f"{none.asked}; the best, {best.label}, {best.found}): train it, or ask more prompts."
+            f"{none.asked}; the best, {best.label}, {best.found}): "
+            + ("so few prompts cannot show it, ask more." if few else "train it, or ask more.")
         )
-    taken = min(contenders, key=lambda one: (not one.plain, one.in_pieces, one.costs, -one.found))
+    taken = min(fit, key=lambda one: (not one.plain, one.in_pieces, one.costs, -one.found))
     said = f"it finds {taken.found} of {taken.asked} keys beyond the old window"
     if taken is best:
         said += ", and no other finds more"

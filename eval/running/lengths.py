@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from longctx.errors import RunError
 
-__all__ = ["parse_lengths"]
+__all__ = ["parse_length", "parse_lengths"]
 
 _NUMBER = re.compile(r"(\d+)\s*([kK]?)")
 _SHORTEST = 8  # nothing can be measured below
@@ -40,6 +40,18 @@ def parse_lengths(lengths: int | str | Iterable[int | str]) -> tuple[int, ...]:
     if not found:
         raise RunError(f"lengths={lengths!r} names no length: pass e.g. '256:4096' or '4k,8k,12k'.")
     return tuple(sorted(found))
+
+
+def parse_length(text: str, option: str) -> int:
+    """Read one length, of an option of the command.
+
+    Raises:
+        RunError: it is none, or several.
+    """
+    lengths = parse_lengths(text)
+    if len(lengths) != 1:
+        raise RunError(f"{option} {text}: expected one length, such as 32k.")
+    return lengths[0]
 
 
 def _parse_item(item: int | str) -> list[int]:

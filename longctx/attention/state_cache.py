@@ -84,11 +84,9 @@ class StateLayer(BoundedLayer):
         """Most that it comes to, for the rows that are in it."""
         if self.keys is None or self.past is None:
             return 0
-        token = 2 * self.keys[:, :, :1].numel() * self.keys.element_size()
+        batch, heads, _, dim = self.keys.shape
+        token = 2 * batch * heads * dim * self.keys.element_size()
         sums = self.past.sums
-        if not token:
-            batch, heads, _, dim = self.keys.shape
-            token = 2 * batch * heads * dim * self.keys.element_size()
         return max(0, self.window - 1) * token + sums.numel() * sums.element_size()
 
     def reset(self) -> None:

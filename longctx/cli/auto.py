@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,18 +57,16 @@ class Auto:
 
     def run(self) -> int:
         """Load, measure, print, write."""
-        from longctx.eval import parse_lengths
         from longctx.eval.choice.choose import choose
         from longctx.eval.reporting.choice import print_choice, write_choice
         from longctx.eval.results.variants import parse_variant
+        from longctx.eval.running.lengths import parse_length
 
         from ..checkpoint import locate
         from ..folders import refuse_inside, refuse_other_than_folder
 
         refuse_other_than_folder(self.out)
-        lengths = parse_lengths(self.target)
-        if len(lengths) != 1:
-            raise RunError(f"--target {self.target}: expected one length, such as 32k.")
+        target = parse_length(self.target, "--target")
         for candidate in self.candidates:
             parse_variant(candidate)
         tokens = _number(self.tokens) if self.tokens else None
@@ -78,7 +77,7 @@ class Auto:
         choice = choose(
             model,
             tokenizer,
-            lengths[0],
+            target,
             candidates=self.candidates or None,
             settings=self.settings,
             folder=self.out,
@@ -89,7 +88,7 @@ class Auto:
         write_choice(choice, self.out, overwrite=self.overwrite)
         print(self._command(choice.recommended))
         if tokens is not None:
-            print(self._training(lengths[0], lengths[0] / choice.window, tokens))
+            print(self._training(target, tokens))
         print(f"choice.json and the sweeps keys/ and inside/ are in {self.out}")
         return 0
 
@@ -99,13 +98,18 @@ class Auto:
         if recommended == "none":
             return f"longctx train {model} --help   # nothing untrained reads that far"
         if recommended.startswith("read:"):
-            combine = recommended.removeprefix("read:").partition(",")[0]
-            return f"longctx read {model} --combine {combine} --document FILE --question …"
+            from ..reading.read import parse_reading
+
+            fields = dataclasses.asdict(parse_reading(recommended)).items()
+            said = (
+                f"--{key.replace('_', '-')} {value}" for key, value in fields if value is not None
+            )
+            return f"longctx read {model} {' '.join(said)} --document FILE --question …"
         method = shlex.quote(recommended.replace(" + ", "+"))
         replace = " --replace" if self.replace else ""
         return f"longctx extend {model} OUT --method {method}{replace}"
 
-    def _training(self, target: int, factor: float, tokens: int) -> str:
+    def _training(self, target: int, tokens: int) -> str:
         """What to train with so many tokens."""
         batch = max(1, _BATCH // target)
         steps = max(1, tokens // (batch * target))
@@ -113,8 +117,8 @@ class Auto:
         return (
             f"With {tokens:,} tokens of training (docs/finetuning.md tells what training added to "
             "the embedded model):\n"
-            f"longctx train {shlex.quote(self.model)} --method linear:{factor:g}{replace} --data "
-            f"CONVERSATIONS --max-length {target} --max-steps {steps} --batch-size "
+            f"longctx train {shlex.quote(self.model)} --method linear:target={target}{replace} "
+            f"--data CONVERSATIONS --max-length {target} --max-steps {steps} --batch-size "
             f"{batch} --output-dir OUT"
         )
 

@@ -59,16 +59,14 @@ class Search:
 
     def run(self) -> int:
         """Load, search, write what was found, measure on other prompts."""
-        from longctx.eval import parse_lengths
+        from longctx.eval.running.lengths import parse_length
         from longctx.eval.searching.search import search, write_found
 
         from ..checkpoint import locate
         from ..folders import refuse_inside, refuse_other_than_folder
 
         refuse_other_than_folder(self.out)
-        lengths = parse_lengths(self.target)
-        if len(lengths) != 1:
-            raise RunError(f"--target {self.target}: expected one length, such as 32k.")
+        target = parse_length(self.target, "--target")
         if self.report_samples < 0:
             raise RunError(f"--report-samples {self.report_samples}: expected 0 or more.")
         path = self.out / "longrope.json"
@@ -84,7 +82,7 @@ class Search:
         found = search(
             model,
             tokenizer,
-            lengths[0],
+            target,
             settings=self.settings,
             folder=self.out,
             batch_tokens=self.batch_tokens,
@@ -104,7 +102,7 @@ class Search:
                 "there was little to find. Text that the model was not trained on (--text) or a "
                 "longer target tells more."
             )
-        return self._report(model, tokenizer, found, lengths[0]) if self.report_samples else 0
+        return self._report(model, tokenizer, found, target) if self.report_samples else 0
 
     def _report(
         self,

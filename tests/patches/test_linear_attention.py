@@ -157,6 +157,13 @@ def test_transfer_brings_the_outputs_nearer_and_says_so() -> None:
     assert "experimental" in text
 
 
+def test_a_layer_that_says_nothing_is_fitted_to_that() -> None:
+    model = build("llama")
+    model.model.layers[0].self_attn.v_proj.weight.data.zero_()
+    report = longctx.convert(model, LinearAttention(window=8, steps=1), calibration=READ).report()
+    assert "layer 0: misses 0% of the outputs (0% unfitted)" in str(report)
+
+
 def test_the_layers_that_keys_need_are_found() -> None:
     """An answer's NLL with one layer replaced, as it is measured by hand."""
     model, tokenizer = longctx.load("demo")
@@ -202,6 +209,17 @@ def test_it_is_taught_by_its_original(tmp_path: Path) -> None:
     none = pytest.raises(RunError, match="the model has none beside those of its family")
     with none, frozen(original, "features"):
         pass
+
+
+def test_sums_are_float32_under_autocast() -> None:
+    rule = HedgehogAttention(2, 1, 16, 8, 32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, 256, 16, generator=generator) for h in (2, 1, 1))
+    half = [x.bfloat16() for x in (q, k, v)]
+    settings: dict[str, Any] = {"mask": None, "positions": None, "scaling": 0.25}
+    wanted = rule(*half, **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rule(q, k, half[2], **settings), wanted)
 
 
 def test_packed_documents_do_not_see_each_other() -> None:

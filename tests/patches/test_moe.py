@@ -66,6 +66,29 @@ def test_scaled_rope_windows_and_ties_are_carried_over() -> None:
     assert_same(logits(made, IDS), logits(sliding, IDS))
 
 
+@pytest.mark.parametrize(
+    ("family", "becomes", "full", "kept"),
+    [
+        ("mistral", "qwen2_moe", None, False),
+        ("qwen2", "auto", 1, True),
+        ("qwen3", "auto", 1, False),
+        ("qwen3", "auto", 0, True),
+    ],
+)
+def test_windows_longer_than_the_proof_are_carried_over_or_refused(
+    family: str, becomes: Any, full: int | None, kept: bool
+) -> None:
+    qwen = {} if full is None else {"use_sliding_window": True, "max_window_layers": full}
+    model = build(family, sliding_window=100, **qwen)
+    if not kept:
+        with pytest.raises(ModelError, match=r"see the last .*100 tokens, and those of"):
+            longctx.convert(model, Moe(experts=2, family=becomes))
+        return
+    made = longctx.convert(model, Moe(experts=2, family=becomes)).model
+    ids = tokens(160)
+    assert_same(logits(made, ids), logits(model, ids))
+
+
 def test_a_few_updates_part_the_experts_and_balance_the_load() -> None:
     made = longctx.convert(build("llama"), Moe(experts=4, active=2)).model.train()
     ids = tokens(64, batch=4, seed=1)
@@ -122,6 +145,8 @@ def test_what_is_refused() -> None:
         Moe(experts=2, active=3)
     with pytest.raises(MethodError, match="experts=1: expected 2 or more"):
         Moe(experts=1)
+    with pytest.raises(MethodError, match="seed=9223372036854775808: expected less"):
+        Moe(seed=2**63)
     with pytest.raises(MethodError, match="family='x'"):
         Moe(family="x")  # pyright: ignore[reportArgumentType]
     with pytest.raises(MethodError, match="moe reads no text"):

@@ -139,6 +139,17 @@ def test_alike_heads_make_a_group() -> None:
     assert grouped(likeness, 3) == [[0, 5], [1, 4], [2, 3]]
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+def test_heads_that_say_nothing_are_joined_too(heads: int) -> None:
+    model = build("llama", num_key_value_heads=4)
+    for layer in model.model.layers:
+        for name in ("k_proj", "v_proj"):
+            getattr(layer.self_attn, name).weight.data[: 16 * heads] = 0
+    report = longctx.convert(model, MultiQuery(2), calibration=READ).report()
+    assert "nan" not in str(report)
+    assert ("keys 0%" in str(report)) == (heads == 4)
+
+
 def test_a_model_of_one_group_for_each_head_is_refused_by_what_there_is() -> None:
     model = build("llama", num_key_value_heads=4)
     for kv_heads in (3, 4, 8):
@@ -190,6 +201,15 @@ def test_what_convert_refuses(tmp_path: Path) -> None:
     with pytest.raises(MethodError, match="which is not undone"):
         made.remove()
     assert longctx.patch_of(made.model) is None
+
+
+def test_a_cache_that_fails_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise IndexError("no such layer")
+
+    monkeypatch.setattr("longctx.converting.DynamicCache.update", failing)
+    with pytest.raises(IndexError, match="no such layer"):
+        longctx.convert(build("llama"), MultiQuery(1), calibration=READ)
 
 
 def test_biases_in_float64_lose_nothing() -> None:

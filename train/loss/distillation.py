@@ -74,7 +74,7 @@ class Teacher:
         device = inputs["input_ids"].device
         if self.model.device != device:  # the trainer moved the model
             self.model.to(device)  # pyright: ignore[reportArgumentType]
-        return body(**inputs).last_hidden_state
+        return body(**{**inputs, "use_cache": False}).last_hidden_state
 
     def log_probabilities(self, hidden: Tensor, temperature: float) -> Tensor:
         """Of the next token, [N, V], from hidden states [N, D]; without gradient."""

@@ -36,7 +36,8 @@ def difference(value: float, p: float) -> Difference:
 
 
 def finalist(label: str, found: int, **changes: Any) -> Finalist:
-    one = Finalist(label, found, 80, 0.0, 1.0, None, None, 1.0, plain=False, in_pieces=False)
+    gain = None if label == "none" else difference(0.5, 0.001)
+    one = Finalist(label, found, 80, 0.0, 1.0, None, gain, None, 1.0, plain=False, in_pieces=False)
     return dataclasses.replace(one, **changes)
 
 
@@ -65,9 +66,23 @@ def test_what_plain_transformers_loads_is_preferred_among_equals() -> None:
 
 def test_nothing_is_recommended_that_does_not_read_further() -> None:
     none = finalist("none", 20, behind=difference(-0.02, 0.5), plain=True)
-    method, reason = recommend([finalist("yarn:4", 22, plain=True), none])
+    yarn = finalist("yarn:4", 22, plain=True, gain=difference(0.02, 0.5))
+    method, reason = recommend([yarn, none])
     assert method == "none"
     assert "train it" in reason
+
+
+def test_one_that_is_not_told_from_the_best_has_to_read_further_too() -> None:
+    best = finalist("dual_chunk:4", 30)
+    between = finalist("yarn:4", 24, plain=True, behind=difference(-0.08, 0.06))
+    none = finalist("none", 20, behind=difference(-0.12, 0.001), plain=True)
+    assert recommend([best, between, none])[0] == "yarn:4"
+    unsure = dataclasses.replace(between, gain=difference(0.05, 0.2))
+    method, reason = recommend([best, unsure, none])
+    assert method == "dual_chunk:4"
+    assert "not told apart from it: yarn:4" in reason
+    worse = dataclasses.replace(between, found=0, gain=difference(-0.25, 0.001))
+    assert recommend([best, worse, none])[0] == "dual_chunk:4"
 
 
 def test_a_choice_is_measured_printed_and_written(
@@ -89,7 +104,7 @@ def test_a_choice_is_measured_printed_and_written(
     assert len(choice.finalists) == 3
     assert choice.recommended == "none"  # a random model finds nothing under any of them
     print_choice(choice)
-    assert "train it" in " ".join(capsys.readouterr().out.split())
+    assert "so few prompts cannot show it" in " ".join(capsys.readouterr().out.split())
     write_choice(choice, tmp_path)
     written = json.loads((tmp_path / "choice.json").read_text())
     assert written["recommended"] == "none"
@@ -104,7 +119,7 @@ def test_a_choice_is_measured_printed_and_written(
 def test_the_best_of_several_has_to_beat_the_model_by_more() -> None:
     """The best is picked by the prompts that it is then compared on."""
     close = finalist("none", 20, behind=difference(-0.1, 0.02), plain=True)
-    best = finalist("yarn:4", 28, plain=True)
+    best = finalist("yarn:4", 28, plain=True, gain=difference(0.1, 0.02))
     others = [finalist(f"ntk:{n}", 21, behind=difference(-0.09, 0.03)) for n in (2, 4, 8)]
     assert recommend([best, close])[0] == "yarn:4"
     assert recommend([best, *others, close])[0] == "none"
@@ -194,5 +209,13 @@ def test_a_command_line_that_cannot_be(
 def test_training_is_of_as_many_tokens_as_were_asked_for() -> None:
     from longctx.cli.auto import Auto
 
-    said = Auto("demo", "256k", tokens="20M")._training(262_144, 4.0, 20_000_000)  # pyright: ignore[reportPrivateUsage]
+    said = Auto("demo", "256k", tokens="20M")._training(262_144, 20_000_000)  # pyright: ignore[reportPrivateUsage]
     assert "--max-steps 76 --batch-size 1 " in said
+    assert "--method linear:target=262144 " in said
+
+
+def test_the_command_for_reading_has_all_that_was_measured() -> None:
+    from longctx.cli.auto import Auto
+
+    said = Auto("demo", "1k")._command("read:map,chunk=100,overlap=20")  # pyright: ignore[reportPrivateUsage]
+    assert "--combine map --chunk 100 --overlap 20 --batch-size 8" in said

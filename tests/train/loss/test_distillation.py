@@ -84,6 +84,15 @@ def test_a_converted_model_comes_nearer_to_its_original(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in done.model.parameters())
 
 
+def test_a_teacher_fills_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filled(*_: object) -> None:
+        raise AssertionError
+
+    teacher = Teacher.of(build("llama"))
+    monkeypatch.setattr("transformers.DynamicCache.update", filled)
+    assert teacher.hidden(input_ids=tokens(8)).shape == (1, 8, 64)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     model = build("llama")
     rows: Any = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "length": 3}]
