@@ -256,8 +256,9 @@ class Engine:
         behind = ask.prompt if ask.continues else ()
         row.stream = TextStream(self.tokenizer, show, behind=behind)
         write_rows(self.model, self.tokenizer, [row], _Tapped(ask.drawn, tap))
-        if rest := stops.rest():
-            job.emit(Piece(index, rest, tap.new()))
+        rest, scores = stops.rest(), tap.new()
+        if rest or scores:  # tokens of a stop have no text
+            job.emit(Piece(index, rest, scores))
         reason = "stop" if stops.found or row.finish == "eos" else "length"
         return Said(index, stops.text, len(row.tokens), reason, tap.scores, scored)
 

@@ -164,6 +164,18 @@ def test_a_stop_ends_it_and_is_not_part_of_it(running: Running) -> None:
         assert pieces[-1].choices[0].finish_reason == "stop"
 
 
+def test_a_stream_tells_the_log_probabilities_of_a_stop_too(running: Running) -> None:
+    free = running.complete("The parser", max_tokens=24, temperature=0).choices[0].text
+    asked: Any = {"max_tokens": 24, "temperature": 0, "stop": free[6:10], "logprobs": 0}
+    whole = running.complete("The parser", **asked)
+    shown = [
+        each.choices[0].logprobs for each in running.complete("The parser", **asked, stream=True)
+    ]
+    streamed = [token for some in shown if some for token in some.tokens]
+    assert streamed == whole.choices[0].logprobs.tokens
+    assert len(streamed) == whole.usage.completion_tokens
+
+
 def test_stops_hold_back_what_may_begin_one() -> None:
     stops = Stops(["END", "DO"])
     assert [stops.add(text) for text in ("one E", "N", "ED D", "x")] == ["one ", "", "ENED ", "Dx"]
