@@ -387,6 +387,32 @@ def test_a_client_that_goes_away_frees_its_place(
     assert running.complete("a", max_tokens=2).usage.completion_tokens <= 2
 
 
+@pytest.mark.parametrize(
+    "ask", [Ask(tuple(LONG), 1, Drawn(), 0), Ask((5, 6), 0, Drawn(), 0, prompt_likeliest=0)]
+)
+def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(running: Running, ask: Ask) -> None:
+    told: list[Event] = []
+    passed: list[object] = []
+    job = Job([ask], told.append)
+    layers = running.model.model.layers
+    first = layers[0].register_forward_hook(lambda *_: job.cancelled.set())
+    last = layers[-1].register_forward_hook(lambda *_: passed.append(_))
+    engine = Engine(running.model, running.tokenizer, parallel=1)
+    engine.submit(job)
+    assert job.cancelled.wait(10)
+    first.remove()
+    other = Job([Ask(tuple(LONG), 1, Drawn(), 0)], told.append)
+    engine.submit(other)
+    while len(told) < 2:
+        time.sleep(0.01)
+    last.remove()
+    engine.close()
+    assert engine.join(10)
+    assert len(passed) == 1  # of the other job
+    said = longctx.generate(running.model, running.tokenizer, [LONG], max_new_tokens=1)
+    assert [said.texts[0]] * 2 == [getattr(event, "text", None) for event in told]
+
+
 def test_a_failure_is_told_and_the_next_request_is_answered(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
