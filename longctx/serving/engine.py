@@ -21,6 +21,7 @@ from typing import ClassVar, Literal, TypeAlias
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import DataError, LongctxError, ModelError, RunError
 from ..generation.decoding import Call, Decoding, Sampling
@@ -128,7 +129,8 @@ class Job:
     emit: Callable[[Event], object]
     """Called from another thread with what there is; the last is a Failure or the last Said."""
     cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set it to end the job at its next token; nothing is emitted after."""
+    """Set it to end the job at its next token, or at the next layer of a forward pass; nothing is
+    emitted after."""
 
 
 class _CancelledError(Exception):
@@ -162,6 +164,12 @@ class Engine:
         self._jobs: queue.Queue[Job | None] = queue.Queue(waiting)
         self._full = Failure(503, f"{waiting} requests are waiting: try again later.")
         self._closed = threading.Event()
+        self._answering = threading.local()
+        self._hooks = [  # a long prompt is read in one pass, which can be ended between two layers
+            layer.register_forward_pre_hook(self._before_layer)
+            for layer in model.modules()
+            if isinstance(layer, GradientCheckpointingLayer)
+        ]
         self._threads = [
             threading.Thread(target=self._work, name=f"longctx-{index}", daemon=True)
             for index in range(self.parallel)
@@ -186,7 +194,7 @@ class Engine:
         return self._full if self._jobs.full() else None
 
     def close(self) -> None:
-        """End what runs at its next token, and refuse what waits."""
+        """End what runs at its next token or layer, and refuse what waits."""
         self._closed.set()
 
     def join(self, seconds: float) -> bool:
@@ -197,6 +205,8 @@ class Engine:
                 self._jobs.put(None, timeout=max(0.0, end - time.monotonic()))
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
+        for hook in self._hooks:
+            hook.remove()
         return not any(thread.is_alive() for thread in self._threads)
 
     def _work(self) -> None:
@@ -208,6 +218,7 @@ class Engine:
 
     def _answer(self, job: Job) -> None:
         try:
+            self._answering.job = job
             with self._turns.turn():
                 scored: tuple[Scored, ...] = ()
                 for index, ask in enumerate(job.asks):
@@ -256,16 +267,25 @@ class Engine:
         behind = ask.prompt if ask.continues else ()
         row.stream = TextStream(self.tokenizer, show, behind=behind)
         write_rows(self.model, self.tokenizer, [row], _Tapped(ask.drawn, tap))
-        if rest := stops.rest():
-            job.emit(Piece(index, rest, tap.new()))
+        rest, scores = stops.rest(), tap.new()
+        if rest or scores:  # tokens of a stop have no text
+            job.emit(Piece(index, rest, scores))
         reason = "stop" if stops.found or row.finish == "eos" else "length"
         return Said(index, stops.text, len(row.tokens), reason, tap.scores, scored)
 
     def _pause(self, job: Job) -> None:
         """Between two tokens: let others have their turn, and see whether to go on."""
+        self._end_unwanted(job)
+        self._turns.give_way()
+
+    def _before_layer(self, *_: object) -> None:
+        job = getattr(self._answering, "job", None)
+        if job is not None:  # none in a thread that is not the engine's
+            self._end_unwanted(job)
+
+    def _end_unwanted(self, job: Job) -> None:
         if job.cancelled.is_set() or self._closed.is_set():
             raise _CancelledError
-        self._turns.give_way()
 
     def _scored(self, ask: Ask) -> tuple[Scored, ...]:
         """The scores of a prompt's tokens from the second on, read in one pass, if asked for."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError, RunError, nearest
 from ..generation.detokenize import text_of
-from ..generation.requests import prompt_ids, reach
+from ..generation.requests import is_prompt, prompt_ids, reach
 from ..prompts.rendering import render_chat
 from ..schema import conform
 from .engine import Ask, Drawn
@@ -45,7 +45,11 @@ _IDLE: Mapping[str, tuple[Any, ...]] = {
 """Fields that are not obeyed, and what they may say because it changes nothing."""
 _WIDEST = 64
 """Characters that a token may stand for at least: a vocabulary with shorter ones may join some."""
+_CONTINUATIONS = 1024
+"""Of one request at most."""
 _Count = Annotated[int, Meta(ge=0, le=20)]
+_Stop = Annotated[str, Meta(max_length=1024)]
+"""Each is looked for after each token, while other requests wait."""
 
 
 class UnknownModelError(RunError):
@@ -67,7 +71,7 @@ class _Request(Struct, forbid_unknown_fields=True, kw_only=True):
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    stop: str | list[str] = []
+    stop: _Stop | Annotated[list[_Stop], Meta(max_length=64)] = []
     n: Annotated[int, Meta(ge=1, le=128)] = 1
     ignore_eos: bool = False
     stream: bool = False
@@ -160,6 +164,12 @@ class Reader:
     def _completion(self, request: _Completion) -> Asked:
         if any(_holds_messages(part) for part in _flat(request.prompt)):
             raise DataError("prompt: expected text or token ids; /v1/chat/completions takes chats.")
+        prompts = 1 if is_prompt(request.prompt) else len(_flat(request.prompt))
+        if prompts * request.n > _CONTINUATIONS:
+            raise RunError(
+                f"{prompts:,} prompts with n={request.n}: expected at most {_CONTINUATIONS:,} "
+                "continuations in all: send several requests."
+            )
         for part in _flat(request.prompt):
             self._refuse_huge(part)
         found = prompt_ids(self._tokenizer, _well_formed(request.prompt), self._vocabulary)

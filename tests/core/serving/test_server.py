@@ -164,6 +164,18 @@ def test_a_stop_ends_it_and_is_not_part_of_it(running: Running) -> None:
         assert pieces[-1].choices[0].finish_reason == "stop"
 
 
+def test_a_stream_tells_the_log_probabilities_of_a_stop_too(running: Running) -> None:
+    free = running.complete("The parser", max_tokens=24, temperature=0).choices[0].text
+    asked: Any = {"max_tokens": 24, "temperature": 0, "stop": free[6:10], "logprobs": 0}
+    whole = running.complete("The parser", **asked)
+    shown = [
+        each.choices[0].logprobs for each in running.complete("The parser", **asked, stream=True)
+    ]
+    streamed = [token for some in shown if some for token in some.tokens]
+    assert streamed == whole.choices[0].logprobs.tokens
+    assert len(streamed) == whole.usage.completion_tokens
+
+
 def test_stops_hold_back_what_may_begin_one() -> None:
     stops = Stops(["END", "DO"])
     assert [stops.add(text) for text in ("one E", "N", "ED D", "x")] == ["one ", "", "ENED ", "Dx"]
@@ -281,6 +293,9 @@ PART = {"type": "text", "text": None}
         ("chat/completions", {"messages": [{"role": "user", "content": "a " * 4000}]}, 400, "wind"),
         ("completions", {"prompt": HUGE}, 400, "3,000,000 characters"),
         ("chat/completions", {"messages": [{"role": "user", "content": HUGE}]}, 400, "charact"),
+        ("completions", {"prompt": [[5]] * 9, "n": 128}, 400, "at most 1,024 continuations"),
+        ("completions", {"prompt": "a", "stop": ["b"] * 65}, 400, "stop: expected"),
+        ("completions", {"prompt": "a", "stop": "b" * 1025}, 400, "stop: expected"),
         ("completions", {"prompt": ""}, 400, "empty"),
         ("completions", {"prompt": []}, 400, "no prompts"),
         ("completions", {"prompt": [5, 10**6]}, 400, "not in the model's vocabulary"),
@@ -370,6 +385,32 @@ def test_a_client_that_goes_away_frees_its_place(
         time.sleep(0.02)
         said += capsys.readouterr().err
     assert running.complete("a", max_tokens=2).usage.completion_tokens <= 2
+
+
+@pytest.mark.parametrize(
+    "ask", [Ask(tuple(LONG), 1, Drawn(), 0), Ask((5, 6), 0, Drawn(), 0, prompt_likeliest=0)]
+)
+def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(running: Running, ask: Ask) -> None:
+    told: list[Event] = []
+    passed: list[object] = []
+    job = Job([ask], told.append)
+    layers = running.model.model.layers
+    first = layers[0].register_forward_hook(lambda *_: job.cancelled.set())
+    last = layers[-1].register_forward_hook(lambda *_: passed.append(_))
+    engine = Engine(running.model, running.tokenizer, parallel=1)
+    engine.submit(job)
+    assert job.cancelled.wait(10)
+    first.remove()
+    other = Job([Ask(tuple(LONG), 1, Drawn(), 0)], told.append)
+    engine.submit(other)
+    while len(told) < 2:
+        time.sleep(0.01)
+    last.remove()
+    engine.close()
+    assert engine.join(10)
+    assert len(passed) == 1  # of the other job
+    said = longctx.generate(running.model, running.tokenizer, [LONG], max_new_tokens=1)
+    assert [said.texts[0]] * 2 == [getattr(event, "text", None) for event in told]
 
 
 def test_a_failure_is_told_and_the_next_request_is_answered(
