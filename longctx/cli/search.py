@@ -59,6 +59,7 @@ class Search:
 
     def run(self) -> int:
         """Load, search, write what was found, measure on other prompts."""
+        from longctx.eval import Passkey
         from longctx.eval.running.lengths import parse_length
         from longctx.eval.searching.search import search, write_found
 
@@ -67,8 +68,8 @@ class Search:
 
         refuse_other_than_folder(self.out)
         target = parse_length(self.target, "--target")
-        if self.report_samples < 0:
-            raise RunError(f"--report-samples {self.report_samples}: expected 0 or more.")
+        if self.report_samples:  # else refused after the search, which may take hours
+            Passkey(samples=self.report_samples, seed=self.report_seed)
         path = self.out / "longrope.json"
         interrupted = (  # the divisors are written before the report, of which this is the last
             self.report_samples > 0
