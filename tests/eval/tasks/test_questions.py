@@ -129,6 +129,15 @@ def test_rouge_l_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         Questions(metric="rouge_l")
 
 
+@needs_rouge
+def test_rouge_l_is_refused_where_no_answer_can_score(tmp_path: Path) -> None:
+    file = tmp_path / "chinese.jsonl"
+    file.write_text(json.dumps(case(9, answers=["9", "蓝色"], metric="rouge_l")))
+    assert answer_score("rouge_l", "蓝色", ["蓝色"]) == 0
+    with pytest.raises(DataError, match=r"chinese\.jsonl:1: rouge_l compares .*'蓝色'"):
+        numbers(Questions(file=str(file)), (600,))
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
