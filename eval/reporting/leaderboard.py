@@ -144,12 +144,17 @@ def _rank(entry: _Entry) -> tuple[float, ...]:
 
 
 def _boards(sweeps: Sequence[tuple[str, SweepData]]) -> list[_Board]:
-    """A table for each task and setting, in the order in which they come."""
-    groups: dict[tuple[str, str], list[tuple[str, SweepData]]] = {}
+    """A table for each task and setting, in the order in which they come.
+
+    Perplexities by tokens of another kind are not to be ranked: they have a table each.
+    """
+    groups: dict[tuple[str, str, str], list[tuple[str, SweepData]]] = {}
     for run, sweep in sweeps:
         for task, settings in sweep.tasks.items():
-            groups.setdefault((task, json_digest(settings.cache_key)), []).append((run, sweep))
-    return [_board(task, group) for (task, _), group in groups.items()]
+            tokenizer = "" if sweep.is_share(task) else sweep.identity["tokenizer"]
+            key = (task, json_digest(settings.report_identity), tokenizer)
+            groups.setdefault(key, []).append((run, sweep))
+    return [_board(task, group) for (task, *_), group in groups.items()]
 
 
 def _board(task: str, group: Sequence[tuple[str, SweepData]]) -> _Board:

@@ -11,7 +11,7 @@ __all__ = ["parse_length", "parse_lengths"]
 
 _NUMBER = re.compile(r"(\d+)\s*([kK]?)")
 _SHORTEST = 8  # nothing can be measured below
-_LONGEST = 2**30
+_LONGEST = 2**24  # beyond every model's window; a prompt of that many still fits into memory
 
 
 def parse_lengths(lengths: int | str | Iterable[int | str]) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from longctx.errors import DataError
 from longctx.prompts.haystacks import decode, encode
 
-from .shared.answer_metrics import METRICS, Metric, answer_score, check_metric
+from .shared.answer_metrics import METRICS, Metric, answer_score, check_answer, check_metric
 from .shared.answering import Answering, Question, around, context_end_of, draft_of
 from .shared.json_lines import records_of
 from .shared.protocol import Plan, Unit
@@ -267,6 +267,8 @@ def _case(record: dict[str, Any], where: str, metric: Metric, new_tokens: int) -
     if not isinstance(chosen, str):
         raise DataError(f"{where} has {chosen!r:.40} as 'metric': expected {', '.join(METRICS)}.")
     check_metric(chosen, where)
+    for answer in several:
+        check_answer(cast(Metric, chosen), answer, where)
     new: Any = record.get("new_tokens", new_tokens)
     if type(new) is not int or not 1 <= new <= _MOST:
         raise DataError(f"{where} has {new!r:.40} as 'new_tokens': expected a whole number from 1.")

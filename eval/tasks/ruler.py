@@ -217,7 +217,10 @@ def _cut(
     # The smallest that is long enough, of the largest not to be asked.
     size = sizes[bisect_left(sizes[:-1], True, key=is_enough)]
     drawn, count = drawn_in(size)
-    found = exact_cut(count, drawn.most, target)
+    try:
+        found = exact_cut(count, drawn.most, target)
+    except DataError as error:
+        raise DataError(f"length={length}, {part}: {error}") from error
     if found is None and count(0, "") <= target:
         raise DataError(
             f"length={length} asks for more than there is for {part}, which reaches to about "

@@ -45,7 +45,8 @@ _GROUPS = (64, 32, 16, 8)
 _INSTALL = {
     "hqq": "pip install 'longctx-toolkit[quantized]'",
     "optimum.quanto": "pip install optimum-quanto ninja (it compiles a kernel when first used)",
-    "kvpress": "pip install --no-deps kvpress cachetools (0.5.5 pins transformers below 5.3)",
+    "kvpress": "pip install --no-deps kvpress cachetools fire termcolor "
+    "(0.5.5 pins transformers below 5.3)",
 }
 _FORMS = "full, quantized:4, sliding:512 or kvpress:SnapKVPress,compression_ratio=0.5"
 
@@ -329,6 +330,8 @@ def parse_cache(text: str) -> CompressedCache | None:
         return None
     if name == Press.name:
         return _parse_press(text)
+    if name == "full":
+        raise RunError(f"{text.strip()!r}: full keeps everything and has no settings: write full.")
     if name not in kinds:
         known = ("full", *kinds, Press.name)
         raise RunError(f"unknown cache {name!r}{nearest(name, known)} (expected {_FORMS}).")
@@ -346,7 +349,13 @@ def _parse_press(text: str) -> Press:
     if not isinstance(kind, str):
         raise RunError(f"{text!r} names no press: expected e.g. {example}.")
     _refuse_missing("kvpress", text.strip())
-    presses: Any = importlib.import_module("kvpress")
+    try:
+        presses: Any = importlib.import_module("kvpress")
+    except ImportError as error:
+        raise RunError(
+            f"{text.strip()!r} needs kvpress, which cannot be imported ({error}): "
+            f"{_INSTALL['kvpress']}."
+        ) from error
     known = [name for name in dir(presses) if name.endswith("Press")]
     if kind not in known:
         raise RunError(

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from longctx.errors import DataError
 
-__all__ = ["METRICS", "Metric", "answer_score", "check_metric", "normalised"]
+__all__ = ["METRICS", "Metric", "answer_score", "check_answer", "check_metric", "normalised"]
 
 Metric = Literal["f1", "rouge_l", "exact_match", "contains"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -30,6 +30,15 @@ def check_metric(metric: str, where: str) -> None:
     if metric == "rouge_l" and importlib.util.find_spec("rouge_score") is None:
         raise DataError(
             f"{where}: rouge_l needs rouge-score: pip install 'longctx-toolkit[rouge]'."
+        )
+
+
+def check_answer(metric: Metric, answer: str, where: str) -> None:
+    """Refuse a right answer that no text can reach (DataError)."""
+    if metric == "rouge_l" and re.search("[a-z0-9]", answer.lower()) is None:
+        raise DataError(
+            f"{where}: rouge_l compares words of a–z and digits alone, and {answer!r:.40} has "
+            "none, so that every answer would score 0: take contains or exact_match."
         )
 
 

@@ -48,6 +48,6 @@ def exact_cut(count: Callable[[int, str], int], most: int, target: int) -> tuple
         if count(keep, pad) == target:
             return keep, pad
     raise DataError(
-        f"no cut of this text gives a prompt of {target} tokens with this tokenizer: ask for a "
-        "length that is one token longer."
+        f"no cut of this text fills exactly the {target} tokens that are left beside the answer, "
+        "with this tokenizer: ask for a length that is one token longer."
     )

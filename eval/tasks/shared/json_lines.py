@@ -17,7 +17,7 @@ def records_of(file: str) -> tuple[tuple[int, dict[str, Any]], ...]:
     """The records of a JSON-lines file, each with the number of its line; blank lines are skipped.
 
     Raises:
-        DataError: not there, empty, or a line that is not a JSON object.
+        DataError: not there, empty, or a line that is not a JSON object of Unicode text.
     """
     path = Path(file)
     if path.exists() and not path.is_file():  # reading a FIFO would wait for its writer
@@ -47,7 +47,16 @@ def records_of(file: str) -> tuple[tuple[int, dict[str, Any]], ...]:
                 else f"{file}:{number} is not JSON ({error.msg}, column {error.colno}): pass JSON "
                 "lines, one test case each."
             ) from error
+        except (ValueError, RecursionError) as error:  # an endless number, or too deep
+            raise DataError(f"{file}:{number} cannot be read ({error}): mend that line.") from error
         if not isinstance(record, dict):
             raise DataError(f"{file}:{number} is {record!r:.40}: expected a JSON object.")
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{file}:{number} has half a character ({error.object[error.start]!r}), which is "
+                "not Unicode text: write it as a pair of \\u escapes, or leave it out."
+            ) from error
         records.append((number, cast(dict[str, Any], record)))
     return tuple(records)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,7 +206,7 @@ def test_a_press_that_fails_is_named_with_the_context(model: Any, prompt: list[i
     ("text", "said"),
     [
         ("quantised:4", "unknown cache 'quantised'; did you mean 'quantized'"),
-        ("full:4", "unknown cache 'full'"),
+        ("full:4", "'full:4': full keeps everything and has no settings"),
         ("quantized:5", "bits=5: hqq has 1, 2, 3, 4, 8"),
         ("quantized:8,backend=quanto", "bits=8: quanto has 2, 4"),
         ("quantized:4,backend=fp8", "bits=4: fp8 has 8"),
@@ -224,6 +226,16 @@ def test_what_cannot_be_is_said(text: str, said: str) -> None:
     with pytest.raises(RunError) as error:
         parse_cache(text)
     assert said in str(error.value)
+
+
+def test_a_kvpress_that_lacks_a_package_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kvpress.py").write_text("import longctx_has_no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kvpress", raising=False)
+    with pytest.raises(RunError, match=r"No module named .*pip install --no-deps kvpress .* fire"):
+        parse_cache("kvpress:SnapKVPress")
 
 
 def test_caches_are_written_as_they_are_read() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,28 @@ def test_rows_of_one_setting_stand_in_one_table(runs: Path, tmp_path: Path) -> N
     assert first.count("<tr>") == 1 + 4
     assert "linear:4" in first
     assert "quick" not in first
+
+
+def test_perplexities_share_a_table_only_over_the_same_tokens(runs: Path, tmp_path: Path) -> None:
+    def tables() -> int:
+        page = write_leaderboard(folders_of([tmp_path]), tmp_path / "b.html", overwrite=True)
+        return headings(page.read_text()).count("perplexity")
+
+    for name in ("small", "large"):
+        shutil.copytree(runs / name, tmp_path / name)
+    path = tmp_path / "large" / "sweep.json"
+    stored = path.read_text()
+    assert tables() == 1
+    other_text = json.loads(stored)
+    (task,) = (task for task in other_text["tasks"] if task["name"] == "perplexity")
+    task["scope"] = {**task["spec"], "text": ["another"]}
+    path.write_text(json.dumps(other_text))
+    assert tables() == 2
+    other_tokenizer = json.loads(stored)
+    other_tokenizer["identity"]["tokenizer"] = "another"
+    path.write_text(json.dumps(other_tokenizer))
+    (tmp_path / "large" / "results.jsonl").unlink()
+    assert tables() == 2
 
 
 def test_the_page_asks_nothing_of_a_network_and_runs_nothing_of_a_run(

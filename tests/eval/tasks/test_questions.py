@@ -129,6 +129,15 @@ def test_rouge_l_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         Questions(metric="rouge_l")
 
 
+@needs_rouge
+def test_rouge_l_is_refused_where_no_answer_can_score(tmp_path: Path) -> None:
+    file = tmp_path / "chinese.jsonl"
+    file.write_text(json.dumps(case(9, answers=["9", "蓝色"], metric="rouge_l")))
+    assert answer_score("rouge_l", "蓝色", ["蓝色"]) == 0
+    with pytest.raises(DataError, match=r"chinese\.jsonl:1: rouge_l compares .*'蓝色'"):
+        numbers(Questions(file=str(file)), (600,))
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -136,6 +145,10 @@ def test_rouge_l_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         ("{", "breaks off"),
         ("{\n", "is not JSON"),
         ("[1]", "expected a JSON object"),
+        ('{"a": ' + "1" * 5000 + "}", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        (case(9, context="half \ud800"), r"1 has half a character \('\\ud800'\)"),
+        (case(9, answers=["\udc00"]), "1 has half a character"),
         (case(9, context=""), "has '' as 'context'"),
         (case(9, context=7), "has 7 as 'context'"),
         ({"question": "?"}, r"has None as 'context' \(fields: question\)"),

@@ -224,6 +224,17 @@ def test_what_is_refused(own_words: None) -> None:
             question(part, 300)
 
 
+def test_a_length_that_no_cut_fills_is_named(
+    own_words: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_cut(count: object, most: int, target: int) -> None:
+        raise DataError(f"no cut fills {target} tokens")
+
+    monkeypatch.setattr("longctx.eval.tasks.ruler.exact_cut", no_cut)
+    with pytest.raises(DataError, match=r"^length=3001, niah_single_1: no cut fills \d+ tokens"):
+        question("niah_single_1", 3001)
+
+
 def test_another_release_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ruler_source, "_folder", lambda package: tmp_path)
     with pytest.raises(DataError, match=r"constants.py is not there.*26\.3"):
