@@ -57,7 +57,7 @@ class Entry:
     own: tuple[str, ...]
     """The names of those that no base has too."""
     needs_extent: bool = True
-    """Whether its formula needs a factor (`FrequencyMethod.needs_extent`)."""
+    """Whether a factor belongs to its example (`needs_extent` of its class)."""
     converts: bool = False
     """Whether it makes a new model out of the weights (`longctx.convert`), its slot "weights"."""
 

@@ -57,7 +57,8 @@ def examine(folder: Path, engine: Engine | None = None) -> list[Finding]:
     if config is None:
         raise ModelError(f"{folder} holds no config.json: expected a checkpoint folder.")
     text = text_part(config)
-    found = [*_kind(config), *_rope(text), *_positions(text), *_record(config), *_weights(folder)]
+    rope = _rope(text, _is_stretched(config))
+    found = [*_kind(config), *rope, *_positions(text), *_record(config), *_weights(folder)]
     for doubts in (impossible(text), doubtful(config)):
         found += [
             Finding("problem", f"config.json: {key}", what, mend) for key, what, mend in doubts
@@ -105,7 +106,19 @@ def _read(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _rope(text: dict[str, Any]) -> Iterator[Finding]:
+def _is_stretched(config: dict[str, Any]) -> bool:
+    """Whether a method that no config can say has set the window, beside the rotary settings."""
+    record = config.get("longctx")
+    methods: Any = record.get("methods") if isinstance(record, dict) else None
+    if not isinstance(methods, list):
+        return False
+    from .registry import available, method_class  # torch takes seconds: only where it is needed
+
+    names = [method.get("name") for method in methods if isinstance(method, dict)]
+    return any(name in available() and not method_class(name).plain_loadable for name in names)
+
+
+def _rope(text: dict[str, Any], stretched: bool) -> Iterator[Finding]:
     legacy, present = text.get("rope_scaling"), text.get("rope_parameters")
     if legacy and present and legacy != present:
         yield Finding(
@@ -137,7 +150,10 @@ def _rope(text: dict[str, Any]) -> Iterator[Finding]:
                 "to be max_position_embeddings, which makes most frequencies wrong",
                 'add "original_max_position_embeddings": the window before extending',
             )
-        yield from _window(where, kind, entry, window_of(text), original)
+        length = window_of(text)
+        yield from _window(where, kind, entry, length, original)
+        if not stretched:
+            yield from _ratio(where, kind, entry, length, original)
         if kind == "longrope":
             yield from _longrope(where, entry)
         if "truncate" in entry and "." in key:
@@ -196,7 +212,17 @@ def _window(
             f"{original}: it scales only past the former, so it never does",
             f'"max_position_embeddings": {original}',
         )
-    elif kind in ("yarn", "longrope") and round(length / original, 6) != round(factor, 6):
+
+
+def _ratio(
+    where: str, kind: Any, entry: dict[str, Any], length: float | None, original: Any
+) -> Iterator[Finding]:
+    factor = entry.get("factor")
+    if kind not in ("yarn", "longrope") or not is_number(factor):
+        return
+    if length is None or not is_number(original):
+        return
+    if round(length / original, 6) != round(factor, 6):
         window = original * factor
         right = f'"factor": {length / original:g}'
         if window < 1e12:

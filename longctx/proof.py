@@ -81,7 +81,7 @@ def _passes(model: PreTrainedModel, patch: Patch, with_cache: bool) -> Passes:
     far = consecutive.clone()
     far[_NEAR:] += 2 * patch.window_below
     with evaluating(model), torch.no_grad():
-        rows = [consecutive, far] if patch.method.changes_far_logits else [consecutive]
+        rows = [consecutive, far] if _may_jump(patch) else [consecutive]
         logits = _logits(model, torch.stack(rows))
         whole = logits[:1]
         cached = _cached(model, patch) if with_cache else None
@@ -90,6 +90,17 @@ def _passes(model: PreTrainedModel, patch: Patch, with_cache: bool) -> Passes:
             logits[1:] if len(rows) > 1 else None,
             None if cached is None else _difference(cached, whole[:, _CACHED:]),
         )
+
+
+def _may_jump(patch: Patch) -> bool:
+    """Whether far positions show the method, and no rule below it counts consecutive tokens."""
+    below = patch.below
+    while below is not None:
+        lower = below.method
+        if "attention" in lower.slots and not (lower.changes_far_logits or lower.trains_only):
+            return False
+        below = below.below
+    return patch.method.changes_far_logits
 
 
 def prove(

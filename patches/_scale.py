@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from longctx.errors import MethodError
 from longctx.rope import Rope
@@ -17,13 +18,14 @@ __all__ = [
 ]
 
 _LARGEST = 1e6
+_LARGEST_FLOAT = sys.float_info.max
 _LONGEST = 2**40
 
 
 def check_number(method: str, field: str, value: object, *, minimum: float = 0.0) -> None:
     """Refuse anything but a finite number > 0 and ≥ `minimum`."""
     number = value if isinstance(value, int | float) and value is not True else math.nan
-    if not (0 < number < math.inf and number >= minimum):
+    if not (0 < number <= _LARGEST_FLOAT and number >= minimum):
         bound = f"≥ {minimum:g}" if minimum > 0 else "> 0"
         raise MethodError(f"{method}: {field}={value!r} must be a finite number {bound}.")
 

@@ -20,6 +20,7 @@ Embeddings" (arXiv:2512.12167).
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,7 +48,7 @@ class Drop(FrequencyMethod):
     def __post_init__(self) -> None:
         super(Drop, self).__post_init__()
         number = isinstance(self.coefficient, int | float) and self.coefficient is not True  # pyright: ignore[reportUnnecessaryIsInstance]
-        if not (number and 0 <= self.coefficient < math.inf):
+        if not (number and 0 <= self.coefficient <= sys.float_info.max):
             raise MethodError(
                 f"drop: coefficient={self.coefficient!r} must be a finite number ≥ 0 (0.103 is "
                 "SmolLM's)."

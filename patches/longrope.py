@@ -41,7 +41,7 @@ class LongRope(FrequencyMethod):
 
     def __post_init__(self) -> None:
         super(LongRope, self).__post_init__()
-        if isinstance(self.divisors, str) or not isinstance(self.divisors, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(self.divisors, str | bytes) or not isinstance(self.divisors, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise MethodError(f"longrope: divisors={self.divisors!r} must be a list of numbers.")
         object.__setattr__(self, "divisors", tuple(self.divisors))
         for index, divisor in enumerate(self.divisors):

@@ -63,6 +63,7 @@ class String(RemappedMethod):
     by default."""
 
     name: ClassVar[str] = "string"
+    needs_extent: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super(String, self).__post_init__()

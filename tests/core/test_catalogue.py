@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+import longctx
 from longctx.catalogue import Entry, entries, first_sentence
 from longctx.eval import parse_task
 from longctx.registry import parse_conversion, parse_method
+
+from ..families import build
 
 METHODS = entries("longctx.patches", "METHOD")
 TASKS = entries("longctx.eval.tasks", "TASK")
@@ -43,6 +46,8 @@ def test_the_example_of_a_method_is_one(entry: Entry) -> None:
     method = parse(example.replace("…", "()"))
     assert method is not None
     assert method.name == entry.name
+    if not entry.converts and "…" not in example:
+        assert longctx.extend(build("llama"), example).report().ok
 
 
 @pytest.mark.parametrize("entry", TASKS, ids=lambda entry: entry.name)

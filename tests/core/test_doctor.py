@@ -155,6 +155,16 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
         examine(tmp_path)
 
 
+def test_a_window_that_two_methods_set_is_sound(tmp_path: Path) -> None:
+    model = build("llama")
+    longctx.extend(model, "yarn:2+dual_chunk:4")
+    with pytest.warns(UserWarning, match="longctx.load"):
+        longctx.save(model, demo_tokenizer(), tmp_path / "out")
+    found = examine(tmp_path / "out")
+    assert not [finding for finding in found if "rope_parameters" in finding.where]
+    assert "extended by yarn and dual_chunk" in one(found).what
+
+
 @pytest.mark.parametrize("name", longctx.available())
 def test_what_longctx_saves_is_sound(tmp_path: Path, name: str) -> None:
     model = build("llama")

@@ -111,6 +111,19 @@ def test_what_a_family_cannot_serve_is_refused_and_undone(
     assert longctx.patch_of(patched) is None
 
 
+@pytest.mark.parametrize(
+    "word", ["block_sparse+yarn:2", "dual_chunk:4+log_n", "sink_window:window=32+log_n"]
+)
+def test_a_method_goes_on_top_of_a_rule_that_counts_consecutive_tokens(word: str) -> None:
+    model = build("llama")
+    before = model(tokens(100)).logits
+    patch = longctx.extend(model, word)
+    assert patch.report().ok
+    assert "cached as uncached" in {check.name for check in patch.proven}
+    patch.remove()
+    assert torch.equal(model(tokens(100)).logits, before)
+
+
 def test_the_report_says_what_was_seen() -> None:
     model = build("llama").train()
     report = longctx.extend(model, "linear", factor=4).report()
