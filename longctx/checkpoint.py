@@ -29,7 +29,7 @@ from .folders import left_over, new_folder
 from .gguf import convert_gguf
 from .model import text_config, unwrapped
 from .patch import methods_of
-from .record import restore
+from .record import refuse_unrestored, restore
 from .remote_code import load_config, remote_twin, write_remote_code
 from .restoring import restore_conversion, without_report
 from .serving.engines import Reading, checkpoint_of, readings
@@ -293,7 +293,8 @@ def save(
     Raises:
         RunError: the folder is taken, is or holds what the model was loaded from, holds files that
             no checkpoint has, or cannot be written.
-        ModelError: adapters that are not merged; remote_code for a model without a method, or of a
+        ModelError: adapters that are not merged; recorded methods that are not in place, or a
+            damaged record; remote_code for a model without a method, or of a
             class that is not transformers' own.
     """
     model = unwrapped(model)
@@ -305,6 +306,7 @@ def save(
         )
     if not isinstance(out, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise RunError(f"out={out!r}: expected the path of a folder.")
+    refuse_unrestored(model)
     made_by = recorded(model)
     beyond = [method.name for method in methods_of(model) if not method.plain_loadable]
     beyond += [] if made_by is None else [made_by]

@@ -10,13 +10,14 @@ from msgspec import Meta, Struct
 from transformers import PreTrainedModel
 
 from .core import extend
-from .errors import LongctxError, ModelError
+from .errors import LongctxError, MethodError, ModelError
 from .model import build_rotary, put_rope_parameters, put_rotary, rope_entry, text_config
+from .patch import Method, methods_of
 from .registry import make_method
 from .schema import conform
 from .twin import follow_config
 
-__all__ = ["restore"]
+__all__ = ["refuse_unrestored", "restore"]
 
 _ANEW = "Extend the original anew, or delete the entry 'longctx' from config.json."
 
@@ -52,9 +53,7 @@ def restore(model: PreTrainedModel) -> None:
         return
     model.config.architectures = [type(model).__name__]  # the file may name one for engines
     where = f"{model.config.name_or_path}/config.json, entry longctx"
-    checked = conform(record, _Record, where, next_step=_ANEW, error=ModelError)
-    if checked.version != 1:
-        raise ModelError(f"{where}: version: expected 1, got {checked.version}. Upgrade longctx.")
+    checked = _checked(record, where)
     try:
         _put_back(model, checked)
     except LongctxError as error:
@@ -63,6 +62,42 @@ def restore(model: PreTrainedModel) -> None:
         Exception
     ) as error:  # transformers and torch fail in many ways on settings that cannot be
         raise ModelError(f"{where}: it does not fit this model ({error!r}). {_ANEW}") from error
+
+
+def refuse_unrestored(model: PreTrainedModel) -> None:
+    """Refuse a model whose config records methods that are not in place: it computes another one.
+
+    Plain transformers loads it so from a checkpoint of methods that its config cannot say.
+
+    Raises:
+        ModelError: such a model, or a damaged record.
+    """
+    record: Any = getattr(model.config, "longctx", None)
+    if record is None or methods_of(model):
+        return
+    where = "config.longctx"
+    try:
+        recorded = [_method(entry) for entry in _checked(record, where).methods]
+    except MethodError as error:
+        raise ModelError(f"{where}: {error}") from error
+    if lost := [method.name for method in recorded if not method.plain_loadable]:
+        raise ModelError(
+            f"this model's config records {', '.join(lost)}, which is not in place: plain "
+            "transformers loaded it. Load it with longctx.load, or delete config.longctx to save "
+            "the model that it computes now."
+        )
+
+
+def _checked(record: Any, where: str) -> _Record:
+    checked = conform(record, _Record, where, next_step=_ANEW, error=ModelError)
+    if checked.version != 1:
+        raise ModelError(f"{where}: version: expected 1, got {checked.version}. Upgrade longctx.")
+    return checked
+
+
+def _method(entry: dict[str, Any]) -> Method:
+    fields = {key: value for key, value in entry.items() if key != "name"}
+    return make_method(str(entry.get("name")), fields)
 
 
 def _put_back(model: PreTrainedModel, record: _Record) -> None:
@@ -75,8 +110,7 @@ def _put_back(model: PreTrainedModel, record: _Record) -> None:
     delattr(model.config, "longctx")
     follow_config(model, before, setattr)
     for entry in record.methods:
-        fields = {key: value for key, value in entry.items() if key != "name"}
-        extend(model, make_method(str(entry.get("name")), fields), replace=True)
+        extend(model, _method(entry), replace=True)
     for key, value in saved.items():
         now = _as_then(getattr(config, key), value)
         if json.dumps(value, sort_keys=True) != json.dumps(now, sort_keys=True):

@@ -47,6 +47,8 @@ def parse(
         LongctxError: (`error`) no JSON, or of another type.
     """
     try:
+        if isinstance(text, bytes):
+            text = text.decode()  # json would guess an encoding
         value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as fault:
         raise error(f"{where}: expected JSON, but {_sentence(str(fault))} {next_step}") from fault

@@ -143,6 +143,8 @@ def choose(
             f"target={target!r}: expected more tokens than the model's window, {trained}."
         )
     wanted = default_candidates(trained, target) if candidates is None else tuple(candidates)
+    if twice := next((name for name in wanted if wanted.count(name) > 1), None):
+        raise RunError(f"candidate {twice!r} is named twice: leave one out.")
     fine, dropped = usable(model, [c for c in wanted if c != "none"], replace=replace)
     if not fine:
         said = "; ".join(f"{name}: {why}" for name, why in dropped.items())

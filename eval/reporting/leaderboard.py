@@ -72,6 +72,8 @@ class _Board:
     lengths: tuple[int, ...]
     answered: bool
     higher_is_better: bool
+    prompts: int
+    """Of a cell at most."""
     entries: tuple[_Entry, ...]
 
 
@@ -127,8 +129,9 @@ def render(boards: Sequence[_Board], runs: int) -> str:
 
 
 def _standings(boards: Sequence[_Board]) -> list[_Standing]:
-    """The models of the first table of answers, those that read furthest first."""
-    entries = next((board.entries for board in boards if board.answered), ())
+    """The models of the table of answers with most prompts, those that read furthest first."""
+    answered = [board for board in boards if board.answered]
+    entries = max(answered, key=lambda board: board.prompts).entries if answered else ()
     found: list[_Standing] = []
     for model in dict.fromkeys(entry.model for entry in entries):
         own = [entry for entry in entries if entry.model == model]
@@ -174,6 +177,7 @@ def _board(task: str, group: Sequence[tuple[str, SweepData]]) -> _Board:
         lengths=lengths,
         answered=any(sweep.is_answered(task) for _, sweep in group),
         higher_is_better=first.is_higher_better(task),
+        prompts=max(row.n for _, sweep in group for row in sweep.rows if row.task == task),
         entries=tuple(entries),
     )
 

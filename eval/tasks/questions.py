@@ -16,6 +16,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -34,6 +35,7 @@ from .shared.texts import digest
 __all__ = ["TASK", "Questions"]
 
 _MOST = 10**6
+_OPTIONAL = ("metric", "new_tokens", "task", "cluster")
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +277,10 @@ def _case(record: dict[str, Any], where: str, metric: Metric, new_tokens: int) -
     for name in ("task", "cluster"):
         if not isinstance(record.get(name, ""), str):
             raise DataError(f"{where} has {record[name]!r:.40} as {name!r}: expected a text.")
+    for name in record:  # sets bring columns of their own, but hardly one letter from ours
+        meant = get_close_matches(name, _OPTIONAL, n=1, cutoff=0.85)
+        if name not in _OPTIONAL and meant:
+            raise DataError(f"{where} has a field {name!r:.40}: did you mean {meant[0]!r}?")
     context, question = cast(str, texts["context"]), cast(str, texts["question"])
     cluster = record.get("cluster") or digest(context)
     return _Case(

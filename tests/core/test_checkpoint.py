@@ -304,6 +304,23 @@ def test_a_patch_that_plain_transformers_loaded_is_not_extended_again(tmp_path: 
         longctx.extend(plain, "yarn", factor=2)
 
 
+def test_methods_that_plain_transformers_left_out_are_not_saved_as_if_in_place(
+    tmp_path: Path,
+) -> None:
+    with pytest.warns(UserWarning, match="dual_chunk cannot be said"):
+        folder = saved(tmp_path / "x", "dual_chunk:4")
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder), demo_tokenizer()
+    with pytest.raises(ModelError, match=r"dual_chunk, which is not in place.*longctx\.load"):
+        longctx.save(plain, tokenizer, tmp_path / "y")
+    delattr(plain.config, "longctx")
+    assert longctx.save(plain, tokenizer, tmp_path / "y").plain
+    loaded = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "z", "yarn:4"))
+    assert longctx.save(loaded, tokenizer, tmp_path / "again").plain  # its config says the method
+    loaded.config.longctx = "abc"
+    with pytest.raises(ModelError, match=r"config\.longctx: expected"):
+        longctx.save(loaded, tokenizer, tmp_path / "damaged")
+
+
 def test_a_device_that_is_not_there_is_named() -> None:
     for device in ("foo", "cuda:99"):
         with pytest.raises(ModelError, match=device if device == "foo" else "cannot load|cuda"):

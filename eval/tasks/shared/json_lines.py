@@ -23,7 +23,7 @@ def records_of(file: str) -> tuple[tuple[int, dict[str, Any]], ...]:
     if path.exists() and not path.is_file():  # reading a FIFO would wait for its writer
         raise DataError(f"{file} is not a regular file: pass JSON lines.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{file} is not UTF-8 text (byte {error.start}): pass JSON lines."

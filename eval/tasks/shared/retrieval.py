@@ -84,11 +84,11 @@ def thin_grid(name: str, samples: int, depths: int | None, kinds: int = 1) -> li
     grid = depth_grid(depths, -(-samples // kinds))
     if depths is None or len(grid) == depths:
         return []
-    s = "s" if samples > 1 else ""
+    prompts = f"{samples} prompts a length are" if samples > 1 else "1 prompt a length is"
     each = f" and {kinds} kinds of haystack" if kinds > 1 else ""
     at = ", ".join(f"{depth:.0%}" for depth in grid)
     return [
-        f"{name}: {samples} prompt{s} a length are too few for {depths} depths{each}: they stand "
+        f"{name}: {prompts} too few for {depths} depths{each}: they stand "
         f"at {at}. Pass samples={depths * kinds} or more, or depths={len(grid)}"
     ]
 

@@ -179,6 +179,8 @@ def test_what_cannot_be_chosen_is_refused(model: Any, tokenizer: Any) -> None:
         choose(model, tokenizer, 1024)
     with pytest.raises(RunError, match="no candidate can be put on this model"):
         choose(model, tokenizer, 1024, candidates=["none"])
+    with pytest.raises(RunError, match=r"candidate 'yarn:2' is named twice"):
+        choose(model, tokenizer, 1024, candidates=["yarn:2", "yarn:2"])
     with pytest.raises(RunError, match="draws prompts with one right answer"):
         choose(
             model,

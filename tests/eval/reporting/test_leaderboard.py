@@ -38,6 +38,7 @@ def test_rows_of_one_setting_stand_in_one_table(runs: Path, tmp_path: Path) -> N
     assert first.count("<tr>") == 1 + 4
     assert "linear:4" in first
     assert "quick" not in first
+    assert "quick" not in page.partition("<h2>")[0]  # the most prompts say how far models read
 
 
 def test_perplexities_share_a_table_only_over_the_same_tokens(runs: Path, tmp_path: Path) -> None:

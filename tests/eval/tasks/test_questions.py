@@ -162,6 +162,8 @@ def test_rouge_l_is_refused_where_no_answer_can_score(tmp_path: Path) -> None:
         (case(9, new_tokens=True), "has True as 'new_tokens'"),
         (case(9, task=3), "has 3 as 'task'"),
         (case(9, cluster=3), "has 3 as 'cluster'"),
+        (case(9, metricc="f1"), "has a field 'metricc': did you mean 'metric'"),
+        (case(9, tasks="a"), "has a field 'tasks': did you mean 'task'"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: Any, said: str) -> None:
