@@ -29,6 +29,7 @@ from .folders import left_over, new_folder
 from .gguf import convert_gguf
 from .model import text_config, unwrapped
 from .patch import methods_of
+from .quiet import without_messages
 from .record import refuse_unrestored, restore
 from .remote_code import load_config, remote_twin, write_remote_code
 from .restoring import restore_conversion, without_report
@@ -392,9 +393,16 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     record: dict[str, Any] | None = getattr(model.config, "longctx", None)
     if record and declared == record["original"]["max_position_embeddings"]:
         tokenizer.model_max_length = length  # else the tokenizer would truncate at the old window
+    rope = "transformers.modeling_rope_utils"
     try:
         tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+        with (
+            without_messages(rope, "long_mscale"),  # vLLM's keys
+            without_messages(
+                rope, "does not match the ratio"
+            ),  # methods on top of yarn read further
+        ):
+            model.save_pretrained(folder)
     finally:
         tokenizer.model_max_length = declared
     _add_legacy_keys(folder / "config.json")
