@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from .engine import Piece, Said, Scored
 from .requests import Asked
 from .token_texts import TokenTexts
@@ -31,13 +29,13 @@ class Writer:
 
     Args:
         asked: the request.
-        tokenizer: the model's.
+        texts: of the model's tokens.
         name: of the model.
     """
 
-    def __init__(self, asked: Asked, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(self, asked: Asked, texts: TokenTexts, name: str) -> None:
         self._asked = asked
-        self._texts = TokenTexts(tokenizer)
+        self._texts = texts
         self._head = {
             "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),

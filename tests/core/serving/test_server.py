@@ -28,6 +28,7 @@ from longctx.generation.detokenize import TextStream
 from longctx.scoring.token_scores import score
 from longctx.serving.engine import Ask, Drawn, Engine, Event, Failure, Job
 from longctx.serving.requests import Reader
+from longctx.serving.responses import Writer
 from longctx.serving.server import application, bound_socket, serve
 from longctx.serving.stops import Stops
 from longctx.serving.token_texts import TokenTexts
@@ -241,6 +242,34 @@ def test_tokens_that_are_parts_of_characters_are_told_by_their_bytes(running: Ru
     ids = running.tokenizer(text)["input_ids"][1:]
     assert b"".join(map(texts.bytes_of, ids)) == text.encode()
     assert sum(map(texts.size, ids)) == len(text)
+
+
+def test_a_token_is_decoded_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = TokenTexts(running.tokenizer)
+    first = [(texts.name(token), texts.size(token)) for token in LONG[:9]]
+    monkeypatch.setattr(texts, "_tokenizer", None)
+    assert [(texts.name(token), texts.size(token)) for token in LONG[:9]] == first
+
+
+def test_others_are_answered_while_an_answer_is_written(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, healthy = Writer.whole, threading.Event()
+
+    def slow(*given: Any) -> Any:
+        assert healthy.wait(10)
+        return whole(*given)
+
+    monkeypatch.setattr(Writer, "whole", slow)
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(running.complete, "a", max_tokens=1)
+        time.sleep(0.2)
+        with closing(http.client.HTTPConnection("127.0.0.1", running.port, timeout=5)) as asked:
+            asked.request("GET", "/health")
+            with asked.getresponse() as answer:
+                assert answer.status == 200
+        healthy.set()
+        assert said.result().usage.completion_tokens == 1
 
 
 def test_tokens_of_sentencepiece_keep_their_spaces() -> None:
