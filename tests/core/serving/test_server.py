@@ -486,6 +486,32 @@ def test_a_full_queue_is_told_at_once_and_closes_in_time(
     assert [event.status for event in told if isinstance(event, Failure)] == [503] * 3
 
 
+def test_jobs_that_were_given_up_keep_no_place(running: Running) -> None:
+    engine = Engine(running.model, running.tokenizer, parallel=1, waiting=2)
+    told: list[Event] = []
+    jobs = [Job([Ask((5,), 1, Drawn(), 0)], told.append) for _ in range(4)]
+    with engine._turns.turn():  # pyright: ignore[reportPrivateUsage]
+        engine.submit(jobs[0])
+        while engine._jobs.qsize():  # pyright: ignore[reportPrivateUsage]
+            time.sleep(0.01)
+        engine.submit(jobs[1])
+        engine.submit(jobs[2])
+        assert engine.unavailable() is not None
+        jobs[1].cancelled.set()
+        assert engine.unavailable() is None
+        engine.submit(jobs[3])
+        assert engine.unavailable() is not None
+        for job in (jobs[0], jobs[2]):
+            job.cancelled.set()
+    end = time.monotonic() + 10
+    while not any(getattr(event, "finish_reason", None) for event in told):  # the last job's
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    engine.close()
+    assert engine.join(10)
+    assert not any(isinstance(event, Failure) for event in told)
+
+
 def test_methods_that_go_by_the_length_take_turns() -> None:
     asked = [LONG[:n] for n in (100, 250, 300)]
     with started("dynamic:4") as running:
