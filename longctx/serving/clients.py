@@ -14,6 +14,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import reprlib
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ Server = Literal["vllm", "sglang", "llama.cpp", "transformers"]
 SERVERS: tuple[Server, ...] = get_args(Server)
 _LARGEST = 1 << 30
 """Bytes of an answer that are read at most."""
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, OverflowError)
+"""What reading an answer of another form raises; JSON knows Infinity, and numbers of any size."""
 
 
 class RefusedError(RunError):
@@ -142,8 +145,8 @@ class VLlm:
     def _model(self) -> dict[str, Any]:
         found = self.http.get("/v1/models")
         try:
-            return {"id": str(found["data"][0]["id"]), **found["data"][0]}
-        except (KeyError, IndexError, TypeError) as error:
+            return {**found["data"][0], "id": _text(found["data"][0]["id"])}
+        except _MALFORMED as error:
             raise _unexpected(self.http, "/v1/models", found) from error
 
     def window(self) -> int | None:
@@ -161,7 +164,7 @@ class VLlm:
         try:
             rows: Any = answer["choices"][0]["prompt_logprobs"]
             return _finite([float(rows[p][str(ids[p])]["logprob"]) for p in places])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise _unexpected(self.http, "/v1/completions", answer) from error
 
 
@@ -195,7 +198,7 @@ class SgLang:
             if [rows[p][1] for p in places] != [ids[p] for p in places]:
                 raise ValueError("other tokens")
             return _finite([float(rows[p][0]) for p in places])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise _unexpected(self.http, "/generate", answer) from error
 
 
@@ -241,7 +244,8 @@ class LlamaCpp:
                 first = answer["completion_probabilities"][0]
                 by_id = {int(one["id"]): one["logprob"] for one in first["top_logprobs"]}
                 found.append(float(by_id[ids[place]]))
-            except (KeyError, IndexError, TypeError, ValueError) as error:
+                _finite(found[-1:])
+            except _MALFORMED as error:
                 raise _unexpected(self.http, "/completion", answer) from error
         return _finite(found)
 
@@ -265,8 +269,8 @@ class Transformers:
             {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0},
         )
         try:
-            return str(answer["choices"][0]["text"])
-        except (KeyError, IndexError, TypeError) as error:
+            return _text(answer["choices"][0]["text"])
+        except _MALFORMED as error:
             raise _unexpected(self.http, "/v1/completions", answer) from error
 
 
@@ -308,7 +312,7 @@ def _tokens(http: _Http, body: dict[str, Any]) -> list[int] | None:
     except RefusedError:  # a server without this address
         return None
     tokens: Any = _entry(found, "tokens")
-    if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise _unexpected(http, "/tokenize", found)
     return tokens
 
@@ -322,6 +326,12 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
 def _finite(values: list[float]) -> Tensor:
     if not all(map(math.isfinite, values)):
         raise ValueError("a log-probability that is not finite")
@@ -330,6 +340,6 @@ def _finite(values: list[float]) -> Tensor:
 
 def _unexpected(http: _Http, path: str, answer: Any) -> RunError:
     return RunError(
-        f"{http.url}{path} answered in another form than expected ({str(answer)[:120]!r}): is it "
-        "the engine that --engine names, and of a present version?"
+        f"{http.url}{path} answered in another form than expected ({reprlib.repr(answer):.120}): "
+        "is it the engine that --engine names, and of a present version?"
     )

@@ -300,6 +300,58 @@ def test_an_answer_of_another_form_is_named(answer: Any, monkeypatch: pytest.Mon
             client.logprobs([1, 2, 3], [1, 2])
 
 
+HUGE = int("9" * 400)
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("engine", "answer"),
+    [
+        ("vllm", {"choices": [{"prompt_logprobs": [None, {"2": {"logprob": HUGE}}]}]}),
+        ("vllm", {"choices": [{"prompt_logprobs": [None, {"2": {"logprob": -INFINITE}}]}]}),
+        ("sglang", {"meta_info": {"input_token_logprobs": [[None, 1], [HUGE, 2]]}}),
+        ("llama.cpp", {"completion_probabilities": [{"top_logprobs": [{"id": INFINITE}]}]}),
+        *(
+            ("llama.cpp", {"completion_probabilities": [{"top_logprobs": [one]}]})
+            for one in ({"id": 2, "logprob": HUGE}, {"id": 2, "logprob": INFINITE})
+        ),
+        ("transformers", {"choices": [{"text": None}]}),
+    ],
+)
+def test_numbers_that_cannot_be_are_an_answer_of_another_form(engine: Any, answer: Any) -> None:
+    served = _Says(answer)
+    with running(served) as url:
+        client: Any = client_of(engine, url, vocabulary=9)
+        with pytest.raises(RunError, match="another form than expected"):
+            if engine == "transformers":
+                client.complete("a", 1, "x")
+            else:
+                client.logprobs([1, 2], [1])
+
+
+@pytest.mark.parametrize("name", [5, None, ["x"]])
+def test_a_model_without_a_name_is_an_answer_of_another_form(
+    name: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Served, "get", lambda *_: {"data": [{"id": name, "max_model_len": 9}]})
+    with running(_Says({})) as url:
+        client: Any = client_of("vllm", url, vocabulary=9)
+        with pytest.raises(RunError, match="another form than expected"):
+            client.logprobs([1, 2], [1])
+
+
+class _Says(Served):
+    """A server that says one thing, and splits every text into one token."""
+
+    def __init__(self, answer: Any) -> None:
+        nothing: Any = None
+        super().__init__(nothing, nothing, 1024)
+        self.answer = answer
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        return {"tokens": [3]} if path == "/tokenize" else self.answer
+
+
 def test_lengths_beyond_the_window_are_refused() -> None:
     model, tokenizer = extended()
     scorer: Any = _Nothing()
