@@ -49,7 +49,16 @@ _MALFORMED = (KeyError, IndexError, TypeError, ValueError, OverflowError)
 
 
 class RefusedError(RunError):
-    """The server answered that it does not take a request."""
+    """The server answered that it does not take a request.
+
+    Args:
+        message: what it said.
+        status: of the answer, as HTTP names it.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,8 @@ class _Http:
             with urllib.request.urlopen(request, timeout=self.seconds) as answer:
                 text: bytes = answer.read(_LARGEST + 1)
         except urllib.error.HTTPError as error:
-            raise RefusedError(f"{where} answered {error.code}: {_said(error)}") from error
+            said = f"{where} answered {error.code}: {_said(error)}"
+            raise RefusedError(said, error.code) from error
         except (OSError, ValueError, http.client.HTTPException) as error:
             if isinstance(error, TimeoutError) or "timed out" in str(error):
                 raise RunError(
@@ -123,7 +133,7 @@ class Scorer(Protocol):
         ...
 
     def tokenize(self, text: str) -> list[int] | None:
-        """A text's ids with the special tokens around it; None where it does not say."""
+        """A text's ids with the special tokens around it; None where it has no such address."""
         ...
 
     def logprobs(self, ids: Sequence[int], places: Sequence[int]) -> Tensor:
@@ -309,8 +319,10 @@ def check_url(url: str) -> None:
 def _tokens(http: _Http, body: dict[str, Any]) -> list[int] | None:
     try:
         found = http.post("/tokenize", body)
-    except RefusedError:  # a server without this address
-        return None
+    except RefusedError as error:
+        if error.status in (404, 405):  # a server without this address
+            return None
+        raise
     tokens: Any = _entry(found, "tokens")
     if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise _unexpected(http, "/tokenize", found)

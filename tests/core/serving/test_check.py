@@ -92,6 +92,17 @@ def test_another_tokenizer_is_called_that() -> None:
     assert fault.startswith("another tokenizer")
 
 
+def test_a_tokenizer_that_cannot_be_compared_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Served.post
+    monkeypatch.setattr(Served, "post", lambda *to: None if to[1] == "/tokenize" else whole(*to))
+    found = check(Served(*extended(), window=1024), lengths=(300,))
+    assert found.ok
+    assert "note: the server has no /tokenize" in str(found)
+    monkeypatch.setattr(Served, "post", lambda *_: "broken")
+    with pytest.raises(RunError, match="/tokenize answered 400: broken"):
+        check(Served(*extended(), window=1024))
+
+
 def test_a_bfloat16_server_is_called_that_and_passes_as_one() -> None:
     model, tokenizer = extended()
     served = Served(model.to(torch.bfloat16), tokenizer, window=1024)
