@@ -12,6 +12,7 @@ log-probabilities).
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import math
 import reprlib
@@ -19,6 +20,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, Literal, Protocol, get_args
 from urllib.parse import urlsplit
 
@@ -76,29 +79,22 @@ class _Http:
 
     def _ask(self, path: str, body: bytes | None) -> Any:
         where = f"{self.url}{path}"
-        request = urllib.request.Request(
-            where, data=body, headers={"Content-Type": "application/json"}
-        )
+        found: SimpleQueue[bytes | Exception] = SimpleQueue()
+
+        def ask() -> None:
+            try:
+                found.put(self._exchanged(where, body))
+            except Exception as error:
+                found.put(error)
+
+        # A socket's time-out begins anew with each byte. This one is for the whole answer.
+        Thread(target=ask, daemon=True).start()
         try:
-            with urllib.request.urlopen(request, timeout=self.seconds) as answer:
-                text: bytes = answer.read(_LARGEST + 1)
-        except urllib.error.HTTPError as error:
-            said = f"{where} answered {error.code}: {_said(error)}"
-            raise RefusedError(said, error.code) from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if isinstance(error, TimeoutError) or "timed out" in str(error):
-                raise RunError(
-                    f"{where} did not answer in {self.seconds:g} seconds: wait longer (--timeout), "
-                    "or ask for shorter --lengths."
-                ) from error
-            if isinstance(error, http.client.HTTPException):
-                raise RunError(
-                    f"{where} broke off, or does not speak HTTP ({error!r:.80}): see what the "
-                    "server says, or name its address by --url."
-                ) from error
-            raise RunError(
-                f"cannot reach {where} ({error}): start the server, or name its address by --url."
-            ) from error
+            text = found.get(timeout=self.seconds)
+        except Empty as error:
+            raise self._late(where) from error
+        if isinstance(text, Exception):
+            raise text
         if len(text) > _LARGEST:
             raise RunError(f"{where} answered more than {_LARGEST >> 20} MiB: is it the engine?")
         try:
@@ -107,6 +103,60 @@ class _Http:
             raise RunError(
                 f"{where} did not answer with JSON ({text[:60]!r}): is it the engine's address?"
             ) from error
+
+    def _exchanged(self, where: str, body: bytes | None) -> bytes:
+        """The bytes of an answer."""
+        request = urllib.request.Request(
+            where, data=body, headers={"Content-Type": "application/json"}
+        )
+        direct = [urllib.request.ProxyHandler({})] if _is_here(self.url) else []
+        opener = urllib.request.build_opener(_Unredirected, *direct)
+        try:
+            with opener.open(request, timeout=self.seconds) as answer:
+                return answer.read(_LARGEST + 1)
+        except urllib.error.HTTPError as error:
+            with error:  # which holds the connection
+                said = f"{where} answered {error.code}: {_said(error)}"
+            if to := error.headers.get("Location"):
+                raise RunError(
+                    f"{where} sends requests on to {to!r:.200}, which are not sent there: name the "
+                    "engine's own address by --url."
+                ) from error
+            raise RefusedError(said, error.code) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if isinstance(error, TimeoutError) or "timed out" in str(error):
+                raise self._late(where) from error
+            if isinstance(error, http.client.HTTPException):
+                raise RunError(
+                    f"{where} broke off, or does not speak HTTP ({error!r:.80}): see what the "
+                    "server says, or name its address by --url."
+                ) from error
+            raise RunError(
+                f"cannot reach {where} ({error}): start the server, or name its address by --url."
+            ) from error
+
+    def _late(self, where: str) -> RunError:
+        return RunError(
+            f"{where} did not answer in {self.seconds:g} seconds: wait longer (--timeout), "
+            "or ask for shorter --lengths."
+        )
+
+
+class _Unredirected(urllib.request.HTTPRedirectHandler):
+    """Follows no server to another address, whose answers would be taken for the engine's."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """None leaves the answer an HTTPError."""
+
+
+def _is_here(url: str) -> bool:
+    """Whether a server is on this machine, where no proxy for other machines belongs between."""
+    host = urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return address.is_loopback or address.is_unspecified
 
 
 def _said(error: urllib.error.HTTPError) -> str:
@@ -293,7 +343,7 @@ def client_of(
         server: which engine.
         url: its address, as http://host:port.
         vocabulary: tokens of the model.
-        seconds: longest wait for one answer.
+        seconds: longest wait for one answer, its last byte included.
 
     Raises:
         RunError: not an http address.

@@ -280,6 +280,57 @@ def test_a_server_that_breaks_off_or_says_nothing_is_told(sent: bytes, said: str
         thread.join()
 
 
+def test_an_answer_that_comes_byte_by_byte_is_not_waited_for() -> None:
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as place:
+
+        def answer() -> None:
+            connection, _ = place.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n")
+                while not over.wait(0.05):
+                    connection.sendall(b" ")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{place.getsockname()[1]}"
+        client: Any = client_of("vllm", url, vocabulary=9, seconds=0.5)
+        try:
+            with pytest.raises(RunError, match=r"did not answer in 0\.5 seconds"):
+                client.window()
+        finally:
+            over.set()
+            thread.join()
+
+
+def test_neither_a_proxy_nor_a_redirection_stands_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with running(_Says({})) as url:
+        for own in (url, url.replace("127.0.0.1", "localhost")):
+            client: Any = client_of("vllm", own, vocabulary=9)
+            assert client.window() == 1024
+        with socket.create_server(("127.0.0.1", 0)) as place:
+
+            def answer() -> None:
+                connection, _ = place.accept()
+                with connection:
+                    connection.recv(1000)
+                    to = f"Location: {url}/v1/models".encode()
+                    connection.sendall(
+                        b"HTTP/1.1 302 Found\r\n" + to + b"\r\nContent-Length: 0\r\n\r\n"
+                    )
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            client = client_of("vllm", f"http://127.0.0.1:{place.getsockname()[1]}", vocabulary=9)
+            with pytest.raises(RunError, match="sends requests on to"):
+                client.window()
+            thread.join()
+
+
 def test_more_tokens_than_ours_are_shown_where_they_begin() -> None:
     model, tokenizer = extended()
     served = Served(model, tokenizer, 1024)
