@@ -81,7 +81,8 @@ class Writer:
         choice = {"index": index, "finish_reason": finish_reason, "logprobs": logprobs}
         choice |= {"delta": delta} if chat else {"text": delta}
         kind = "chat.completion.chunk" if chat else "text_completion"
-        return {**self._head, "object": kind, "choices": [choice]}
+        usage = {"usage": None} if self._asked.include_usage else {}
+        return {**self._head, "object": kind, "choices": [choice], **usage}
 
     def _choice(self, said: Said) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": said.index, "finish_reason": said.finish_reason}

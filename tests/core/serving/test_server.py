@@ -127,8 +127,9 @@ def test_a_stream_joins_up_to_the_whole(running: Running) -> None:
     assert streamed == whole.choices[0].logprobs.content
     assert len(streamed) == whole.usage.completion_tokens
     assert all(len(each.top_logprobs) == 2 for each in streamed)
-    counted = running.complete("Once", stream=True, stream_options={"include_usage": True})
-    assert [*counted][-1].usage.completion_tokens == 16
+    counted = [*running.complete("Once", stream=True, stream_options={"include_usage": True})]
+    assert counted[-1].usage.completion_tokens == 16
+    assert all("usage" in piece.model_fields_set and not piece.usage for piece in counted[:-1])
 
 
 def test_requests_at_once_do_not_disturb_each_other(running: Running) -> None:
@@ -340,6 +341,8 @@ PART = {"type": "text", "text": None}
         ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens=0"),
         ("completions", {"prompt": "a", "logprobs": 99}, 400, "logprobs: expected"),
         ("completions", {"prompt": "a", "temprature": 1}, 400, "did you mean 'temperature'"),
+        ("completions", {"prompt": "a", "temperatur" * 10**6: 1}, 400, "unknown field 'tempera"),
+        ("completions", {"prompt": "a", "model": "b" * 10**6}, 404, f"model '{'b' * 59} is not"),
         ("completions", {"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty=1: this"),
         ("completions", {"prompt": "a", "echo": True, "stream": True}, 400, "stream with echo"),
         ("completions", {"prompt": "a", "model": "other"}, 404, "'other' is not served here"),
