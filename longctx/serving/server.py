@@ -286,13 +286,17 @@ class _Work:
 async def _whole(request: Request, work: _Work, writer: Writer) -> Response:
     """The whole answer, unless the client goes away before."""
 
+    def written() -> Response:
+        # json.dumps would keep the event loop waiting from another thread too: it is one step.
+        steps = json.JSONEncoder().iterencode(writer.whole(work.said))
+        return Response("".join(steps), media_type="application/json")
+
     async def collected() -> Response:
         async with contextlib.aclosing(work.events()) as events:
             async for event in events:
                 if isinstance(event, Failure):
                     return _refusal(event.status, event.message)
-        # A long answer takes seconds to write, in which the event loop has others to serve.
-        return await asyncio.to_thread(lambda: JSONResponse(writer.whole(work.said)))
+        return await asyncio.to_thread(written)
 
     answer, gone = asyncio.ensure_future(collected()), asyncio.ensure_future(_left(request))
     try:
