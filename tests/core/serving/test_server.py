@@ -19,21 +19,16 @@ import openai
 import pytest
 import torch
 import uvicorn
-from tokenizers import decoders
 
 import longctx
 from longctx.cli.main import main
 from longctx.errors import RunError
-from longctx.generation.detokenize import TextStream
 from longctx.scoring.token_scores import score
 from longctx.serving.engine import Ask, Drawn, Engine, Event, Failure, Job
 from longctx.serving.requests import Reader
 from longctx.serving.responses import Writer
 from longctx.serving.server import application, bound_socket, serve
-from longctx.serving.stops import Stops
 from longctx.serving.token_texts import TokenTexts
-
-from .small_tokenizers import small_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 METHOD = "dual_chunk:factor=4,log_n=True"
@@ -178,15 +173,6 @@ def test_a_stream_tells_the_log_probabilities_of_a_stop_too(running: Running) ->
     assert len(streamed) == whole.usage.completion_tokens
 
 
-def test_stops_hold_back_what_may_begin_one() -> None:
-    stops = Stops(["END", "DO"])
-    assert [stops.add(text) for text in ("one E", "N", "ED D", "x")] == ["one ", "", "ENED ", "Dx"]
-    assert [stops.add("a D"), stops.rest(), stops.add("O")] == ["a ", "D", ""]
-    plain = Stops(())
-    assert plain.add("all") == "all"
-    assert plain.rest() == ""
-
-
 @torch.no_grad()
 def test_log_probabilities_are_the_models(running: Running) -> None:
     log_p = running.model(torch.tensor([LONG])).logits[0].log_softmax(-1)
@@ -245,13 +231,6 @@ def test_tokens_that_are_parts_of_characters_are_told_by_their_bytes(running: Ru
     assert sum(map(texts.size, ids)) == len(text)
 
 
-def test_a_token_is_decoded_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = TokenTexts(running.tokenizer)
-    first = [(texts.name(token), texts.size(token)) for token in LONG[:9]]
-    monkeypatch.setattr(texts, "_tokenizer", None)
-    assert [(texts.name(token), texts.size(token)) for token in LONG[:9]] == first
-
-
 def test_others_are_answered_while_an_answer_is_written(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,35 +250,6 @@ def test_others_are_answered_while_an_answer_is_written(
                 assert answer.status == 200
         healthy.set()
         assert said.result().usage.completion_tokens == 1
-
-
-def test_tokens_of_sentencepiece_keep_their_spaces() -> None:
-    tokenizer = _llama_2()
-    texts = TokenTexts(tokenizer)
-    ids: Any = tokenizer("in the ☃")["input_ids"]
-    assert b"".join(map(texts.bytes_of, ids[1:])) == " in the ☃".encode()
-    assert texts.name(ids[-1]) == "bytes:\\x83"
-    assert texts.size(ids[0]) == 0
-
-
-def _llama_2() -> Any:
-    """SentencePiece whose decoder strips the first space, as Llama-2's and Mistral's do."""
-    tokenizer: Any = small_tokenizer("llama")
-    replace, strip = decoders.Replace("▁", " "), decoders.Strip(content=" ", left=1)
-    steps = [replace, decoders.ByteFallback(), decoders.Fuse(), strip]
-    tokenizer._tokenizer.decoder = decoders.Sequence(steps)
-    return tokenizer
-
-
-def test_a_continuation_goes_on_with_the_space_that_belongs_there() -> None:
-    tokenizer = _llama_2()
-    ids: Any = tokenizer("in the ☃")["input_ids"]
-    for cut, wanted in ((2, " the ☃"), (len(ids) - 1, "\ufffd")):  # the second inside a character
-        pieces: list[str] = []
-        stream = TextStream(tokenizer, pieces.append, behind=ids[:cut])
-        for count in range(1, len(ids) - cut + 1):
-            stream.show(ids[cut : cut + count], last=cut + count == len(ids))
-        assert "".join(pieces) == wanted
 
 
 def test_offsets_of_a_stream_are_those_of_the_whole(running: Running) -> None:
@@ -419,32 +369,6 @@ def test_a_client_that_goes_away_frees_its_place(
     assert running.complete("a", max_tokens=2).usage.completion_tokens <= 2
 
 
-@pytest.mark.parametrize(
-    "ask", [Ask(tuple(LONG), 1, Drawn(), 0), Ask((5, 6), 0, Drawn(), 0, prompt_likeliest=0)]
-)
-def test_a_prompt_that_nobody_waits_for_is_not_read_to_its_end(running: Running, ask: Ask) -> None:
-    told: list[Event] = []
-    passed: list[object] = []
-    job = Job([ask], told.append)
-    layers = running.model.model.layers
-    first = layers[0].register_forward_hook(lambda *_: job.cancelled.set())
-    last = layers[-1].register_forward_hook(lambda *_: passed.append(_))
-    engine = Engine(running.model, running.tokenizer, parallel=1)
-    engine.submit(job)
-    assert job.cancelled.wait(10)
-    first.remove()
-    other = Job([Ask(tuple(LONG), 1, Drawn(), 0)], told.append)
-    engine.submit(other)
-    while len(told) < 2:
-        time.sleep(0.01)
-    last.remove()
-    engine.close()
-    assert engine.join(10)
-    assert len(passed) == 1  # of the other job
-    said = longctx.generate(running.model, running.tokenizer, [LONG], max_new_tokens=1)
-    assert [said.texts[0]] * 2 == [getattr(event, "text", None) for event in told]
-
-
 def test_a_failure_is_told_and_the_next_request_is_answered(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -487,32 +411,6 @@ def test_a_full_queue_is_told_at_once_and_closes_in_time(
         engine.close()
     assert engine.join(10)
     assert [event.status for event in told if isinstance(event, Failure)] == [503] * 3
-
-
-def test_jobs_that_were_given_up_keep_no_place(running: Running) -> None:
-    engine = Engine(running.model, running.tokenizer, parallel=1, waiting=2)
-    told: list[Event] = []
-    jobs = [Job([Ask((5,), 1, Drawn(), 0)], told.append) for _ in range(4)]
-    with engine._turns.turn():  # pyright: ignore[reportPrivateUsage]
-        engine.submit(jobs[0])
-        while engine._jobs.qsize():  # pyright: ignore[reportPrivateUsage]
-            time.sleep(0.01)
-        engine.submit(jobs[1])
-        engine.submit(jobs[2])
-        assert engine.unavailable() is not None
-        jobs[1].cancelled.set()
-        assert engine.unavailable() is None
-        engine.submit(jobs[3])
-        assert engine.unavailable() is not None
-        for job in (jobs[0], jobs[2]):
-            job.cancelled.set()
-    end = time.monotonic() + 10
-    while not any(getattr(event, "finish_reason", None) for event in told):  # the last job's
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    engine.close()
-    assert engine.join(10)
-    assert not any(isinstance(event, Failure) for event in told)
 
 
 def test_methods_that_go_by_the_length_take_turns() -> None:
