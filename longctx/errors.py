@@ -73,5 +73,6 @@ class RunError(LongctxError):
 
 def nearest(word: object, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    # Of a word as long as a file, the comparison would take minutes.
+    close = difflib.get_close_matches(str(word)[:200], list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

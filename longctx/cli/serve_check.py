@@ -51,7 +51,7 @@ class ServeCheck:
     seed: int = 0
     """Which stretch of text the prompts are."""
     timeout: float = 600.0
-    """Seconds to wait for one answer."""
+    """Seconds to wait for one whole answer."""
     out: Path | None = None
     """A JSON file for the figures."""
     overwrite: bool = False

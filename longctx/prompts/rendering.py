@@ -3,8 +3,8 @@ r"""Chat templates rendered within bounds: limited time, memory and text, and al
     text = render_chat(tokenizer, [{"role": "user", "content": "Hi"}], generation=True)
 
 A template is a program that came with a checkpoint. Whatever it does wrong is one `DataError`: it
-raises, recurses, writes without end, or takes longer than ten seconds or more than 2 GiB. Time and
-memory are bounded in the main thread of a process on Linux.
+raises, recurses, writes without end, or takes longer than ten seconds or more than 2 GiB. Time is
+bounded on Linux, and memory in the main thread of a process there.
 
 A template that writes today's date (`strftime_now`) is given 26 July 2024 instead, the date that
 Llama 3's template writes where it knows no other: prompts are the same tomorrow.
@@ -12,11 +12,13 @@ Llama 3's template writes where it knows no other: prompts are the same tomorrow
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -145,9 +147,12 @@ class _TooLongError(BaseException):
 @contextmanager
 def _limited() -> Generator[None]:
     """Raise `_TooLongError` in the block after `SECONDS` of CPU time, MemoryError at `MEMORY`."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux"):
         yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        with _watched():
+            yield
         return
     import resource
 
@@ -167,3 +172,32 @@ def _limited() -> Generator[None]:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def _watched() -> Generator[None]:
+    """The same for the time of a thread that gets no signals; a limit of memory would be all's."""
+    me, ended, change = threading.get_ident(), threading.Event(), threading.Lock()
+    clock = time.pthread_getcpuclockid(me)
+    end = time.clock_gettime(clock) + SECONDS
+
+    def watch() -> None:
+        while not ended.wait(max(0.01, end - time.clock_gettime(clock))):
+            with change:
+                if not ended.is_set() and time.clock_gettime(clock) >= end:
+                    _raise_in(me, _TooLongError)
+                    return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        with change:
+            ended.set()
+        _raise_in(me, None)  # what was to be raised and was not yet is not raised behind the block
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Have a thread raise an error before its next step; None takes that back."""
+    given = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), given)

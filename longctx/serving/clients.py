@@ -12,12 +12,16 @@ log-probabilities).
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
 import math
+import reprlib
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, Literal, Protocol, get_args
 from urllib.parse import urlsplit
 
@@ -43,10 +47,21 @@ Server = Literal["vllm", "sglang", "llama.cpp", "transformers"]
 SERVERS: tuple[Server, ...] = get_args(Server)
 _LARGEST = 1 << 30
 """Bytes of an answer that are read at most."""
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, OverflowError)
+"""What reading an answer of another form raises; JSON knows Infinity, and numbers of any size."""
 
 
 class RefusedError(RunError):
-    """The server answered that it does not take a request."""
+    """The server answered that it does not take a request.
+
+    Args:
+        message: what it said.
+        status: of the answer, as HTTP names it.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +79,22 @@ class _Http:
 
     def _ask(self, path: str, body: bytes | None) -> Any:
         where = f"{self.url}{path}"
-        request = urllib.request.Request(
-            where, data=body, headers={"Content-Type": "application/json"}
-        )
+        found: SimpleQueue[bytes | Exception] = SimpleQueue()
+
+        def ask() -> None:
+            try:
+                found.put(self._exchanged(where, body))
+            except Exception as error:
+                found.put(error)
+
+        # A socket's time-out begins anew with each byte. This one is for the whole answer.
+        Thread(target=ask, daemon=True).start()
         try:
-            with urllib.request.urlopen(request, timeout=self.seconds) as answer:
-                text: bytes = answer.read(_LARGEST + 1)
-        except urllib.error.HTTPError as error:
-            raise RefusedError(f"{where} answered {error.code}: {_said(error)}") from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if isinstance(error, TimeoutError) or "timed out" in str(error):
-                raise RunError(
-                    f"{where} did not answer in {self.seconds:g} seconds: wait longer (--timeout), "
-                    "or ask for shorter --lengths."
-                ) from error
-            if isinstance(error, http.client.HTTPException):
-                raise RunError(
-                    f"{where} broke off, or does not speak HTTP ({error!r:.80}): see what the "
-                    "server says, or name its address by --url."
-                ) from error
-            raise RunError(
-                f"cannot reach {where} ({error}): start the server, or name its address by --url."
-            ) from error
+            text = found.get(timeout=self.seconds)
+        except Empty as error:
+            raise self._late(where) from error
+        if isinstance(text, Exception):
+            raise text
         if len(text) > _LARGEST:
             raise RunError(f"{where} answered more than {_LARGEST >> 20} MiB: is it the engine?")
         try:
@@ -94,6 +103,60 @@ class _Http:
             raise RunError(
                 f"{where} did not answer with JSON ({text[:60]!r}): is it the engine's address?"
             ) from error
+
+    def _exchanged(self, where: str, body: bytes | None) -> bytes:
+        """The bytes of an answer."""
+        request = urllib.request.Request(
+            where, data=body, headers={"Content-Type": "application/json"}
+        )
+        direct = [urllib.request.ProxyHandler({})] if _is_here(self.url) else []
+        opener = urllib.request.build_opener(_Unredirected, *direct)
+        try:
+            with opener.open(request, timeout=self.seconds) as answer:
+                return answer.read(_LARGEST + 1)
+        except urllib.error.HTTPError as error:
+            with error:  # which holds the connection
+                said = f"{where} answered {error.code}: {_said(error)}"
+            if to := error.headers.get("Location"):
+                raise RunError(
+                    f"{where} sends requests on to {to!r:.200}, which are not sent there: name the "
+                    "engine's own address by --url."
+                ) from error
+            raise RefusedError(said, error.code) from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if isinstance(error, TimeoutError) or "timed out" in str(error):
+                raise self._late(where) from error
+            if isinstance(error, http.client.HTTPException):
+                raise RunError(
+                    f"{where} broke off, or does not speak HTTP ({error!r:.80}): see what the "
+                    "server says, or name its address by --url."
+                ) from error
+            raise RunError(
+                f"cannot reach {where} ({error}): start the server, or name its address by --url."
+            ) from error
+
+    def _late(self, where: str) -> RunError:
+        return RunError(
+            f"{where} did not answer in {self.seconds:g} seconds: wait longer (--timeout), "
+            "or ask for shorter --lengths."
+        )
+
+
+class _Unredirected(urllib.request.HTTPRedirectHandler):
+    """Follows no server to another address, whose answers would be taken for the engine's."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        """None leaves the answer an HTTPError."""
+
+
+def _is_here(url: str) -> bool:
+    """Whether a server is on this machine, where no proxy for other machines belongs between."""
+    host = urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return address.is_loopback or address.is_unspecified
 
 
 def _said(error: urllib.error.HTTPError) -> str:
@@ -120,7 +183,7 @@ class Scorer(Protocol):
         ...
 
     def tokenize(self, text: str) -> list[int] | None:
-        """A text's ids with the special tokens around it; None where it does not say."""
+        """A text's ids with the special tokens around it; None where it has no such address."""
         ...
 
     def logprobs(self, ids: Sequence[int], places: Sequence[int]) -> Tensor:
@@ -142,8 +205,8 @@ class VLlm:
     def _model(self) -> dict[str, Any]:
         found = self.http.get("/v1/models")
         try:
-            return {"id": str(found["data"][0]["id"]), **found["data"][0]}
-        except (KeyError, IndexError, TypeError) as error:
+            return {**found["data"][0], "id": _text(found["data"][0]["id"])}
+        except _MALFORMED as error:
             raise _unexpected(self.http, "/v1/models", found) from error
 
     def window(self) -> int | None:
@@ -161,7 +224,7 @@ class VLlm:
         try:
             rows: Any = answer["choices"][0]["prompt_logprobs"]
             return _finite([float(rows[p][str(ids[p])]["logprob"]) for p in places])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise _unexpected(self.http, "/v1/completions", answer) from error
 
 
@@ -195,7 +258,7 @@ class SgLang:
             if [rows[p][1] for p in places] != [ids[p] for p in places]:
                 raise ValueError("other tokens")
             return _finite([float(rows[p][0]) for p in places])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except _MALFORMED as error:
             raise _unexpected(self.http, "/generate", answer) from error
 
 
@@ -241,7 +304,8 @@ class LlamaCpp:
                 first = answer["completion_probabilities"][0]
                 by_id = {int(one["id"]): one["logprob"] for one in first["top_logprobs"]}
                 found.append(float(by_id[ids[place]]))
-            except (KeyError, IndexError, TypeError, ValueError) as error:
+                _finite(found[-1:])
+            except _MALFORMED as error:
                 raise _unexpected(self.http, "/completion", answer) from error
         return _finite(found)
 
@@ -265,8 +329,8 @@ class Transformers:
             {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0},
         )
         try:
-            return str(answer["choices"][0]["text"])
-        except (KeyError, IndexError, TypeError) as error:
+            return _text(answer["choices"][0]["text"])
+        except _MALFORMED as error:
             raise _unexpected(self.http, "/v1/completions", answer) from error
 
 
@@ -279,7 +343,7 @@ def client_of(
         server: which engine.
         url: its address, as http://host:port.
         vocabulary: tokens of the model.
-        seconds: longest wait for one answer.
+        seconds: longest wait for one answer, its last byte included.
 
     Raises:
         RunError: not an http address.
@@ -305,10 +369,12 @@ def check_url(url: str) -> None:
 def _tokens(http: _Http, body: dict[str, Any]) -> list[int] | None:
     try:
         found = http.post("/tokenize", body)
-    except RefusedError:  # a server without this address
-        return None
+    except RefusedError as error:
+        if error.status in (404, 405):  # a server without this address
+            return None
+        raise
     tokens: Any = _entry(found, "tokens")
-    if not isinstance(tokens, list) or not all(isinstance(token, int) for token in tokens):
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
         raise _unexpected(http, "/tokenize", found)
     return tokens
 
@@ -322,6 +388,12 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
 def _finite(values: list[float]) -> Tensor:
     if not all(map(math.isfinite, values)):
         raise ValueError("a log-probability that is not finite")
@@ -330,6 +402,6 @@ def _finite(values: list[float]) -> Tensor:
 
 def _unexpected(http: _Http, path: str, answer: Any) -> RunError:
     return RunError(
-        f"{http.url}{path} answered in another form than expected ({str(answer)[:120]!r}): is it "
-        "the engine that --engine names, and of a present version?"
+        f"{http.url}{path} answered in another form than expected ({reprlib.repr(answer):.120}): "
+        "is it the engine that --engine names, and of a present version?"
     )

@@ -191,7 +191,19 @@ class Engine:
         """Why no job is taken now; None where one is."""
         if self._closed.is_set():
             return _CLOSED
+        if self._jobs.full():
+            self._drop_cancelled()
         return self._full if self._jobs.full() else None
+
+    def _drop_cancelled(self) -> None:
+        """Free the places of jobs that nobody waits for any more."""
+        with self._jobs.mutex:
+            waiting = [*self._jobs.queue]
+            self._jobs.queue.clear()
+            self._jobs.queue.extend(
+                job for job in waiting if job is None or not job.cancelled.is_set()
+            )
+            self._jobs.not_full.notify_all()
 
     def close(self) -> None:
         """End what runs at its next token or layer, and refuse what waits."""

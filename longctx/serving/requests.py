@@ -157,7 +157,7 @@ class Reader:
         request: Any = conform(given, kind, "request", next_step="Mend the request.")
         if request.model not in (None, self._name):
             raise UnknownModelError(
-                f"model {request.model!r} is not served here: expected {self._name!r}."
+                f"model {request.model!r:.60} is not served here: expected {self._name!r}."
             )
         return self._chat(request) if chat else self._completion(request)
 

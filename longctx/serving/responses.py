@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from .engine import Piece, Said, Scored
 from .requests import Asked
 from .token_texts import TokenTexts
@@ -31,13 +29,13 @@ class Writer:
 
     Args:
         asked: the request.
-        tokenizer: the model's.
+        texts: of the model's tokens.
         name: of the model.
     """
 
-    def __init__(self, asked: Asked, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(self, asked: Asked, texts: TokenTexts, name: str) -> None:
         self._asked = asked
-        self._texts = TokenTexts(tokenizer)
+        self._texts = texts
         self._head = {
             "id": f"{'chatcmpl' if asked.chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -83,7 +81,8 @@ class Writer:
         choice = {"index": index, "finish_reason": finish_reason, "logprobs": logprobs}
         choice |= {"delta": delta} if chat else {"text": delta}
         kind = "chat.completion.chunk" if chat else "text_completion"
-        return {**self._head, "object": kind, "choices": [choice]}
+        usage = {"usage": None} if self._asked.include_usage else {}
+        return {**self._head, "object": kind, "choices": [choice], **usage}
 
     def _choice(self, said: Said) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": said.index, "finish_reason": said.finish_reason}

@@ -30,6 +30,7 @@ from ..errors import LongctxError, RunError
 from .engine import Engine, Event, Failure, Job, Said
 from .requests import Asked, Reader, UnknownModelError
 from .responses import Writer, error_body
+from .token_texts import TokenTexts
 
 __all__ = ["application", "bound_socket", "serve"]
 
@@ -160,6 +161,7 @@ def application(engine: Engine, reader: Reader, name: str) -> Starlette:
         "max_model_len": reader.window,
     }
     reading = asyncio.Lock()  # one tokenizer, which threads must not share
+    texts = TokenTexts(engine.tokenizer)
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -197,7 +199,7 @@ def application(engine: Engine, reader: Reader, name: str) -> Starlette:
             return Response(status_code=_GONE)
         if (failure := engine.unavailable()) is not None:  # before a stream sends status 200
             return _refusal(failure.status, failure.message)
-        writer = Writer(asked, engine.tokenizer, name)
+        writer = Writer(asked, texts, name)
         work = _Work(engine, asked, begin)
         if asked.stream:
             return StreamingResponse(_streamed(work, writer), media_type="text/event-stream")
@@ -284,12 +286,17 @@ class _Work:
 async def _whole(request: Request, work: _Work, writer: Writer) -> Response:
     """The whole answer, unless the client goes away before."""
 
+    def written() -> Response:
+        # json.dumps would keep the event loop waiting from another thread too: it is one step.
+        steps = json.JSONEncoder().iterencode(writer.whole(work.said))
+        return Response("".join(steps), media_type="application/json")
+
     async def collected() -> Response:
         async with contextlib.aclosing(work.events()) as events:
             async for event in events:
                 if isinstance(event, Failure):
                     return _refusal(event.status, event.message)
-        return JSONResponse(writer.whole(work.said))
+        return await asyncio.to_thread(written)
 
     answer, gone = asyncio.ensure_future(collected()), asyncio.ensure_future(_left(request))
     try:

@@ -26,15 +26,22 @@ class TokenTexts:
 
     Args:
         tokenizer: the model's, with byte-level BPE or byte fallback where tokens are parts of
-            characters.
+            characters. Each token is decoded once: an answer names the same ones many times.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._bytes = {char: byte for byte, char in bytes_to_unicode().items()}
+        self._known: dict[int, bytes] = {}
+        self._sizes: dict[int, int] = {}
 
     def bytes_of(self, token: int) -> bytes:
         """The token's own bytes, also where they are a part of a character."""
+        if token not in self._known:
+            self._known[token] = self._decoded(token)
+        return self._known[token]
+
+    def _decoded(self, token: int) -> bytes:
         text: Any = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
         piece: Any = self._tokenizer.convert_ids_to_tokens(token)
         if not isinstance(piece, str):  # an embedding that the tokenizer has no token for
@@ -61,6 +68,11 @@ class TokenTexts:
 
     def size(self, token: int) -> int:
         """Characters that begin in it; special tokens take no room in a text."""
+        if token not in self._sizes:
+            self._sizes[token] = self._counted(token)
+        return self._sizes[token]
+
+    def _counted(self, token: int) -> int:
         if not text_of(self._tokenizer, [token]) and token in self._tokenizer.all_special_ids:
             return 0
         return sum(byte & 0xC0 != 0x80 for byte in self.bytes_of(token))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -74,3 +75,13 @@ def test_an_endless_template_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(EndlessTemplateError, match="not done after"):
         rendered(f"{loop}{loop}{{% endfor %}}{{% endfor %}}")
     assert rendered("{{ messages[0].content }}") == "Hi"  # the timer is off again
+
+
+def test_an_endless_template_is_stopped_in_a_thread_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 0.2)
+    loop = "{% for i in range(9999) %}"
+    with ThreadPoolExecutor(1) as pool:
+        endless = pool.submit(rendered, f"{loop * 2}{'{% endfor %}' * 2}")
+        with pytest.raises(EndlessTemplateError, match="not done after"):
+            endless.result(60)
+        assert pool.submit(rendered, "{{ messages[0].content }}").result() == "Hi"

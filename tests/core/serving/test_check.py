@@ -92,6 +92,17 @@ def test_another_tokenizer_is_called_that() -> None:
     assert fault.startswith("another tokenizer")
 
 
+def test_a_tokenizer_that_cannot_be_compared_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Served.post
+    monkeypatch.setattr(Served, "post", lambda *to: None if to[1] == "/tokenize" else whole(*to))
+    found = check(Served(*extended(), window=1024), lengths=(300,))
+    assert found.ok
+    assert "note: the server has no /tokenize" in str(found)
+    monkeypatch.setattr(Served, "post", lambda *_: "broken")
+    with pytest.raises(RunError, match="/tokenize answered 400: broken"):
+        check(Served(*extended(), window=1024))
+
+
 def test_a_bfloat16_server_is_called_that_and_passes_as_one() -> None:
     model, tokenizer = extended()
     served = Served(model.to(torch.bfloat16), tokenizer, window=1024)
@@ -269,6 +280,57 @@ def test_a_server_that_breaks_off_or_says_nothing_is_told(sent: bytes, said: str
         thread.join()
 
 
+def test_an_answer_that_comes_byte_by_byte_is_not_waited_for() -> None:
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as place:
+
+        def answer() -> None:
+            connection, _ = place.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n")
+                while not over.wait(0.05):
+                    connection.sendall(b" ")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{place.getsockname()[1]}"
+        client: Any = client_of("vllm", url, vocabulary=9, seconds=0.5)
+        try:
+            with pytest.raises(RunError, match=r"did not answer in 0\.5 seconds"):
+                client.window()
+        finally:
+            over.set()
+            thread.join()
+
+
+def test_neither_a_proxy_nor_a_redirection_stands_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with running(_Says({})) as url:
+        for own in (url, url.replace("127.0.0.1", "localhost")):
+            client: Any = client_of("vllm", own, vocabulary=9)
+            assert client.window() == 1024
+        with socket.create_server(("127.0.0.1", 0)) as place:
+
+            def answer() -> None:
+                connection, _ = place.accept()
+                with connection:
+                    connection.recv(1000)
+                    to = f"Location: {url}/v1/models".encode()
+                    connection.sendall(
+                        b"HTTP/1.1 302 Found\r\n" + to + b"\r\nContent-Length: 0\r\n\r\n"
+                    )
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            client = client_of("vllm", f"http://127.0.0.1:{place.getsockname()[1]}", vocabulary=9)
+            with pytest.raises(RunError, match="sends requests on to"):
+                client.window()
+            thread.join()
+
+
 def test_more_tokens_than_ours_are_shown_where_they_begin() -> None:
     model, tokenizer = extended()
     served = Served(model, tokenizer, 1024)
@@ -298,6 +360,58 @@ def test_an_answer_of_another_form_is_named(answer: Any, monkeypatch: pytest.Mon
         client: Any = client_of("vllm", url, vocabulary=1024)
         with pytest.raises(RunError, match=r"another form than expected|is it the engine"):
             client.logprobs([1, 2, 3], [1, 2])
+
+
+HUGE = int("9" * 400)
+INFINITE = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("engine", "answer"),
+    [
+        ("vllm", {"choices": [{"prompt_logprobs": [None, {"2": {"logprob": HUGE}}]}]}),
+        ("vllm", {"choices": [{"prompt_logprobs": [None, {"2": {"logprob": -INFINITE}}]}]}),
+        ("sglang", {"meta_info": {"input_token_logprobs": [[None, 1], [HUGE, 2]]}}),
+        ("llama.cpp", {"completion_probabilities": [{"top_logprobs": [{"id": INFINITE}]}]}),
+        *(
+            ("llama.cpp", {"completion_probabilities": [{"top_logprobs": [one]}]})
+            for one in ({"id": 2, "logprob": HUGE}, {"id": 2, "logprob": INFINITE})
+        ),
+        ("transformers", {"choices": [{"text": None}]}),
+    ],
+)
+def test_numbers_that_cannot_be_are_an_answer_of_another_form(engine: Any, answer: Any) -> None:
+    served = _Says(answer)
+    with running(served) as url:
+        client: Any = client_of(engine, url, vocabulary=9)
+        with pytest.raises(RunError, match="another form than expected"):
+            if engine == "transformers":
+                client.complete("a", 1, "x")
+            else:
+                client.logprobs([1, 2], [1])
+
+
+@pytest.mark.parametrize("name", [5, None, ["x"]])
+def test_a_model_without_a_name_is_an_answer_of_another_form(
+    name: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Served, "get", lambda *_: {"data": [{"id": name, "max_model_len": 9}]})
+    with running(_Says({})) as url:
+        client: Any = client_of("vllm", url, vocabulary=9)
+        with pytest.raises(RunError, match="another form than expected"):
+            client.logprobs([1, 2], [1])
+
+
+class _Says(Served):
+    """A server that says one thing, and splits every text into one token."""
+
+    def __init__(self, answer: Any) -> None:
+        nothing: Any = None
+        super().__init__(nothing, nothing, 1024)
+        self.answer = answer
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        return {"tokens": [3]} if path == "/tokenize" else self.answer
 
 
 def test_lengths_beyond_the_window_are_refused() -> None:
