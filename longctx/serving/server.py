@@ -288,7 +288,7 @@ async def _whole(request: Request, work: _Work, writer: Writer) -> Response:
 
     def written() -> Response:
         # json.dumps would keep the event loop waiting from another thread too: it is one step.
-        steps = json.JSONEncoder().iterencode(writer.whole(work.said))
+        steps = json.JSONEncoder(allow_nan=False).iterencode(writer.whole(work.said))
         return Response("".join(steps), media_type="application/json")
 
     async def collected() -> Response:
