@@ -393,15 +393,12 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     record: dict[str, Any] | None = getattr(model.config, "longctx", None)
     if record and declared == record["original"]["max_position_embeddings"]:
         tokenizer.model_max_length = length  # else the tokenizer would truncate at the old window
-    rope = "transformers.modeling_rope_utils"
+    doubts = ["long_mscale"]  # vLLM's keys
+    if methods_of(model):
+        doubts.append("does not match the ratio")  # methods above yarn may read further than it
     try:
         tokenizer.save_pretrained(folder)
-        with (
-            without_messages(rope, "long_mscale"),  # vLLM's keys
-            without_messages(
-                rope, "does not match the ratio"
-            ),  # methods on top of yarn read further
-        ):
+        with without_messages("transformers.modeling_rope_utils", *doubts):
             model.save_pretrained(folder)
     finally:
         tokenizer.model_max_length = declared

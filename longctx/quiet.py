@@ -10,11 +10,11 @@ __all__ = ["without_messages"]
 
 
 @contextmanager
-def without_messages(logger: str, text: str) -> Generator[None]:
-    """Hold back what one logger says with this text in it, inside the block."""
+def without_messages(logger: str, *texts: str) -> Generator[None]:
+    """Hold back what one logger says with one of these texts in it, inside the block."""
 
     def unreported(record: logging.LogRecord) -> bool:
-        return text not in record.getMessage()
+        return not any(text in record.getMessage() for text in texts)
 
     found = logging.getLogger(logger)
     found.addFilter(unreported)

@@ -177,7 +177,9 @@ def _board(task: str, group: Sequence[tuple[str, SweepData]]) -> _Board:
         lengths=lengths,
         answered=any(sweep.is_answered(task) for _, sweep in group),
         higher_is_better=first.is_higher_better(task),
-        prompts=max(row.n for _, sweep in group for row in sweep.rows if row.task == task),
+        prompts=max(
+            (row.n for _, sweep in group for row in sweep.rows if row.task == task), default=0
+        ),
         entries=tuple(entries),
     )
 

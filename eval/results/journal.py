@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 
+from longctx.append_only import AppendOnlyFile
 from longctx.files import write_whole
 from longctx.folders import refuse_other_than_file
-from longctx.json_lines import JsonLines
 
 from .records import Record, dump_record, header_of, load_record, read_records
 
@@ -46,7 +46,7 @@ class Journal:
         self._parts: dict[str, list[Record]] = defaultdict(list)
         self._waiting: Record | None = None
         self._written = time.monotonic()
-        self._file: JsonLines | None = None
+        self._file: AppendOnlyFile | None = None
         refuse_other_than_file(self._path)
         several = f"{escape(results.stem)}.*of*{results.suffix}.part"
         for path in (results.with_name(f"{results.name}.part"), *results.parent.glob(several)):
@@ -94,23 +94,27 @@ class Journal:
         text = dump_record(part)
         self._parts[part.key].append(load_record(text, "the record"))
         if self._file is None:
-            self._file = JsonLines(self._path, first=self._header, holds="results")
-            if not self._file.lines:
+            self._file = AppendOnlyFile(self._path, first=self._header, holds="results")
+            if not self._file.count:
                 self._file.append(self._header)
         self._file.append(text)
+
+    def close(self) -> None:
+        """Let others write, until the next part comes."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def drop(self, key: str) -> None:
         """Forget the parts of a unit that is complete, or that is measured otherwise (OSError)."""
         self._waiting = None
         if self._parts.pop(key, None) is None or not self._path.exists():
             return
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        header, *records = self._path.read_bytes().rpartition(b"\n")[0].splitlines()
-        kept = [line for line in records if json.loads(line)["key"] != key]
+        self.close()
+        lines = self._path.read_bytes().rpartition(b"\n")[0].splitlines()
+        kept = [line for line in lines[1:] if json.loads(line)["key"] != key]
         if kept:
-            text = b"".join(line + b"\n" for line in (header, *kept))
+            text = b"".join(line + b"\n" for line in (lines[0], *kept))
             write_whole(self._path, lambda part: part.write_bytes(text))
         else:
             self._path.unlink()

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longctx.append_only import AppendOnlyFile
 from longctx.errors import RunError
-from longctx.json_lines import JsonLines
 
 from .journal import Journal
 from .records import Record, dump_record, header_of, load_record, read_parts
@@ -52,16 +52,16 @@ class Store:
         self.identity = identity
         self.notes: list[str] = []
         self._records: dict[str, Record] = {}
-        self._own: JsonLines | None = None
+        self._own: AppendOnlyFile | None = None
         self._journal: Journal | None = None
         if path is None:
             return
         own = path.with_name(f"{path.stem}.{rank}of{ranks}{path.suffix}") if rank else path
         header = json.dumps(header_of(identity))
-        self._own = JsonLines(own, first=header, holds="results")
+        self._own = AppendOnlyFile(own, first=header, holds="results")
         try:
             self.reload()
-            if not self._own.lines:
+            if not self._own.count:
                 self._own.append(header)
             if cut := self._own.cut:
                 self.notes.append(
@@ -73,18 +73,19 @@ class Store:
                 if self.get(key) is not None:  # killed between its record and this
                     self._journal.drop(key)
         except OSError as error:
-            self._own.close()
+            self.close()
             raise RunError(
                 f"cannot open the results file {path}: {error}; name another."
             ) from error
         except RunError:
-            self._own.close()
+            self.close()
             raise
 
     def close(self) -> None:
         """Let others write."""
-        if self._own is not None:
-            self._own.close()
+        for file in (self._own, self._journal):
+            if file is not None:
+                file.close()
 
     def reload(self) -> None:
         """Read what all processes have written."""

@@ -115,7 +115,8 @@ def sweep(
     own = variants_of(model, methods, replace=replace)
     variants = with_caches(model, own, caches, replace=replace)
     invariants = {variant.length_invariant for variant in variants}
-    plans = _plans(chosen, tokenizer, sizes, invariants, progress=progress and Ranks.here().first)
+    ranks = Ranks() if single_process else Ranks.here()
+    plans = _plans(chosen, tokenizer, sizes, invariants, progress=progress and ranks.first)
     _refuse_reading(variants, chosen, tokenizer, sizes)
     _refuse_over_cache(variants, chosen, tokenizer, plans)
     jobs = [
@@ -129,7 +130,6 @@ def sweep(
             cell_key(v.label, task, n, adaptive) for v in variants for task in chosen for n in sizes
         ]
         refuse_lost_cells(path.parent, identity, cells)
-    ranks = Ranks() if single_process else Ranks.here()
     if ranks.ranks > 1 and path is None:
         raise RunError(
             f"{ranks.ranks} processes share this sweep: pass `results`, the file that they meet in "

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from longctx.append_only import AppendOnlyFile
 from longctx.errors import RunError
 from longctx.fingerprint import json_digest
-from longctx.json_lines import JsonLines
 
 from .evolution import Divisors
 
@@ -31,10 +31,10 @@ class Evaluations:
 
     def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
         self._losses: dict[str, float] = {}
-        self._file: JsonLines | None = None
+        self._file: AppendOnlyFile | None = None
         if path is None:
             return
-        self._file = JsonLines(path, first='{"search"', holds="evaluations")
+        self._file = AppendOnlyFile(path, first='{"search"', holds="evaluations")
         try:
             self._read(self._file, json.loads(json.dumps(header)))
         except BaseException:
@@ -75,12 +75,12 @@ class Evaluations:
             }
             self._file.append(json.dumps(entry))
 
-    def _read(self, file: JsonLines, header: dict[str, Any]) -> None:
-        if not file.lines:
+    def _read(self, file: AppendOnlyFile, header: dict[str, Any]) -> None:
+        if not file.count:
             file.append(json.dumps({"search": header}))
             return
         path = file.path
-        first, *rest = file.lines
+        first, *rest = file.lines()
         try:
             made: Any = json.loads(first)["search"]
             found = [json.loads(line) for line in rest]

@@ -277,9 +277,8 @@ def _case(record: dict[str, Any], where: str, metric: Metric, new_tokens: int) -
     for name in ("task", "cluster"):
         if not isinstance(record.get(name, ""), str):
             raise DataError(f"{where} has {record[name]!r:.40} as {name!r}: expected a text.")
-    for name in record:  # sets bring columns of their own, but hardly one letter from ours
-        meant = get_close_matches(name, _OPTIONAL, n=1, cutoff=0.85)
-        if name not in _OPTIONAL and meant:
+    for name in record.keys() - _OPTIONAL:  # sets bring columns of their own, hardly so near ours
+        if meant := get_close_matches(name, _OPTIONAL, n=1, cutoff=0.85):
             raise DataError(f"{where} has a field {name!r:.40}: did you mean {meant[0]!r}?")
     context, question = cast(str, texts["context"]), cast(str, texts["question"])
     cluster = record.get("cluster") or digest(context)

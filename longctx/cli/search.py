@@ -16,6 +16,7 @@ from .device_options import DeviceOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from longctx.eval import Passkey
     from longctx.eval.searching.search import FoundDivisors
 
 __all__ = ["COMMAND", "Search"]
@@ -68,11 +69,14 @@ class Search:
 
         refuse_other_than_folder(self.out)
         target = parse_length(self.target, "--target")
-        if self.report_samples:  # else refused after the search, which may take hours
+        keys = (  # here, to be refused before the search, which may take hours
             Passkey(samples=self.report_samples, seed=self.report_seed)
+            if self.report_samples
+            else None
+        )
         path = self.out / "longrope.json"
         interrupted = (  # the divisors are written before the report, of which this is the last
-            self.report_samples > 0
+            keys is not None
             and (self.out / "evaluations.jsonl").exists()
             and not (self.out / "sweep.svg").exists()
         )
@@ -103,7 +107,7 @@ class Search:
                 "there was little to find. Text that the model was not trained on (--text) or a "
                 "longer target tells more."
             )
-        return self._report(model, tokenizer, found, target) if self.report_samples else 0
+        return 0 if keys is None else self._report(model, tokenizer, found, target, keys)
 
     def _report(
         self,
@@ -111,10 +115,10 @@ class Search:
         tokenizer: PreTrainedTokenizerBase,
         found: FoundDivisors,
         target: int,
+        keys: Passkey,
     ) -> int:
         """Sweep on keys and texts of the evaluation, and compare with yarn."""
         from longctx.eval import (
-            Passkey,
             Perplexity,
             compare,
             print_comparison,
@@ -129,7 +133,7 @@ class Search:
         result = sweep(
             model,
             tokenizer,
-            [Passkey(samples=self.report_samples, seed=self.report_seed), Perplexity()],
+            [keys, Perplexity()],
             [window or target, target],
             methods=[f"yarn:{factor!r}", None, found.method],
             results=self.out / "results.jsonl",

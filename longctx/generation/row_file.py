@@ -7,8 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..append_only import AppendOnlyFile
 from ..errors import RunError
-from ..json_lines import JsonLines
 
 __all__ = ["RowFile"]
 
@@ -29,10 +29,9 @@ class RowFile:
     def __init__(self, path: Path, settings: dict[str, Any], prompts: list[str]) -> None:
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._prompts = prompts
-        self._file = JsonLines(path, first='{"row": 0, ', holds="generated rows")
-        self._lines = self._file.lines
+        self._file = AppendOnlyFile(path, first='{"row": 0, ', holds="generated rows")
         try:
-            for index, line in enumerate(self._lines):
+            for index, line in enumerate(self._file.lines()):
                 self._check(index, line)
         except BaseException:
             self._file.close()
@@ -41,7 +40,7 @@ class RowFile:
     @property
     def done(self) -> int:
         """Rows that are there."""
-        return len(self._lines)
+        return self._file.count
 
     def __enter__(self) -> RowFile:
         return self
@@ -61,9 +60,7 @@ class RowFile:
             RunError: the disk refuses.
         """
         known = {"row": self.done, "prompt_digest": self._prompts[self.done]}
-        line = json.dumps({**known, **row, "settings": self._settings})
-        self._file.append(line)
-        self._lines.append(line.encode())
+        self._file.append(json.dumps({**known, **row, "settings": self._settings}))
 
     def tokens(self) -> list[list[int]]:
         """The token ids of all rows that are there.
@@ -72,7 +69,7 @@ class RowFile:
             RunError: a row without them.
         """
         found: list[list[int]] = []
-        for number, line in enumerate(self._lines, 1):
+        for number, line in enumerate(self._file.lines(), 1):
             ids: Any = json.loads(line).get("token_ids")
             if not isinstance(ids, list) or not all(type(token) is int for token in ids):
                 raise RunError(f"{self._file.path}:{number} holds no token_ids: name another file.")

@@ -214,3 +214,30 @@ def test_a_record_whose_tokens_are_gone_is_measured_again(tmp_path: Path) -> Non
     assert parquet.read_table(path).equals(table)  # pyright: ignore[reportUnknownMemberType]
     path.unlink()
     assert store.get("k") is None
+
+
+def test_a_closed_store_holds_no_file_although_something_refers_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    kept = Store(path, IDENTITY)  # as the traceback of an interrupted sweep keeps it
+    kept.put_part(record("a"))
+    kept.flush()
+    kept.close()
+    store = Store(path, IDENTITY)
+    store.put_part(record("b"))
+    store.flush()
+    store.put(record("b"))
+    assert [one.key for one in store.parts("a")] == ["a"]
+
+
+def test_parts_of_another_process_are_dropped_beside_an_own_file_without_a_line(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "r.jsonl"
+    other = Store(path, IDENTITY, rank=1, ranks=2)
+    other.put_part(record("a"))
+    other.flush()
+    other.close()
+    (tmp_path / "r.jsonl.part").write_text('{"longctx"')  # killed within its first line
+    store = Store(path, IDENTITY)
+    assert store.put(record("a")) == record("a")
+    assert not (tmp_path / "r.jsonl.part").exists()

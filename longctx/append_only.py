@@ -1,4 +1,4 @@
-"""A file of JSON lines that only grows: a line is on the disk, or was cut off and is dropped."""
+"""A file that only grows, by lines: each is on the disk, or was cut off and is dropped."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from .errors import RunError
 from .folders import refuse_other_than_file, refuse_other_than_folder
 
-__all__ = ["JsonLines"]
+__all__ = ["AppendOnlyFile"]
 
 
-class JsonLines:
-    """A file of lines that one process writes to, until it is closed.
+class AppendOnlyFile:
+    """A file that one process appends lines to, until it is closed or nothing refers to it.
 
     Opening it changes nothing in it, so that its lines can be refused. What a killed process left
     of a last line goes when the next line is appended.
@@ -38,24 +38,27 @@ class JsonLines:
             self._file = path.open("a+b", buffering=0)  # what a full disk refused is not kept
         except OSError as error:
             raise RunError(f"cannot write to {path}: {error}. Name another.") from error
-        self.close = weakref.finalize(self, self._file.close)
-        """Let others write; happens too when nothing refers to this any more."""
+        self._close = weakref.finalize(self, self._file.close)
         try:
             self._lock()
-            self._file.seek(0)
-            data = self._file.read()
+            data = self._read()
         except BaseException:
             self.close()
             raise
-        whole, _, self.cut = data.rpartition(b"\n")
-        self.lines: list[bytes] = whole.splitlines()
-        """Those that are complete when it is opened, without their ends."""
+        self._end = data.rfind(b"\n") + 1
+        self.cut = data[self._end :]
+        """What a killed process left of a last line."""
+        self.count = data.count(b"\n")
+        """Lines that are there."""
         begins = first.encode()
-        if self.cut and not self.lines and self.cut[: len(begins)] != begins[: len(self.cut)]:
+        if self.cut and not self.count and self.cut[: len(begins)] != begins[: len(self.cut)]:
             self.close()
             raise RunError(f"{path} is not a file of {holds}: name another.")
-        self._end = len(data) - len(self.cut)
-        self._count = len(self.lines)
+        self._torn = bool(self.cut)
+
+    def lines(self) -> list[bytes]:
+        """Those that are there, without their ends."""
+        return self._read()[: self._end].splitlines()
 
     def append(self, line: str) -> None:
         """Add a line, which is on the disk before this returns.
@@ -64,7 +67,9 @@ class JsonLines:
             RunError: the disk refuses.
         """
         try:
-            self._file.truncate(self._end)
+            if self._torn:
+                self._file.truncate(self._end)
+            self._torn = True
             rest = line.encode() + b"\n"
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -72,10 +77,19 @@ class JsonLines:
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.path}: {error}. Make room; the same command then goes on "
-                f"after the {self._count} lines that are there."
+                f"after the {self.count} lines that are there."
             ) from error
+        self._torn = False
         self._end = self._file.tell()
-        self._count += 1
+        self.count += 1
+
+    def close(self) -> None:
+        """Let others write."""
+        self._close()
+
+    def _read(self) -> bytes:
+        self._file.seek(0)
+        return self._file.read()
 
     def _lock(self) -> None:
         try:
