@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from random import Random
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ from longctx.scoring.prefix_sharing import score_prompts
 __all__ = ["KeyLoss", "key_prompts"]
 
 _GRASS_EVERY = 4
-_DEPTHS = 6
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def key_prompts(
@@ -30,6 +31,8 @@ def key_prompts(
     Each has a stretch of text of its own. How many keys are found differs more between stretches
     than between divisors, and a search by two of them learnt those two by heart: on the embedded
     model at four times its window it then found fewer of new keys than the yarn that it began with.
+    Each has a depth of its own too, spread evenly by the golden ratio: a search by six depths found
+    half of the keys at a seventh, at which yarn found three quarters.
 
     Args:
         tokenizer: the model's; its chat template is used if it has one.
@@ -42,11 +45,12 @@ def key_prompts(
         DataError: a length that is too short, or too long for the text.
     """
     grass = Grass()
+    begin = Random(f"depth/{seed}").random()
     return [
         passkey(
             tokenizer,
             length,
-            depth=(index // _GRASS_EVERY % _DEPTHS + 0.5) / _DEPTHS,
+            depth=(begin + index * _GOLDEN) % 1,
             seed=seed * 10**6 + index,
             haystack=text if index % _GRASS_EVERY else grass,
             haystack_seed=seed * 10**6 + index,

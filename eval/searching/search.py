@@ -107,7 +107,7 @@ def search(
     header["text"] = _digest(losses.values())  # what the files say now
     path = None if folder is None else Path(folder) / "evaluations.jsonl"
     begin = time.perf_counter()
-    steps = settings.evaluations + settings.finalists
+    steps = settings.evaluations + settings.finalists + len(known)
     with (
         Evaluations(path, header) as evaluations,
         Progress(steps, shown=progress) as bar,
@@ -137,7 +137,9 @@ def search(
             fresh[finalist] = judge(finalist, settings.seed + _FRESH)
             bar.advance(1)
         for candidate in known.values():
+            bar.at("known methods on the finalists' prompts")
             fresh[candidate] = judge(candidate, settings.seed + _FRESH)
+            bar.advance(1)
     best = min(fresh, key=fresh.__getitem__)
     if not math.isfinite(fresh[best]):
         raise RunError(
