@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from .config_windows import TEXT_PARTS, doubtful, impossible, text_part
 from .conversion import recorded
@@ -94,12 +95,15 @@ def load(
             folder or not all of the model's, an adapter, or code in the checkpoint.
     """
     path = _converted(source)
+    taken = "" if isinstance(path, Path) else " (no folder here, so taken for a hub id)"
     try:
+        if isinstance(path, str):
+            cached_file(path, "config.json")  # where no hub answers, wait for it once
         refuse_foreign_weights(path)
         for doubt in _claims(path):
             _log.warning("%s: %s.", source, doubt)
-    except ModelError as error:
-        raise ModelError(f"cannot load {str(source)!r}: {error}") from error
+    except (ModelError, OSError, ValueError) as error:
+        raise ModelError(f"cannot load {str(source)!r}{taken}: {error}") from error
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
@@ -123,7 +127,6 @@ def load(
                 **placed,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError) as error:
-        taken = "" if isinstance(path, Path) else " (no folder here, so taken for a hub id)"
         raise ModelError(f"cannot load {str(source)!r}{taken}: {error}") from error
     except Exception as error:  # safetensors and tokenizers raise bare Exception subclasses
         raise ModelError(
