@@ -3,7 +3,7 @@
 heads: the embedded model from 2 key/value heads to 1, averaged plainly and aligned, taught by its
 original on text and keys, on text alone, and with the weights of the attention alone; SmolLM2-135M
 from 3 to 1, where its checkpoint's folder is given. linear: the embedded model under features
-alone, a window alone, both, and both with the layers kept that keys need most. mixture: experts out
+alone, a window alone, both, and each with the layers kept that keys need most. mixture: experts out
 of SmolLM2, and how their load moves. Runs are kept in the folder RUNS and not trained twice.
 
     python -m benchmarks.conversions [RUNS] [--smollm2 FOLDER] [--model demo] [--parts linear …]
@@ -27,7 +27,6 @@ from tyro.conf import Positional
 import longctx
 from longctx.eval import Passkey, Perplexity, sweep
 from longctx.model import evaluating, window
-from longctx.patches._hedgehog import HedgehogAttention
 from longctx.patches.moe import Moe
 from longctx.patches.multi_query import MultiQuery
 from longctx.prompts.haystacks import encode, held_out
@@ -188,6 +187,8 @@ def linear(source: str, runs: Path) -> None:
         "the same, 1 layer kept": f"{both},keep=auto:1",
         f"window of {WINDOW} alone": f"sink_window:sinks=0,window={WINDOW}",
         "features alone": "linear_attention:window=0",
+        "window alone, 2 layers kept": f"sliding_window:window={WINDOW},keep=auto:2",
+        "window alone, 1 layer kept": f"sliding_window:window={WINDOW},keep=auto:1",
     }
 
     def add(name: str, model: PreTrainedModel, seconds: str, tokens: int, cache: str) -> None:
@@ -215,14 +216,6 @@ def linear(source: str, runs: Path) -> None:
             cache = f"{report.cache[1]:,} a token + {report.bounded[1]:,}"
             cache = cache.removeprefix("0 a token + ")
             add(name, start, "", 0, cache)
-            if name == "the same, 2 layers kept":
-                bare = copy.deepcopy(start)
-                for module in bare.modules():
-                    if isinstance(module, HedgehogAttention):
-                        module.of_query = _nothing  # pyright: ignore[reportAttributeAccessIssue]
-                kept = report.cache[1]
-                left = f"{kept:,} a token + {WINDOW * (token - kept):,}"
-                add("2 layers kept, window without features", bare, "", 0, left)
         key = f"{Path(source).name}-{name}".replace(", ", "-").replace(" ", "-")
         model, seconds = trained(key, start, recipe, original, tokenizer, runs)
         steps, batch = recipe.training.max_steps or 0, recipe.training.batch_size
@@ -237,11 +230,6 @@ def linear(source: str, runs: Path) -> None:
         "is `--recipe uptrain` on rows of 256 tokens. Kept layers are those whose replacement "
         "costs keys most. Cache bytes of a row: for each token, and whatever the length. One seed.",
     )
-
-
-def _nothing(q: torch.Tensor) -> torch.Tensor:
-    """Features, twice the channels, of a query that sees no past."""
-    return q.new_zeros(*q.shape[:-1], 2 * q.shape[-1])
 
 
 def mixture(source: str, runs: Path) -> None:

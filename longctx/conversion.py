@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn, Protocol, runtime_checkable
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .config_windows import CONVERSION
 from .errors import MethodError
@@ -24,6 +24,7 @@ __all__ = [
     "Conversion",
     "ConversionReport",
     "Converted",
+    "entries_of_family",
     "put_record",
     "recorded",
 ]
@@ -170,6 +171,24 @@ class Converted:
             f"{self.method.name} made a new model, which is not undone: the original that was "
             "passed is as it was; go on with that, or load it again."
         )
+
+
+_OF_THE_CLASS = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
+
+
+def entries_of_family(config: PreTrainedConfig, family: str) -> dict[str, Any]:
+    """What a config says that the config of another family has a place for.
+
+    Args:
+        config: of a model whose MLPs or attention are to be another's.
+        family: a model type of transformers.
+    """
+    own: dict[str, Any] = config.to_dict()
+    there = set(AutoConfig.for_model(family).to_dict()) - set(_OF_THE_CLASS)
+    said = {key: value for key, value in own.items() if key in there}
+    heads = int(own["num_attention_heads"])
+    said["head_dim"] = int(own.get("head_dim") or own["hidden_size"] // heads)
+    return said
 
 
 def put_record(model: PreTrainedModel, method: Conversion) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .attention.layers import attention_in_use
 from .attention.state_cache import StateLayer
@@ -26,7 +27,10 @@ __all__ = ["convert", "logits_differ"]
 _TOKENS = 4_096
 """Tokens of text that are read to calibrate."""
 _ROW = 512
-"""Tokens of a row of them, or the window where that is shorter."""
+"""Tokens of a row of them, or four times those whose logits stay as they are; the model's window
+where that is shorter."""
+_ROWS = 8
+"""Rows of them at least."""
 _PROOF = 48
 _CACHED = 32
 """Of those, the tokens that are read before the others go on from the cache."""
@@ -162,7 +166,7 @@ def _calibration(
     tokenizer: PreTrainedTokenizerBase | None,
     given: Tensor | Texts | None,
 ) -> Calibration | None:
-    if not method.calibrates:
+    if not method.calibrates and not method.asks_for_keys:
         if given is not None:
             raise MethodError(f"{method.name} reads no text: leave the calibration out.")
         return None
@@ -171,7 +175,8 @@ def _calibration(
         raise MethodError(
             f"{method} asks for keys hidden in text: pass the model's tokenizer= too."
         )
-    row = min(window(model) or _ROW, _ROW)
+    row = max(_ROW, 4 * method.same_within)
+    row = min(window(model) or row, row)
     if isinstance(given, Tensor):
         high = int(text_config(model).vocab_size)
         if given.ndim != 2 or given.dtype != torch.int64 or not given.numel():
@@ -202,7 +207,7 @@ def _prompts(
     """Keys of the split "train" in the text, at depths all over it, where the method asks."""
     if not method.asks_for_keys or tokenizer is None:
         return ()
-    count = max(4, _TOKENS // length)
+    count = max(_ROWS, _TOKENS // length)
     haystack = Texts(_part(texts, length), name=texts.name)
     settings: dict[str, Any] = {"haystack": haystack, "split": "train", "wording": SHORT}
     return tuple(
@@ -214,7 +219,7 @@ def _prompts(
 def _rows(tokenizer: PreTrainedTokenizerBase, texts: Texts, length: int) -> Tensor:
     """Rows [N, length] from all over the texts, BOS first where the tokenizer puts one."""
     bos = bos_of(tokenizer)
-    size, rows = length - len(bos), _TOKENS // length
+    size, rows = length - len(bos), max(_ROWS, _TOKENS // length)
     ids = [x for document in _part(texts, length) for x in encode(tokenizer, document)]
     if len(ids) < size:
         raise DataError(
@@ -226,7 +231,7 @@ def _rows(tokenizer: PreTrainedTokenizerBase, texts: Texts, length: int) -> Tens
 
 def _part(texts: Texts, length: int) -> tuple[str, ...]:
     """Beginnings of documents from all over the texts: the whole takes minutes to tokenise."""
-    share = max(1, len(texts.documents) // (_TOKENS // length))
+    share = max(1, len(texts.documents) // max(_ROWS, _TOKENS // length))
     return tuple(document[: 16 * length] for document in texts.documents[::share])
 
 
@@ -269,7 +274,15 @@ def _cache_bytes(model: PreTrainedModel) -> tuple[int, int]:
         ids = _ids(model)[:, :_CACHED]
         cache: Any = DynamicCache(config=model.config)
         model(input_ids=ids, past_key_values=cache, use_cache=True)
-    bounded = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
-    held = [t for x in cache.layers if x not in bounded for t in (x.keys, x.values)]
-    token = sum(t.numel() * t.element_size() // max(1, t.shape[-2]) for t in held)
-    return token, sum(layer.bytes for layer in bounded)
+    token = bounded = 0
+    for layer in cache.layers:
+        if isinstance(layer, StateLayer):
+            bounded += layer.bytes
+            continue
+        pair = (layer.keys, layer.values)
+        held = sum(t.numel() * t.element_size() // max(1, t.shape[-2]) for t in pair)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            bounded += held * (layer.sliding_window - 1)  # the query's own token is not kept
+        else:
+            token += held
+    return token, bounded

@@ -30,20 +30,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from longctx.attention.hook import ATTRIBUTE
 from longctx.attention.layers import (
-    AttentionLayer,
     attention_layers,
     put_rules,
     refuse_features,
@@ -53,14 +49,12 @@ from longctx.conversion import Calibration, Conversion, put_record
 from longctx.errors import MethodError, ModelError
 from longctx.model import decoder_of, text_config, window
 from longctx.patch import Check
-from longctx.prompts.assembly import Prompt
 
 from ._hedgehog import Fitting, HedgehogAttention
+from ._kept_layers import Keep, checked_keep, chosen, lost_without, refuse_keep
 
 __all__ = ["METHOD", "LinearAttention"]
 
-_log = logging.getLogger(__name__)
-_AUTO = re.compile(r"auto:(\d+)")
 _FORMS = 1e-10
 """Largest difference of the three forms, in float64, that is rounding."""
 _PARTS = ("query", "key", "gate")
@@ -74,7 +68,7 @@ class LinearAttention(Conversion):
     """Last tokens that are seen by softmax, the query's own among them; 0 for features alone."""
     features: int | None = None
     """Features of a head, even; by default twice its channels."""
-    keep: tuple[int, ...] | str = ()
+    keep: Keep = ()
     """Layers that stay as they are, by index from 0; or "auto:N", the N whose replacement costs
     keys most."""
     steps: int = 40
@@ -101,15 +95,7 @@ class LinearAttention(Conversion):
                 f"{self.name}: features={self.features}: expected an even number, since they come "
                 "as W x and −W x."
             )
-        keep: Any = self.keep
-        layers: Any = (keep,) if type(keep) is int else keep
-        if isinstance(layers, list | tuple) and all(type(x) is int and x >= 0 for x in layers):  # pyright: ignore[reportUnknownVariableType]
-            object.__setattr__(self, "keep", tuple(sorted({*layers})))  # pyright: ignore[reportUnknownArgumentType]
-        elif not (isinstance(keep, str) and (found := _AUTO.fullmatch(keep)) and int(found[1])):
-            raise MethodError(
-                f"{self.name}: keep={keep!r}: expected layers, (0, 2), or how many are to be "
-                'chosen, "auto:1".'
-            )
+        object.__setattr__(self, "keep", checked_keep(self.name, self.keep))
 
     @property
     def same_within(self) -> int:
@@ -146,8 +132,18 @@ class LinearAttention(Conversion):
                 )
             rules[layer.index] = rule
             delattr(layer.module, ATTRIBUTE)
-        lost = _lost(made, own, rules, calibration.prompts) if self.asks_for_keys else {}
-        kept = self._kept(layers, lost)
+
+        @contextmanager
+        def replaced(indices: Sequence[int]) -> Generator[PreTrainedModel]:
+            there = [layer for layer in own if layer.index in indices]
+            put_rules(made, [(layer, rules[layer.index]) for layer in there], setattr)
+            yield made
+            for layer in there:
+                delattr(layer.module, ATTRIBUTE)
+
+        asked = calibration.prompts
+        lost = lost_without(layers, replaced, asked) if self.asks_for_keys else {}
+        kept = chosen(self.keep, lost)
         method = dataclasses.replace(self, keep=kept)
         method._put(made, {i: rule for i, rule in rules.items() if i not in kept})
         put_record(made, method)
@@ -231,51 +227,8 @@ class LinearAttention(Conversion):
                 f"{self.name} replaces layers of full attention, and all layers of model type "
                 f"{model.config.model_type!r} slide over {found[0].window} tokens."
             )
-        keep = self.keep
-        count = len(keep) if isinstance(keep, tuple) else int(keep.removeprefix("auto:"))
-        beyond = [index for index in keep if index not in full] if isinstance(keep, tuple) else []
-        if beyond or count >= len(full):
-            raise MethodError(
-                f"{self.name}: keep={keep!r}: expected fewer than the {len(full)} layers of full "
-                f"attention ({full[0]} to {full[-1]}), and only such."
-            )
+        refuse_keep(self.name, self.keep, full)
         return full
-
-    def _kept(self, layers: Sequence[int], lost: Mapping[int, float]) -> tuple[int, ...]:
-        if isinstance(self.keep, tuple):
-            return self.keep
-        count = int(self.keep.removeprefix("auto:"))
-        return tuple(sorted(sorted(layers, key=lambda index: -lost[index])[:count]))
-
-
-def _lost(
-    model: PreTrainedModel,
-    layers: Sequence[AttentionLayer],
-    rules: Mapping[int, HedgehogAttention],
-    prompts: Sequence[Prompt],
-) -> dict[int, float]:
-    """What the answers' NLL rises by, in nats a token, with one layer replaced at a time."""
-    device = next(model.parameters()).device
-
-    def nats() -> float:
-        total, count = 0.0, 0
-        for prompt in prompts:
-            ids = torch.tensor([prompt.input_ids], device=device)
-            start = prompt.answer_start
-            logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
-            total += float(functional.cross_entropy(logits, ids[0, start:], reduction="sum"))
-            count += ids.shape[1] - start
-        return total / count
-
-    base, found = nats(), dict[int, float]()
-    for layer in layers:
-        put_rules(model, [(layer, rules[layer.index])], setattr)
-        found[layer.index] = nats() - base
-        _log.info(
-            "layer %d: keys lose %+.2f nats a token without it", layer.index, found[layer.index]
-        )
-        delattr(layer.module, ATTRIBUTE)
-    return found
 
 
 def _checks(

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from longctx.attention.layers import attention_layers
-from longctx.conversion import Calibration, Conversion
+from longctx.conversion import Calibration, Conversion, entries_of_family
 from longctx.errors import MethodError, ModelError
 from longctx.patch import Check
 from longctx.twin import build_with_weights
@@ -50,7 +50,6 @@ _FAMILIES: dict[str, Family] = {
 """What a dense family becomes."""
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 _ROUTER_STD = 0.02
-_OF_THE_CLASS = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +158,7 @@ class Moe(Conversion):
     def _config(self, model: PreTrainedModel, family: Family) -> PreTrainedConfig:
         """The dense model's config in the words of the family."""
         own: dict[str, Any] = model.config.to_dict()
-        target = AutoConfig.for_model(family)
-        there = set(target.to_dict()) - set(_OF_THE_CLASS)
-        said = {key: value for key, value in own.items() if key in there}
-        heads = int(own["num_attention_heads"])
-        said["head_dim"] = int(own.get("head_dim") or own["hidden_size"] // heads)
+        said = entries_of_family(model.config, family)
         if family == "mixtral":
             said |= {
                 "sliding_window": own.get("sliding_window"),

@@ -27,6 +27,7 @@ class Convert:
         longctx convert demo tiny
         longctx convert demo tiny-mqa --to multi_query:1
         longctx convert smollm2 smollm2-8x --to moe:experts=8,active=2
+        longctx convert smollm2 smollm2-sw --to sliding_window:512,keep=auto:10
         longctx convert demo tiny-linear --to linear_attention:window=64,keep=auto:2
     """
 

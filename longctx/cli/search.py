@@ -104,8 +104,7 @@ class Search:
         if least < _NEARLY_ALL:
             print(
                 f"note: {best} says nearly all keys of these prompts as it is ({least:.3f} nats): "
-                "there was little to find. Text that the model was not trained on (--text) or a "
-                "longer target tells more."
+                "there was little to find. A longer target tells more."
             )
         return 0 if keys is None else self._report(model, tokenizer, found, target, keys)
 

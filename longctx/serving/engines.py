@@ -37,6 +37,7 @@ planes that stand still, `biases` ALiBi, `beyond` whatever changes
 distances, hides keys or scales queries, `unknown` a rope_type that is not one of these."""
 Does = Literal["reads", "needs", "refused", "unmeasured"]
 """The engine gives our numbers; does so with what `serve-flags` prints; does not; nobody looked."""
+_SLIDING = "sliding_attention"
 _FAR = 1e6
 """A divisor of a frequency above this is a plane that stands still."""
 
@@ -68,6 +69,8 @@ class Checkpoint:
     """The RoPE settings of its full-attention layers."""
     methods: tuple[str, ...] = ()
     """Names from its record; empty where longctx did not extend it."""
+    windows: bool = False
+    """Whether some layers slide and others see all, in a family whose models do not come so."""
     by_code: bool = False
     """Whether a module beside it (`save(…, remote_code=True)`) puts the methods in place."""
 
@@ -199,12 +202,26 @@ _WITH_CODE: dict[Engine, tuple[Does, str]] = {
 }
 """What changes where a module beside a checkpoint puts its methods in place."""
 
+_WITH_WINDOWS: dict[Engine, tuple[Does, str]] = {
+    "vllm": ("unmeasured", "may let all layers see all, or refuse it; not measured"),
+    "sglang": ("unmeasured", "may let all layers see all; not measured"),
+    "llama.cpp": ("refused", "is given no layers that slide: longctx does not export them"),
+    "mlx-lm": ("unmeasured", "may let all layers see all; not measured"),
+    "ctranslate2": ("unmeasured", "may let all layers see all; not measured"),
+}
+"""What changes where some layers slide that do not in the models that the family comes with."""
+_WITHOUT_WINDOWS = ("llama", "ministral", "mistral", "qwen2", "qwen3", "smollm3")
+"""Families whose models come without layers that slide, or in which all do."""
+
 
 def reading(checkpoint: Checkpoint, engine: Engine) -> Reading:
     """What one engine does with a checkpoint."""
     if checkpoint.by_code and engine in _WITH_CODE:
         return Reading(engine, *_WITH_CODE[engine])
-    return Reading(engine, *_TABLE[checkpoint.change][engine])
+    does, says = _TABLE[checkpoint.change][engine]
+    if checkpoint.windows and engine in _WITH_WINDOWS and does != "refused":
+        does, says = _WITH_WINDOWS[engine]
+    return Reading(engine, does, says)
 
 
 def readings(checkpoint: Checkpoint) -> tuple[Reading, ...]:
@@ -234,9 +251,12 @@ def checkpoint_of(config: Mapping[str, Any]) -> Checkpoint:
         change = "beyond"
     if change == "dynamic" and is_number(rope.get("factor")):
         window = max(window, round(original * float(rope["factor"])))
+    family = str(text.get("model_type") or config.get("model_type"))
+    kinds: Any = text.get("layer_types")
     return Checkpoint(
-        str(text.get("model_type") or config.get("model_type")), change, window, original, rope,
+        family, change, window, original, rope,
         tuple(str(method.get("name")) for method in methods),
+        windows=family in _WITHOUT_WINDOWS and isinstance(kinds, list) and _SLIDING in kinds,
         by_code=bool(methods) and config.get("model_type") == "longctx",
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import itertools
 import json
 import math
 from pathlib import Path
@@ -95,7 +94,8 @@ def test_prompts_are_of_the_training_split(tokenizer: Any) -> None:
     stretches = [p.haystack for p in prompts if p.haystack != "grass"]
     assert len(set(stretches)) == len(stretches) == 10  # each of its own: none is learnt by heart
     depths = sorted(prompt.depth for prompt in prompts)
-    assert depths[0] < 0.15 and depths[-1] > 0.85
+    assert depths[0] < 0.15
+    assert depths[-1] > 0.85
     assert all(0 < after - before < 0.15 for before, after in itertools.pairwise(depths))
     others = key_prompts(tokenizer, 1024, 14, text=text, seed=1)
     assert not {p.input_ids for p in prompts} & {p.input_ids for p in others}

@@ -1,0 +1,178 @@
+"""A sliding window in most layers: their cache stops growing, and the layers that find things stay.
+
+    layer l sees the last W tokens, the query's own among them, for l not in K; all for l in K
+
+No weight changes. What keys lose first under a window is what lies behind it, and a few layers do
+most of the finding: `keep="auto:N"` gives one layer at a time the window, asks for keys hidden in
+text, and keeps the N that are missed most.
+
+The model becomes one of transformers' own whose config says which layers slide: Ministral (from
+Llama, Mistral), or its own family where that has such layers (Qwen2, Qwen3, SmolLM3, Ministral, …).
+Families in which a layer that slides has other positions too (Gemma-3, Cohere-2) are refused: the
+new model is run, and must have the logits of the original within the first window.
+
+When to use it: the cache of many layers is what limits the batch or the length, and what has to be
+found is found by few of them. Measure keys and perplexity, at the lengths that count, before and
+after: text that no key was asked for is not in the choice.
+
+Sources: Beltagy et al. 2020, Longformer (arXiv:2004.05150), section 3.1, the window; Chen et al.
+2026, HALO (arXiv:2601.22156), layers chosen by what recall loses.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from longctx.attention.layers import attention_in_use, attention_layers
+from longctx.conversion import Calibration, Conversion, entries_of_family
+from longctx.errors import MethodError, ModelError
+from longctx.model import text_config, window
+from longctx.patch import Check
+from longctx.twin import build_with_weights
+
+from ._kept_layers import Keep, checked_keep, chosen, lost_without, refuse_keep
+
+__all__ = ["METHOD", "SlidingWindow"]
+
+_BECOMES = {"llama": "ministral", "mistral": "ministral"}
+"""Families that have no layer types, and what they become."""
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class SlidingWindow(Conversion):
+    """The last tokens alone are seen, but for some layers that see all."""
+
+    window: int
+    """Last tokens that a layer sees, the query's own among them."""
+    keep: Keep
+    """Layers that see all, by index from 0; or "auto:N", the N whose window costs keys most."""
+
+    name: ClassVar[str] = "sliding_window"
+    slots: ClassVar[tuple[str, ...]] = ("weights",)
+    training: ClassVar[str] = (
+        "nothing within the window, and what lies behind it is found by the kept layers alone: "
+        "measure keys first (longctx sweep), then train where they are missing "
+        "(longctx train --recipe uptrain --teacher ORIGINAL)"
+    )
+
+    def __post_init__(self) -> None:
+        if type(self.window) is not int or self.window < 2:
+            raise MethodError(f"{self.name}: window={self.window!r}: expected 2 tokens or more.")
+        object.__setattr__(self, "keep", checked_keep(self.name, self.keep))
+
+    @property
+    def same_within(self) -> int:
+        """Inside the first window all layers see all."""
+        return self.window
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Layers are chosen by what keys lose."""
+        return isinstance(self.keep, str)
+
+    def convert(
+        self, model: PreTrainedModel, calibration: Calibration | None
+    ) -> tuple[PreTrainedModel, Sequence[Check]]:
+        """Choose the layers to keep, and build the model with windows in the others."""
+        full = self._full_layers(model)
+        lost: dict[int, float] = {}
+        if self.asks_for_keys:
+            assert calibration is not None
+
+            @contextmanager
+            def replaced(layers: Sequence[int]) -> Generator[PreTrainedModel]:
+                kept = [index for index in full if index not in layers]
+                made = self._with_windows(model, kept)
+                made.set_attn_implementation(attention_in_use(model) or "sdpa")
+                yield made
+
+            lost = lost_without(full, replaced, calibration.prompts)
+        kept = chosen(self.keep, lost)
+        made = copy.deepcopy(self._with_windows(model, kept))
+        checks = [
+            Check("family", True, f"{model.config.model_type} → {made.config.model_type}"),
+            Check(
+                "layers that see all",
+                True,
+                f"{len(kept)} of {len(full)}: {', '.join(map(str, kept)) or 'none'}",
+            ),
+        ]
+        for index, nats in lost.items():
+            said = "sees all" if index in kept else "slides"
+            detail = f"{said}; keys lose {nats:+.2f} nats a token by its window"
+            checks.append(Check(f"layer {index}", True, detail))
+        return made, checks
+
+    def _full_layers(self, model: PreTrainedModel) -> list[int]:
+        """Layers of full attention.
+
+        Raises:
+            ModelError: a family that has no such layers, or no place for them in a config.
+            MethodError: a window or layers that the model does not have.
+        """
+        config: Any = model.config
+        kind = config.model_type
+        if text_config(model) is not config:
+            raise ModelError(f"{self.name}: model type {kind!r} has a config of parts: not built.")
+        has_kinds = hasattr(config, "layer_types") and hasattr(config, "sliding_window")
+        if kind not in _BECOMES and not has_kinds:
+            raise ModelError(
+                f"{self.name}: the config of model type {kind!r} cannot say which layers slide: "
+                f"expected {', '.join(_BECOMES)} or a family with layer_types and sliding_window."
+            )
+        length = window(model)
+        if length is not None and self.window >= length:
+            raise MethodError(
+                f"{self.name}: window={self.window} and the model's {length:,}: expected fewer "
+                "tokens."
+            )
+        layers = attention_layers(model)
+        full = [layer.index for layer in layers if layer.full]
+        other = {layer.window for layer in layers if not layer.full} - {self.window}
+        if other or not full:
+            raise ModelError(
+                f"{self.name}: layers of this {kind!r} model slide over "
+                f"{', '.join(map(str, sorted(map(str, other)))) or self.window} tokens already, "
+                "and a config has one window: expected that one, and layers that see all."
+            )
+        refuse_keep(self.name, self.keep, full)
+        return full
+
+    def _with_windows(self, model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+        """The model with windows in all layers but those, on the very weights of the original."""
+        config = self._config(model, kept)
+        build: Any = AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportPrivateUsage]
+        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        made = build_with_weights(build, config, weights, dict(model.named_buffers()))
+        sees = [layer.index for layer in attention_layers(made) if layer.full]
+        if sees != sorted(kept):
+            raise ModelError(
+                f"{self.name}: layers {sees} of a {config.model_type!r} model would see all, where "
+                f"{sorted(kept)} were to."
+            )
+        return made
+
+    def _config(self, model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedConfig:
+        own: Any = model.config
+        kinds = [_FULL if i in kept else _SLIDING for i in range(len(attention_layers(model)))]
+        said: dict[str, Any] = {"sliding_window": self.window, "layer_types": kinds}
+        if own.model_type in _BECOMES:
+            family = _BECOMES[own.model_type]
+            entries = {**entries_of_family(own, family), **said}
+            return AutoConfig.for_model(family, **entries, dtype=model.dtype)
+        config = copy.deepcopy(own)
+        if hasattr(config, "use_sliding_window"):
+            said["use_sliding_window"] = True
+        for key, value in said.items():
+            setattr(config, key, value)
+        return config
+
+
+METHOD = SlidingWindow
