@@ -3,8 +3,9 @@
 heads: the embedded model from 2 key/value heads to 1, averaged plainly and aligned, taught by its
 original on text and keys, on text alone, and with the weights of the attention alone; SmolLM2-135M
 from 3 to 1, where its checkpoint's folder is given. linear: the embedded model under features
-alone, a window alone, both, and each with the layers kept that keys need most. mixture: experts out
-of SmolLM2, and how their load moves. Runs are kept in the folder RUNS and not trained twice.
+alone, a window alone, both, and each with the layers kept that keys need most. windows: SmolLM2
+with a window in all layers but those, and in all but as many others. mixture: experts out of
+SmolLM2, and how their load moves. Runs are kept in the folder RUNS and not trained twice.
 
     python -m benchmarks.conversions [RUNS] [--smollm2 FOLDER] [--model demo] [--parts linear …]
 """
@@ -29,6 +30,7 @@ from longctx.eval import Passkey, Perplexity, sweep
 from longctx.model import evaluating, window
 from longctx.patches.moe import Moe
 from longctx.patches.multi_query import MultiQuery
+from longctx.patches.sliding_window import SlidingWindow
 from longctx.prompts.haystacks import encode, held_out
 from longctx.train.loss.load_balance import LoadBalance, expert_load
 from longctx.train.loss.objective import Losses
@@ -39,7 +41,7 @@ from ._measure import write_results
 
 COMMAND = "python -m benchmarks.conversions RUNS --smollm2 SMOLLM2"
 MANY, FEW = 100, 40
-Part = Literal["heads", "linear", "mixture"]
+Part = Literal["heads", "linear", "windows", "mixture"]
 
 DEMO = replace(
     UPTRAIN,
@@ -106,9 +108,13 @@ def trained(
 
 
 def figures(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: list[int], prompts: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: list[int],
+    prompts: int,
+    windows: int = 20,
 ) -> dict[str, str]:
-    tasks = [Passkey(samples=prompts), Perplexity(windows=20)]
+    tasks = [Passkey(samples=prompts), Perplexity(windows=windows)]
     result = sweep(model, tokenizer, tasks, lengths)
     rows: dict[Any, float] = {(row.task, row.length): row.value for row in result.rows}
     found: dict[str, str] = {}
@@ -232,6 +238,43 @@ def linear(source: str, runs: Path) -> None:
     )
 
 
+def windows(source: str, runs: Path) -> None:
+    """One table: a model as it comes, and with windows in chosen and in other layers."""
+    original, tokenizer = longctx.load(source, dtype="bfloat16")
+    layers = original.config.num_hidden_layers
+    rows: list[dict[str, str]] = []
+
+    def add(name: str, model: PreTrainedModel, cache: str) -> None:
+        kept = runs / f"{Path(source).name}-{name}.json".replace(", ", "-").replace(" ", "-")
+        if not kept.exists():
+            kept.write_text(json.dumps(figures(model, tokenizer, [4096], FEW // 2, windows=8)))
+        rows.append({"model": name, **json.loads(kept.read_text()), "cache bytes": cache})
+        print(rows[-1], flush=True)
+
+    count = 10
+    chosen = longctx.convert(
+        original, SlidingWindow(window=512, keep=f"auto:{count}"), tokenizer=tokenizer
+    )
+    report = chosen.report()
+    print(report, flush=True)
+    even = tuple(range(layers // count - 1, layers, layers // count))
+    spread = longctx.convert(original, SlidingWindow(window=512, keep=even))
+    cache = f"{report.cache[1]:,} a token + {report.bounded[1]:,}"
+    add("original", original, f"{report.cache[0]:,} a token")
+    add(f"{count} of {layers} layers see all, chosen", chosen.model, cache)
+    add(f"{count} of {layers} layers see all, evenly spread", spread.model, cache)
+    write_results(
+        f"Windows in chosen layers: {Path(source).name}",
+        f"{COMMAND} --parts windows",
+        rows,
+        "All other layers see the last 512 tokens; nothing is trained; bfloat16. NLL in nats per "
+        "token of 8 windows of the held-out documents of Python's manual, passkeys in filler "
+        "sentences and in that text. Layers are chosen by keys hidden in the manual's other "
+        "documents, at 2,048 tokens. Cache bytes of a row: for each token, and whatever the "
+        "length.",
+    )
+
+
 def mixture(source: str, runs: Path) -> None:
     """One table: a dense model, the mixture made of it, and that after a few updates."""
     original, tokenizer = longctx.load(source)
@@ -286,6 +329,8 @@ class Conversions:
                 heads(self.smollm2, self.runs, 1, FEW, LARGE)
         if "linear" in self.parts:
             linear(self.model, self.runs)
+        if "windows" in self.parts and self.smollm2:
+            windows(self.smollm2, self.runs)
         if "mixture" in self.parts and self.smollm2:
             mixture(self.smollm2, self.runs)
 
