@@ -30,7 +30,7 @@ def main() -> None:
     folder = Path("build/searching") / f"{Path(source).name}-{target}"
     window = original_window(model)
     assert window is not None
-    yarn = f"yarn:{target / window!r}"
+    yarn = f"yarn:{target / window:g}"
     rows: list[dict[str, object]] = []
     settings = [SearchSettings(prompts=96, seed=seed) for seed in (0, 1, 2)]
     for one in settings:

@@ -35,7 +35,7 @@ class Calibration:
     """What a conversion reads to choose what it does."""
 
     ids: Tensor
-    """Text, int64 [rows, tokens]."""
+    """Text, int64 [rows, tokens]; empty where it does not calibrate."""
     prompts: tuple[Prompt, ...] = ()
     """Keys hidden in text and asked for, where it `asks_for_keys`."""
 
@@ -84,7 +84,7 @@ class Conversion(Protocol):
 
         Args:
             model: without a patch, adapters or quantised weights.
-            calibration: what to read, where it calibrates.
+            calibration: what to read, where it calibrates or asks for keys.
 
         Returns:
             The new model, and what was found on the way.

@@ -27,10 +27,9 @@ __all__ = ["convert", "logits_differ"]
 _TOKENS = 4_096
 """Tokens of text that are read to calibrate."""
 _ROW = 512
-"""Tokens of a row of them, or four times those whose logits stay as they are; the model's window
-where that is shorter."""
-_ROWS = 8
-"""Rows of them at least."""
+"""Tokens of a row of them, or the window where that is shorter."""
+_PROMPTS = 8
+"""Prompts at least that ask for keys."""
 _PROOF = 48
 _CACHED = 32
 """Of those, the tokens that are read before the others go on from the cache."""
@@ -76,7 +75,7 @@ def convert(
         made.name_or_path = model.name_or_path  # `save` keeps away from the original's folder
         if method.plain_loadable:
             made.set_attn_implementation(attention_in_use(model) or "sdpa")
-        off = logits_differ(made, model, tokens=method.same_within + _PROOF)
+        off = logits_differ(made, model, tokens=_proof_tokens(made, method))
         checks = [*found, *_checks(made, method, off)]
         if method.same_within:
             near = logits_differ(made, model, tokens=method.same_within)
@@ -92,7 +91,7 @@ def convert(
     caches = [_cache_bytes(one) for one in (model, made)]
     report = ConversionReport(
         method,
-        off <= _tolerance(made),
+        off <= _tolerance(made) and not method.same_within,
         (sizes[0], sizes[1]),
         (caches[0][0], caches[1][0]),
         (caches[0][1], caches[1][1]),
@@ -102,9 +101,12 @@ def convert(
 
 
 def logits_differ(one: PreTrainedModel, other: PreTrainedModel, *, tokens: int = _PROOF) -> float:
-    """Largest difference of logits on a few tokens, relative to the largest of the second's."""
+    """Largest difference of the last logits of so many tokens, relative to the largest.
+
+    The last ones depend on all before them, and all of them take gibibytes.
+    """
     ids = _ids(other, tokens)
-    found, wanted = (m(input_ids=ids, use_cache=False).logits.float() for m in (one, other))
+    found, wanted = (_last_logits(model, ids) for model in (one, other))
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
@@ -170,13 +172,15 @@ def _calibration(
         if given is not None:
             raise MethodError(f"{method.name} reads no text: leave the calibration out.")
         return None
+    if not method.calibrates and isinstance(given, Tensor):
+        raise MethodError(f"{method.name} hides keys in text: pass texts as calibration=, not ids.")
     device = next(model.parameters()).device
     if isinstance(given, Tensor) and method.asks_for_keys and tokenizer is None:
         raise MethodError(
             f"{method} asks for keys hidden in text: pass the model's tokenizer= too."
         )
-    row = max(_ROW, 4 * method.same_within)
-    row = min(window(model) or row, row)
+    long = max(_ROW, 4 * method.same_within)  # so that most keys lie behind that
+    row, long = (min(window(model) or tokens, tokens) for tokens in (_ROW, long))
     if isinstance(given, Tensor):
         high = int(text_config(model).vocab_size)
         if given.ndim != 2 or given.dtype != torch.int64 or not given.numel():
@@ -189,7 +193,7 @@ def _calibration(
                 f"calibration has ids from {int(given.min())} to {int(given.max())}, and the model "
                 f"{high} tokens: tokenise it by the model's own tokenizer."
             )
-        return Calibration(given.to(device), _prompts(method, tokenizer, held_in(), row))
+        return Calibration(given.to(device), _prompts(method, tokenizer, held_in(), long))
     if tokenizer is None:
         raise MethodError(
             f"{method.name} reads text to choose what it does: pass the model's tokenizer= (and "
@@ -197,8 +201,8 @@ def _calibration(
             "calibration=."
         )
     texts = given or held_in()
-    ids = _rows(tokenizer, texts, row).to(device)
-    return Calibration(ids, _prompts(method, tokenizer, texts, row))
+    ids = _rows(tokenizer, texts, row) if method.calibrates else torch.empty((0, 0)).long()
+    return Calibration(ids.to(device), _prompts(method, tokenizer, texts, long))
 
 
 def _prompts(
@@ -207,8 +211,8 @@ def _prompts(
     """Keys of the split "train" in the text, at depths all over it, where the method asks."""
     if not method.asks_for_keys or tokenizer is None:
         return ()
-    count = max(_ROWS, _TOKENS // length)
-    haystack = Texts(_part(texts, length), name=texts.name)
+    count = max(_PROMPTS, _TOKENS // length)
+    haystack = Texts(_part(texts, length, count), name=texts.name)
     settings: dict[str, Any] = {"haystack": haystack, "split": "train", "wording": SHORT}
     return tuple(
         passkey(tokenizer, length, depth=(i + 0.5) / count, seed=i, **settings)
@@ -219,8 +223,8 @@ def _prompts(
 def _rows(tokenizer: PreTrainedTokenizerBase, texts: Texts, length: int) -> Tensor:
     """Rows [N, length] from all over the texts, BOS first where the tokenizer puts one."""
     bos = bos_of(tokenizer)
-    size, rows = length - len(bos), max(_ROWS, _TOKENS // length)
-    ids = [x for document in _part(texts, length) for x in encode(tokenizer, document)]
+    size, rows = length - len(bos), _TOKENS // length
+    ids = [x for document in _part(texts, length, rows) for x in encode(tokenizer, document)]
     if len(ids) < size:
         raise DataError(
             f"calibration text {texts.name!r} has {len(ids)} tokens: expected {size} or more."
@@ -229,16 +233,16 @@ def _rows(tokenizer: PreTrainedTokenizerBase, texts: Texts, length: int) -> Tens
     return torch.tensor([[*bos, *ids[start : start + size]] for start in starts])
 
 
-def _part(texts: Texts, length: int) -> tuple[str, ...]:
+def _part(texts: Texts, length: int, rows: int) -> tuple[str, ...]:
     """Beginnings of documents from all over the texts: the whole takes minutes to tokenise."""
-    share = max(1, len(texts.documents) // max(_ROWS, _TOKENS // length))
+    share = max(1, len(texts.documents) // rows)
     return tuple(document[: 16 * length] for document in texts.documents[::share])
 
 
 def _checks(made: PreTrainedModel, method: Conversion, off: float) -> Sequence[Check]:
     """What a few tokens show of the new model."""
-    ids = _ids(made, method.same_within + _PROOF)
-    whole = made(input_ids=ids, use_cache=False).logits.float()
+    ids = _ids(made, _proof_tokens(made, method))
+    whole = _last_logits(made, ids)
     cached = _cached(made, ids)
     apart = float((cached - whole[:, -cached.shape[1] :]).abs().max() / whole.abs().max())
     limit = 1e-3 if _tolerance(made) == _EXACT else 0.1
@@ -252,6 +256,17 @@ def _checks(made: PreTrainedModel, method: Conversion, off: float) -> Sequence[C
     else:
         checks.append(Check("logits move", True, f"by {off:.2g} of the largest, before training"))
     return checks
+
+
+def _proof_tokens(model: PreTrainedModel, method: Conversion) -> int:
+    """Tokens of which some see beyond what stays the same, within the model's window."""
+    tokens = method.same_within + _PROOF
+    return min(window(model) or tokens, tokens)
+
+
+def _last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    out: Any = model(input_ids=ids, use_cache=False, logits_to_keep=_PROOF)
+    return out.logits.float()
 
 
 def _ids(model: PreTrainedModel, tokens: int = _PROOF) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -72,7 +73,8 @@ def chosen(keep: Keep, lost: Mapping[int, float]) -> tuple[int, ...]:
     """
     if isinstance(keep, tuple):
         return keep
-    return tuple(sorted(sorted(lost, key=lambda index: -lost[index])[: _count(keep)]))
+    cost = {index: math.inf if math.isnan(nats) else nats for index, nats in lost.items()}
+    return tuple(sorted(sorted(cost, key=lambda index: -cost[index])[: _count(keep)]))
 
 
 def lost_without(
@@ -93,7 +95,7 @@ def lost_without(
     for index in layers:
         with replaced((index,)) as model:
             found[index] = _nats(model, prompts) - base
-        _log.info("layer %d: keys lose %+.2f nats a token without it", index, found[index])
+        _log.info("layer %d replaced: keys lose %.2f nats a token", index, found[index])
     return found
 
 

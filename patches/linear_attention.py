@@ -51,7 +51,7 @@ from longctx.model import decoder_of, text_config, window
 from longctx.patch import Check
 
 from ._hedgehog import Fitting, HedgehogAttention
-from ._kept_layers import Keep, checked_keep, chosen, lost_without, refuse_keep
+from ._kept_layers import checked_keep, chosen, lost_without, refuse_keep
 
 __all__ = ["METHOD", "LinearAttention"]
 
@@ -68,7 +68,7 @@ class LinearAttention(Conversion):
     """Last tokens that are seen by softmax, the query's own among them; 0 for features alone."""
     features: int | None = None
     """Features of a head, even; by default twice its channels."""
-    keep: Keep = ()
+    keep: tuple[int, ...] | str = ()
     """Layers that stay as they are, by index from 0; or "auto:N", the N whose replacement costs
     keys most."""
     steps: int = 40

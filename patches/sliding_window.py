@@ -7,9 +7,8 @@ most of the finding: `keep="auto:N"` gives one layer at a time the window, asks 
 text, and keeps the N that are missed most.
 
 The model becomes one of transformers' own whose config says which layers slide: Ministral (from
-Llama, Mistral), or its own family where that has such layers (Qwen2, Qwen3, SmolLM3, Ministral, …).
-Families in which a layer that slides has other positions too (Gemma-3, Cohere-2) are refused: the
-new model is run, and must have the logits of the original within the first window.
+Llama, Mistral), or its own family (Ministral, Qwen2, Qwen3, SmolLM3). Other families are refused by
+name: in some a layer that slides has other positions too (Gemma-3, Cohere-2, OLMo-3).
 
 When to use it: the cache of many layers is what limits the batch or the length, and what has to be
 found is found by few of them. Measure keys and perplexity, at the lengths that count, before and
@@ -32,16 +31,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from longctx.attention.layers import attention_in_use, attention_layers
 from longctx.conversion import Calibration, Conversion, entries_of_family
 from longctx.errors import MethodError, ModelError
-from longctx.model import text_config, window
+from longctx.model import window
 from longctx.patch import Check
 from longctx.twin import build_with_weights
 
-from ._kept_layers import Keep, checked_keep, chosen, lost_without, refuse_keep
+from ._kept_layers import checked_keep, chosen, lost_without, refuse_keep
 
 __all__ = ["METHOD", "SlidingWindow"]
 
-_BECOMES = {"llama": "ministral", "mistral": "ministral"}
-"""Families that have no layer types, and what they become."""
+_BECOMES = {
+    "llama": "ministral",
+    "mistral": "ministral",
+    "ministral": "ministral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}
+"""What a family becomes: one whose config says which layers slide, and whose layers differ in
+nothing else by it."""
+_NOTHING = 0.01  # nats a token
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -49,10 +57,11 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 class SlidingWindow(Conversion):
     """The last tokens alone are seen, but for some layers that see all."""
 
-    window: int
+    window: int = 1024
     """Last tokens that a layer sees, the query's own among them."""
-    keep: Keep
-    """Layers that see all, by index from 0; or "auto:N", the N whose window costs keys most."""
+    keep: tuple[int, ...] | str = ()
+    """Layers that see all, by index from 0; or "auto:N", the N whose window costs keys most.
+    Without any, nothing behind the window is found."""
 
     name: ClassVar[str] = "sliding_window"
     slots: ClassVar[tuple[str, ...]] = ("weights",)
@@ -94,6 +103,12 @@ class SlidingWindow(Conversion):
                 yield made
 
             lost = lost_without(full, replaced, calibration.prompts)
+            if max(lost.values()) < _NOTHING:
+                raise MethodError(
+                    f"{self.name}: a window of {self.window} in any one layer costs the keys of "
+                    f"{len(calibration.prompts[0].input_ids):,} tokens nothing: name the layers, "
+                    "or take a smaller window."
+                )
         kept = chosen(self.keep, lost)
         made = copy.deepcopy(self._with_windows(model, kept))
         checks = [
@@ -106,7 +121,7 @@ class SlidingWindow(Conversion):
         ]
         for index, nats in lost.items():
             said = "sees all" if index in kept else "slides"
-            detail = f"{said}; keys lose {nats:+.2f} nats a token by its window"
+            detail = f"{said}; keys lose {nats:.2f} nats a token by its window"
             checks.append(Check(f"layer {index}", True, detail))
         return made, checks
 
@@ -114,18 +129,19 @@ class SlidingWindow(Conversion):
         """Layers of full attention.
 
         Raises:
-            ModelError: a family that has no such layers, or no place for them in a config.
+            ModelError: another family or class, or layers that slide over another window.
             MethodError: a window or layers that the model does not have.
         """
-        config: Any = model.config
-        kind = config.model_type
-        if text_config(model) is not config:
-            raise ModelError(f"{self.name}: model type {kind!r} has a config of parts: not built.")
-        has_kinds = hasattr(config, "layer_types") and hasattr(config, "sliding_window")
-        if kind not in _BECOMES and not has_kinds:
+        kind = model.config.model_type
+        if kind not in _BECOMES:
             raise ModelError(
-                f"{self.name}: the config of model type {kind!r} cannot say which layers slide: "
-                f"expected {', '.join(_BECOMES)} or a family with layer_types and sliding_window."
+                f"{self.name}: model type {kind!r} is not one of those of which it is known that "
+                f"layers that slide differ in nothing else: expected {', '.join(_BECOMES)}."
+            )
+        if type(model) is not AutoModelForCausalLM._model_mapping[type(model.config)]:  # pyright: ignore[reportPrivateUsage]
+            raise ModelError(
+                f"{self.name}: {type(model).__name__} is not a decoder with a head for tokens: "
+                "load it by longctx.load."
             )
         length = window(model)
         if length is not None and self.window >= length:
@@ -163,8 +179,8 @@ class SlidingWindow(Conversion):
         own: Any = model.config
         kinds = [_FULL if i in kept else _SLIDING for i in range(len(attention_layers(model)))]
         said: dict[str, Any] = {"sliding_window": self.window, "layer_types": kinds}
-        if own.model_type in _BECOMES:
-            family = _BECOMES[own.model_type]
+        family = _BECOMES[own.model_type]
+        if family != own.model_type:
             entries = {**entries_of_family(own, family), **said}
             return AutoConfig.for_model(family, **entries, dtype=model.dtype)
         config = copy.deepcopy(own)

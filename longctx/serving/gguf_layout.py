@@ -144,7 +144,7 @@ def _refuse_beyond(model: PreTrainedModel) -> None:
         if layer.window is not None:
             raise ModelError(
                 f"layer {layer.index} sees {layer.window} tokens back (sliding_window): llama.cpp "
-                "lets all layers of this architecture see everything. Use its own converter."
+                "lets all layers of this architecture see everything. Serve it by transformers."
             )
         usual = float(layer.module.head_dim) ** -0.5  # pyright: ignore[reportArgumentType]
         if abs(float(layer.module.scaling) - usual) > 1e-6 * usual:  # pyright: ignore[reportArgumentType]

@@ -91,6 +91,27 @@ def test_kept_layers_are_those_that_find_keys() -> None:
     assert max(nats) == nats[kinds.index("full_attention")] > 1
     with pytest.raises(MethodError, match="pass the model's tokenizer"):
         longctx.convert(model, "sliding_window:64,keep=auto:1")
+    settings: dict[str, Any] = {"tokenizer": tokenizer}
+    with pytest.raises(MethodError, match="pass texts"):
+        longctx.convert(model, "sliding_window:64,keep=auto:1", calibration=IDS, **settings)
+    with pytest.raises(MethodError, match="costs the keys of 256 tokens nothing"):
+        longctx.convert(model, "sliding_window:250,keep=auto:1", **settings)
+
+
+def test_a_window_is_never_called_exact_and_other_classes_are_refused() -> None:
+    model = build("llama").bfloat16()
+    made = longctx.convert(model, "sliding_window:40,keep=1")
+    assert not made.report().exact
+    with pytest.raises(ModelError, match="load it by longctx"):
+        longctx.convert(model.model, "sliding_window:8,keep=1")
+
+
+def test_scaled_rope_is_carried_over() -> None:
+    scaled = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    model = build("llama", rope_parameters=scaled)
+    made = longctx.convert(model, "sliding_window:8,keep=1").model
+    assert made.config.rope_parameters == model.config.rope_parameters
+    assert_same(logits(made, IDS), masked(model, 8, (1,), IDS))
 
 
 def test_what_comes_of_it_can_be_extended(tmp_path: Path) -> None:
@@ -111,10 +132,8 @@ def test_what_comes_of_it_can_be_extended(tmp_path: Path) -> None:
         ("llama", {}, "sliding_window:8,keep=auto:0", "how many are to be chosen"),
         ("llama", {"attention_bias": True}, "sliding_window:8,keep=1", "has no place"),
         ("mistral", {"sliding_window": 16}, "sliding_window:8,keep=()", "slide over 16 tokens"),
-        ("gemma3", {}, "sliding_window:8,keep=()", "slide over 24 tokens already"),
-        ("gemma3", {"layer_types": ["full_attention"] * 2}, "sliding_window:8,keep=1", "logits of"),
-        ("phi3", {}, "sliding_window:8,keep=1", "cannot say which layers slide"),
-        ("glm", {}, "sliding_window:8,keep=1", "cannot say which layers slide"),
+        ("gemma3", {}, "sliding_window:8,keep=1", "'gemma3_text' is not one of those"),
+        ("phi3", {}, "sliding_window:8,keep=1", "'phi3' is not one of those"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -129,4 +148,6 @@ def test_no_engine_is_said_to_read_windows_that_was_not_seen_to() -> None:
         made = longctx.convert(build(family), "sliding_window:8,keep=1").model
         said = {r.engine: r.does for r in readings(checkpoint_of(made.config.to_dict()))}
         assert said.pop("transformers") == "reads"
+        measured = "reads" if family == "llama" else "unmeasured"
+        assert said.pop("vllm") == measured
         assert "reads" not in said.values()
