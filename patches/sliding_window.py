@@ -138,7 +138,8 @@ class SlidingWindow(Conversion):
                 f"{self.name}: model type {kind!r} is not one of those of which it is known that "
                 f"layers that slide differ in nothing else: expected {', '.join(_BECOMES)}."
             )
-        if type(model) is not AutoModelForCausalLM._model_mapping[type(model.config)]:  # pyright: ignore[reportPrivateUsage]
+        build: Any = AutoModelForCausalLM._model_mapping[type(model.config)]  # pyright: ignore[reportPrivateUsage]
+        if type(model) is not build:
             raise ModelError(
                 f"{self.name}: {type(model).__name__} is not a decoder with a head for tokens: "
                 "load it by longctx.load."

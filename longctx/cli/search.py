@@ -36,7 +36,7 @@ class Search:
     Examples:
         longctx search demo --target 2k --out runs/search
         longctx extend demo demo-2k --method longrope:@runs/search/longrope.json
-        longctx search smollm2 --target 16k --prompts 12 --evaluations 40 --out runs/smollm2-search
+        longctx search smollm2 --target 16k --prompts 48 --out runs/smollm2-search
     """
 
     model: Positional[str]
