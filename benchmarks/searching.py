@@ -7,11 +7,12 @@ texts and a seed that no search has seen. An interrupted run goes on where it wa
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import longctx
 from longctx.eval import Passkey, SearchSettings, parse_lengths, search, sweep
-from longctx.eval.comparison.differences import Difference, pair, pooled_answers
+from longctx.eval.comparison.differences import Difference, Pair, pair, pooled_answers
 from longctx.eval.results.sweep_result import SweepResult
 from longctx.eval.results.variants import original_window
 from longctx.eval.tasks.shared.protocol import Observation
@@ -19,6 +20,7 @@ from longctx.eval.tasks.shared.protocol import Observation
 from ._measure import write_results
 
 OTHER = 100  # added to a search's seed for the sweep
+_GAIN = "searched − yarn, points [95%]"
 SAMPLES = 300  # prompts a length of that sweep
 
 
@@ -32,6 +34,7 @@ def main() -> None:
     assert window is not None
     yarn = f"yarn:{target / window:g}"
     rows: list[dict[str, object]] = []
+    every: dict[int, list[Pair]] = {window: [], target: []}
     settings = [SearchSettings(prompts=96, seed=seed) for seed in (0, 1, 2)]
     for one in settings:
         found = search(model, tokenizer, target, settings=one, folder=folder / f"search-{one.seed}")
@@ -46,7 +49,8 @@ def main() -> None:
         _, formula, searched = (variant.label for variant in result.variants)
         for tokens in (window, target):
             keys = {v.label: _observed(result, v.label, tokens) for v in result.variants}
-            gain = pooled_answers(pair(keys[formula], keys[searched]))
+            pairs = pair(keys[formula], keys[searched])
+            every[tokens] += [_of_seed(one.seed, *both) for both in pairs]
             rows.append(
                 {
                     "seed": one.seed,
@@ -59,10 +63,12 @@ def main() -> None:
                             ("searched", searched),
                         )
                     },
-                    "searched − yarn, points [95%]": _points(gain),
-                    "minutes": f"{found.seconds / 60:.1f}",
+                    _GAIN: _points(pooled_answers(pairs)),
                 }
             )
+    for tokens, pairs in every.items():
+        together = {"seed": "all", "tokens": f"{tokens:,}", _GAIN: _points(pooled_answers(pairs))}
+        rows.append({**dict.fromkeys(rows[0], ""), **together})
     write_results(
         f"Searched divisors: {Path(source).name} to {target:,} tokens",
         f"python -m benchmarks.searching {source} {length}",
@@ -71,8 +77,14 @@ def main() -> None:
         f"{settings[0].prompts} prompts of the target length and {settings[0].near_prompts} inside "
         f"the window, and reported on {SAMPLES} prompts a length of another seed, with keys "
         "and texts that no search has seen, half of them in repeated sentences. Intervals of the "
-        "difference on the same prompts: t over haystacks. Minutes of the search by the clock, on "
-        "a busy machine; those of its last run where it was interrupted.",
+        "difference on the same prompts: t over haystacks.",
+    )
+
+
+def _of_seed(seed: int, first: Observation, second: Observation) -> Pair:
+    """A pair whose haystack is told from that of the same name under another seed."""
+    return replace(first, cluster=f"{seed}/{first.cluster}"), replace(
+        second, cluster=f"{seed}/{second.cluster}"
     )
 
 
