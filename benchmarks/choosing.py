@@ -14,11 +14,10 @@ import longctx
 from longctx.eval import ChoiceSettings, Passkey, choose, parse_lengths, sweep
 from longctx.eval.choice.candidates import default_candidates, usable
 from longctx.eval.comparison.differences import Difference, pair, pooled_answers
-from longctx.eval.results.sweep_result import SweepResult
 from longctx.eval.results.variants import original_window
-from longctx.eval.tasks.shared.protocol import Observation
 
 from ._measure import write_results
+from ._sweeps import observed, share
 
 SEEDS = (0, 1, 2)
 OTHER = 100  # added to a seed for the sweep of all candidates
@@ -57,8 +56,8 @@ def main() -> None:
         )
         labels = {asked: label for label, asked in fine.items()} | {"none": "none"}
         chosen = labels[choice.recommended]
-        found = {v.label: _observed(everything, v.label) for v in everything.variants}
-        shares = {label: _share(observed) for label, observed in found.items()}
+        found = {v.label: observed(everything, v.label) for v in everything.variants}
+        shares = {label: share(observations) for label, observations in found.items()}
         best = max(shares, key=lambda label: shares[label])
         behind = pooled_answers(pair(found[best], found[chosen]))
         rows.append(
@@ -86,19 +85,6 @@ def main() -> None:
 
 def _behind(one: Difference) -> str:
     return f"{100 * one.value:.0f} [{100 * one.low:.0f}, {100 * one.high:.0f}]"
-
-
-def _observed(result: SweepResult, label: str) -> dict[str, Observation]:
-    return {
-        f"{o.length}/{o.item}": o
-        for record in result.records
-        if record.method == label
-        for o in record.observations
-    }
-
-
-def _share(observed: dict[str, Observation]) -> float:
-    return sum(bool(o.correct) for o in observed.values()) / len(observed)
 
 
 if __name__ == "__main__":

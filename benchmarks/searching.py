@@ -13,11 +13,11 @@ from pathlib import Path
 import longctx
 from longctx.eval import Passkey, SearchSettings, parse_lengths, search, sweep
 from longctx.eval.comparison.differences import Difference, Pair, pair, pooled_answers
-from longctx.eval.results.sweep_result import SweepResult
 from longctx.eval.results.variants import original_window
 from longctx.eval.tasks.shared.protocol import Observation
 
 from ._measure import write_results
+from ._sweeps import observed, share
 
 OTHER = 100  # added to a search's seed for the sweep
 _GAIN = "searched − yarn, points [95%]"
@@ -48,7 +48,7 @@ def main() -> None:
         )
         _, formula, searched = (variant.label for variant in result.variants)
         for tokens in (window, target):
-            keys = {v.label: _observed(result, v.label, tokens) for v in result.variants}
+            keys = {v.label: observed(result, v.label, [tokens]) for v in result.variants}
             pairs = pair(keys[formula], keys[searched])
             every[tokens] += [_of_seed(one.seed, *both) for both in pairs]
             rows.append(
@@ -56,7 +56,7 @@ def main() -> None:
                     "seed": one.seed,
                     "tokens": f"{tokens:,}",
                     **{
-                        name: f"{_share(keys[label]):.1%}"
+                        name: f"{share(keys[label]):.1%}"
                         for name, label in (
                             ("as it came", "none"),
                             (f"`{yarn}`", formula),
@@ -86,20 +86,6 @@ def _of_seed(seed: int, first: Observation, second: Observation) -> Pair:
     return replace(first, cluster=f"{seed}/{first.cluster}"), replace(
         second, cluster=f"{seed}/{second.cluster}"
     )
-
-
-def _observed(result: SweepResult, label: str, tokens: int) -> dict[str, Observation]:
-    return {
-        o.item: o
-        for record in result.records
-        if record.method == label
-        for o in record.observations
-        if o.length == tokens
-    }
-
-
-def _share(observed: dict[str, Observation]) -> float:
-    return sum(bool(o.correct) for o in observed.values()) / len(observed)
 
 
 def _points(one: Difference) -> str:
