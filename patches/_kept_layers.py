@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from longctx.errors import MethodError
 from longctx.prompts.assembly import Prompt
 
-__all__ = ["Keep", "checked_keep", "chosen", "lost_without", "refuse_keep"]
+__all__ = ["Keep", "checked_keep", "chosen", "loss_of_keys", "lost_without", "refuse_keep"]
 
 Keep = tuple[int, ...] | str
 """Layers by index from 0, or "auto:N": the N whose replacement costs keys most."""
@@ -95,8 +95,13 @@ def lost_without(
     for index in layers:
         with replaced((index,)) as model:
             found[index] = _nats(model, prompts) - base
-        _log.info("layer %d replaced: keys lose %.2f nats a token", index, found[index])
+        _log.info("layer %d replaced: %s", index, loss_of_keys(found[index]))
     return found
+
+
+def loss_of_keys(nats: float) -> str:
+    """What a layer's replacement costs, in words."""
+    return f"keys lose {nats:.2f} nats a token".replace("-0.00", "0.00")
 
 
 def _nats(model: PreTrainedModel, prompts: Sequence[Prompt]) -> float:

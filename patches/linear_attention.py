@@ -51,7 +51,7 @@ from longctx.model import decoder_of, text_config, window
 from longctx.patch import Check
 
 from ._hedgehog import Fitting, HedgehogAttention
-from ._kept_layers import checked_keep, chosen, lost_without, refuse_keep
+from ._kept_layers import checked_keep, chosen, loss_of_keys, lost_without, refuse_keep
 
 __all__ = ["METHOD", "LinearAttention"]
 
@@ -243,7 +243,7 @@ def _checks(
     ]
     for index, fitting in fitted.items():
         before, after = fitting.off
-        asked = f"; keys lose {lost[index]:+.2f} nats a token without it" if lost else ""
+        asked = f"; {loss_of_keys(lost[index])} without it" if lost else ""
         said = (
             "kept"
             if index in kept

@@ -35,7 +35,7 @@ from longctx.model import window
 from longctx.patch import Check
 from longctx.twin import build_with_weights
 
-from ._kept_layers import checked_keep, chosen, lost_without, refuse_keep
+from ._kept_layers import checked_keep, chosen, loss_of_keys, lost_without, refuse_keep
 
 __all__ = ["METHOD", "SlidingWindow"]
 
@@ -121,7 +121,7 @@ class SlidingWindow(Conversion):
         ]
         for index, nats in lost.items():
             said = "sees all" if index in kept else "slides"
-            detail = f"{said}; keys lose {nats:.2f} nats a token by its window"
+            detail = f"{said}; {loss_of_keys(nats)} by its window"
             checks.append(Check(f"layer {index}", True, detail))
         return made, checks
 
