@@ -95,7 +95,9 @@ def load(
             folder or not all of the model's, an adapter, or code in the checkpoint.
     """
     path = _converted(source)
-    taken = "" if isinstance(path, Path) else " (no folder here, so taken for a hub id)"
+    taken = (
+        "" if isinstance(path, Path) else " (no folder here, so taken for a hub id: check the name)"
+    )
     try:
         if isinstance(path, str):
             cached_file(path, "config.json")  # where no hub answers, wait for it once

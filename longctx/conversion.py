@@ -137,6 +137,10 @@ class ConversionReport:
         if any(self.bounded):
             cache += f", {self.bounded[0]:,} → {self.bounded[1]:,} whatever the length"
         state = "the original's logits" if self.exact else "not the original's logits"
+        if self.method.same_within:
+            state = (
+                f"the original's logits in the first {self.method.same_within} tokens, not beyond"
+            )
         return "\n".join(
             [
                 f"{self.method}",

@@ -268,7 +268,7 @@ def _positions(text: dict[str, Any]) -> Iterator[Finding]:
             "note",
             "config.json: sliding_window",
             f"sliding layers see {window} tokens back, whatever the window of {length}",
-            "expected in Mistral and Gemma; measure before use",
+            "expected in Mistral, Ministral and Gemma; measure before use",
         )
 
 

@@ -57,10 +57,14 @@ def refuse_keep(name: str, keep: Keep, full: Sequence[int]) -> None:
         MethodError: as said.
     """
     beyond = [index for index in keep if index not in full] if isinstance(keep, tuple) else []
-    if beyond or _count(keep) >= len(full):
+    if beyond:
         raise MethodError(
-            f"{name}: keep={keep!r}: expected fewer than the {len(full)} layers of full "
-            f"attention ({full[0]} to {full[-1]}), and only such."
+            f"{name}: keep={keep!r}: layer {beyond[0]} is not one of full attention: expected some "
+            f"of {', '.join(map(str, full))}."
+        )
+    if _count(keep) >= len(full):
+        raise MethodError(
+            f"{name}: keep={keep!r} leaves no layer to change: expected {len(full) - 1} at most."
         )
 
 

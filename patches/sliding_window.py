@@ -66,8 +66,8 @@ class SlidingWindow(Conversion):
     name: ClassVar[str] = "sliding_window"
     slots: ClassVar[tuple[str, ...]] = ("weights",)
     training: ClassVar[str] = (
-        "nothing within the window, and what lies behind it is found by the kept layers alone: "
-        "measure keys first (longctx sweep), then train where they are missing "
+        "nothing for texts within the window; beyond it the kept layers alone see further back: "
+        "measure keys (longctx sweep), and train where they are missing "
         "(longctx train --recipe uptrain --teacher ORIGINAL)"
     )
 

@@ -76,10 +76,19 @@ class Convert:
         if self.to is None:
             raise RunError("--calibration is for --to: pass a method, or leave it out.")
         try:
-            documents = tuple(path.read_text(encoding="utf-8") for path in self.calibration)
-        except (OSError, UnicodeDecodeError) as error:
+            documents = tuple(_text_of(path) for path in self.calibration)
+        except OSError as error:
             raise RunError(f"--calibration: {error}. Expected text files in UTF-8.") from error
         return Texts(documents, name="calibration")
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        from ..errors import RunError
+
+        raise RunError(f"--calibration {path}: {error}. Expected a text file in UTF-8.") from error
 
 
 def _show_progress() -> None:

@@ -94,13 +94,16 @@ class Search:
             replace=self.replace,
         )
         write_found(found, path, overwrite=self.overwrite)
-        known = ", ".join(f"{name} {loss:.3f}" for name, loss in found.known_losses.items())
+        known = ", ".join(f"{name} {loss:.3g}" for name, loss in found.known_losses.items())
+        best, least = min(found.known_losses.items(), key=lambda item: item[1])
+        result = (
+            f"no better than {best}, whose divisors these are" if found.loss >= least else "new"
+        )
         print(
             f"{found.evaluations} divisors tried; this run took {found.seconds / 60:.1f} minutes. "
-            f"Loss on the finalists' prompts: {found.loss:.3f} ({known}), in nats per token of the "
-            f"key.\n--method longrope:@{path}"
+            f"Loss on the finalists' prompts: {found.loss:.3g} ({known}), in nats per token of the "
+            f"key. The result: {result}.\n--method longrope:@{path}"
         )
-        best, least = min(found.known_losses.items(), key=lambda item: item[1])
         if least < _NEARLY_ALL:
             print(
                 f"note: {best} says nearly all keys of these prompts as it is ({least:.3f} nats): "

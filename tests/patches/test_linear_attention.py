@@ -131,7 +131,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path: Path) -> None:
         ({"name": "nothing"}, "unknown conversion 'nothing'"),
         ({"keep": [0]}, r"layers\.1\.self_attn\.longctx_attention\.query is missing"),
         ({"keep": []}, r"layers\.1\.self_attn\.longctx_attention\.query is missing"),
-        ({"keep": [7]}, "fewer than the 2 layers"),
+        ({"keep": [7]}, "layer 7 is not one of full"),
         ({"window": 0}, "of a layer that is to be kept"),
         ({"window": 10**6}, "window=1000000 and the model's 64"),
         ({"keep": "auto:1"}, "keep='auto:1'"),
@@ -236,8 +236,8 @@ def test_packed_documents_do_not_see_each_other() -> None:
 def test_what_is_refused() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"window": 65}, "window=65 and the model's 64"),
-        ({"keep": (0, 1)}, "fewer than the 2 layers"),
-        ({"keep": (2,)}, "fewer than the 2 layers"),
+        ({"keep": (0, 1)}, "leaves no layer"),
+        ({"keep": (2,)}, "layer 2 is not one of full"),
     ]
     for fields, said in wrong:
         with pytest.raises(MethodError, match=said):

@@ -126,8 +126,8 @@ def test_what_comes_of_it_can_be_extended(tmp_path: Path) -> None:
     ("family", "changes", "method", "said"),
     [
         ("llama", {}, "sliding_window:64,keep=1", "expected fewer"),
-        ("llama", {}, "sliding_window:8,keep=(0,1)", "fewer than the 2 layers"),
-        ("llama", {}, "sliding_window:8,keep=2", "and only such"),
+        ("llama", {}, "sliding_window:8,keep=(0,1)", "leaves no layer to change"),
+        ("llama", {}, "sliding_window:8,keep=2", "layer 2 is not one of full attention"),
         ("llama", {}, "sliding_window:1,keep=1", "expected 2 tokens or more"),
         ("llama", {}, "sliding_window:8,keep=auto:0", "how many are to be chosen"),
         ("llama", {"attention_bias": True}, "sliding_window:8,keep=1", "has no place"),
