@@ -279,7 +279,7 @@ def _cached(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits of the last tokens, read after a cache of those before."""
     cache = DynamicCache(config=model.config)
     last = _PROOF - _CACHED
-    model(input_ids=ids[:, :-last], past_key_values=cache, use_cache=True)
+    model(input_ids=ids[:, :-last], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return model(input_ids=ids[:, -last:], past_key_values=cache, use_cache=True).logits
 
 

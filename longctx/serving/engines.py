@@ -210,8 +210,8 @@ _WITH_WINDOWS: dict[Engine, tuple[Does, str]] = {
     "ctranslate2": ("unmeasured", "may let all layers see all; not measured"),
 }
 """What changes where `windows` holds."""
-_READ_WINDOWS = {("vllm", "ministral")}
-"""Engines and families of which that was measured: 4.1e-6 in vLLM 0.32."""
+_READ_WINDOWS = {("vllm", "ministral", "none")}
+"""Engines, families and changes of positions of which it was measured: 4.1e-6 in vLLM 0.32."""
 _WINDOWS_BY_US = ("ministral", "qwen2", "qwen3", "smollm3")
 """Families in which the conversion `sliding_window` lets layers slide."""
 
@@ -221,7 +221,7 @@ def reading(checkpoint: Checkpoint, engine: Engine) -> Reading:
     if checkpoint.by_code and engine in _WITH_CODE:
         return Reading(engine, *_WITH_CODE[engine])
     does, says = _TABLE[checkpoint.change][engine]
-    measured = (engine, checkpoint.model_type) in _READ_WINDOWS
+    measured = (engine, checkpoint.model_type, checkpoint.change) in _READ_WINDOWS
     if checkpoint.windows and engine in _WITH_WINDOWS and does != "refused" and not measured:
         does, says = _WITH_WINDOWS[engine]
     return Reading(engine, does, says)

@@ -327,6 +327,20 @@ def test_a_device_that_is_not_there_is_named() -> None:
             load("demo", device=device)
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def silent(source: str, name: str, **_: Any) -> None:
+        asked.append((source, name))
+        raise OSError("no answer")
+
+    for module in ("checkpoint", "weights"):
+        monkeypatch.setattr(f"longctx.{module}.cached_file", silent)
+    with pytest.raises(ModelError, match=r"taken for a hub id: check the name\): no answer"):
+        longctx.load("some/model")
+    assert asked == [("some/model", "config.json")]
+
+
 @pytest.mark.parametrize("wrong", [None, 3, [], b"demo"])
 def test_wrong_types_are_refused_by_name(wrong: Any, tmp_path: Path) -> None:
     model, tokenizer = longctx.load("demo", device="cpu")

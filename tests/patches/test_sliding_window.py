@@ -151,3 +151,6 @@ def test_no_engine_is_said_to_read_windows_that_was_not_seen_to() -> None:
         measured = "reads" if family == "llama" else "unmeasured"
         assert said.pop("vllm") == measured
         assert "reads" not in said.values()
+        longctx.extend(made, "yarn", factor=2)
+        said = {r.engine: r.does for r in readings(checkpoint_of(made.config.to_dict()))}
+        assert said["vllm"] == "unmeasured"

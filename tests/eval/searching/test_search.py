@@ -236,6 +236,7 @@ def test_the_command_searches_reports_and_says_how_to_use_it(
     command = ["search", "demo", "--target", "512", "--report-samples", "2", "--out", str(out)]
     assert main([*command, *quick]) == 0
     said = capsys.readouterr().out
+    assert "The result: no better than" in said or "The result: new" in said
     assert f"longrope:@{out / 'longrope.json'}" in said
     assert "note: yarn says nearly all keys of these prompts" in said  # of text that it has learnt
     assert json.loads((out / "longrope.json").read_text())["search"]["evaluations"] == 6
