@@ -238,7 +238,7 @@ def test_the_command_searches_reports_and_says_how_to_use_it(
     said = capsys.readouterr().out
     assert "The result: no better than" in said or "The result: new" in said
     assert f"longrope:@{out / 'longrope.json'}" in said
-    assert "note: yarn says nearly all keys of these prompts" in said  # of text that it has learnt
+    assert "note: yarn says nearly all keys of these prompts" in said  # at twice the window
     assert json.loads((out / "longrope.json").read_text())["search"]["evaluations"] == 6
     assert main([*command, *quick]) == 2
     assert "--overwrite" in capsys.readouterr().err
